@@ -1,0 +1,155 @@
+"""The core op: exact softmax attention over whatever a mask or a layout allows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from foveate.ops import library
+from foveate.ops.backends.base import Inputs
+from foveate.ops.check import (
+    check_bias,
+    check_mask,
+    check_numbers,
+    check_sinks,
+    check_tensors,
+)
+from foveate.ops.dispatch import BACKENDS, Explanation, explanation, forced
+from foveate.ops.layout import Layout
+from foveate.ops.masks import Mask
+from foveate.ops.types import AttentionOutput
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask | Tensor | None = None,
+    *,
+    layout: Layout | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    backend: str = "auto",
+) -> AttentionOutput:
+    """Softmax attention with its log-sum-exp, exact, visiting only what may attend.
+
+    Args:
+        query: (B, Hq, Lq, D).
+        key: (B, Hkv, Lkv, D); Hq is a multiple of Hkv.
+        value: (B, Hkv, Lkv, Dv).
+        mask: a mask such as `causal() & window(1023, 0)`, or a bool tensor (..., Lq, Lkv), True =
+            attend; None is everything. Causal is aligned bottom-right: the last query sees the last
+            key.
+        layout: in place of a mask, the tiles to visit.
+        scale: factor on the scores; None is D ** -0.5 (0.0 is a value).
+        softcap: c in c * tanh(score / c), before bias and mask.
+        sink_logits: (Hq,), one more logit in each row's sum, without a value: rows sum to less
+            than 1.
+        bias: added to the scores, broadcastable to (B, Hq, Lq, Lkv); per key if its Lq axis is 1.
+        dropout: probability of dropping an attention weight; the lse doesn't see it.
+        backend: "auto", or one of `foveate.ops.dispatch.available()`; a named one is never replaced.
+
+    Returns:
+        out (B, Hq, Lq, Dv) and lse (B, Hq, Lq), natural log in fp32; a row that attends to nothing
+        has out 0 and lse -inf. Both are differentiable.
+
+    Raises:
+        InputError: shapes, dtypes, devices or values don't fit.
+        BackendError: no backend, or not the one named, can run the call; it lists the reasons.
+    """
+    inputs = _checked(query, key, value, mask, layout, scale, softcap, sink_logits, bias, dropout)
+    if inputs.dropout and backend == "auto":
+        backend = "reference"  # the only one that drops single weights
+    if backend in BACKENDS and BACKENDS[backend].composite:
+        result = forced(inputs, backend).forward(inputs)
+    else:
+        if backend != "auto":
+            forced(inputs, backend)
+        packed = library.pack(inputs.mask, inputs.layout)
+        result = AttentionOutput(
+            *torch.ops.foveate.attention(
+                query, key, value, inputs.bias, *packed, inputs.scale, softcap, backend
+            )
+        )
+    return result if sink_logits is None else with_sinks(result, sink_logits)
+
+
+def with_sinks(result: AttentionOutput, sink_logits: Tensor) -> AttentionOutput:
+    """Put one more logit per head, without a value, into every row's sum.
+
+    out' = out * sigmoid(lse - b), lse' = log(exp(lse) + exp(b)), b (Hq,) one for each query head.
+    """
+    b = sink_logits.to(result.lse.dtype)[None, :, None]
+    share = torch.sigmoid(result.lse - b)
+    out = (result.out * share[..., None]).to(result.out.dtype)
+    return AttentionOutput(out, torch.logaddexp(result.lse, b.expand_as(result.lse)))
+
+
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask | Tensor | None = None,
+    *,
+    layout: Layout | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    backend: str = "auto",
+) -> Explanation:
+    """Which backend `attention` would run for this very call, and why not each of the others."""
+    inputs = _checked(query, key, value, mask, layout, scale, softcap, sink_logits, bias, dropout)
+    return explanation(inputs, backend)
+
+
+def _checked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask | Tensor | None,
+    layout: Layout | None,
+    scale: float | None,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+    bias: Tensor | None,
+    dropout: float,
+) -> Inputs:
+    check_tensors(query, key, value)
+    mask = check_mask(mask, layout)
+    scale = query.shape[3] ** -0.5 if scale is None else float(scale)
+    check_numbers(scale, softcap, dropout)
+    if layout is not None:
+        layout.check(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        if layout.device != query.device:
+            layout = layout.to(query.device)
+    if mask is not None:
+        _check_fit(mask, query, key)
+    if sink_logits is not None:
+        check_sinks(sink_logits, query)
+    if bias is not None:
+        bias = check_bias(bias, query, key)
+    inputs = Inputs(query, key, value, mask, layout, bias, scale, softcap, dropout)
+    tensors = [x for x in (query, key, value, bias) if x is not None]
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return replace(inputs, needs_grad=needs_grad)
+
+
+def _check_fit(mask: Mask, query: Tensor, key: Tensor) -> None:
+    """Refuse a mask made for other lengths, batch sizes or heads."""
+    from foveate.ops.errors import InputError
+
+    mask._check(query.shape[2], key.shape[2])
+    batches, heads = mask.groups()
+    if batches not in (1, query.shape[0]):
+        raise InputError(f"The mask is for a batch of {batches}, the call has {query.shape[0]}.")
+    if query.shape[1] % heads:
+        raise InputError(
+            f"The mask has {heads} heads, which don't divide {query.shape[1]} query heads."
+        )

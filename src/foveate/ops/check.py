@@ -1,0 +1,104 @@
+"""Refuse bad input before any work, and say what was expected."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from foveate.ops.errors import InputError
+from foveate.ops.layout import Layout
+from foveate.ops.masks import Mask, blocks
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Shapes, dtypes and devices of query, key and value."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dim() != 4:
+            raise InputError(
+                f"{name} must be (batch, heads, length, head size), got shape {tuple(x.shape)}."
+            )
+        if x.dtype not in _FLOATS:
+            raise InputError(f"{name} has dtype {x.dtype}; expected a floating-point dtype.")
+    if not (query.dtype == key.dtype == value.dtype):
+        raise InputError(
+            "query, key and value must have one dtype, got "
+            f"{query.dtype}, {key.dtype} and {value.dtype}; convert them to the same."
+        )
+    if not (query.device == key.device == value.device):
+        raise InputError(
+            "query, key and value must be on one device, got "
+            f"{query.device}, {key.device} and {value.device}; move them together."
+        )
+    if not (query.shape[0] == key.shape[0] == value.shape[0]):
+        raise InputError(
+            f"Batch sizes differ: query {query.shape[0]}, key {key.shape[0]}, value {value.shape[0]}."
+        )
+    if key.shape[1] != value.shape[1] or key.shape[2] != value.shape[2]:
+        raise InputError(
+            "key and value must have the same heads and length, got "
+            f"{tuple(key.shape)} and {tuple(value.shape)}."
+        )
+    if query.shape[3] != key.shape[3]:
+        raise InputError(f"Head sizes differ: query {query.shape[3]}, key {key.shape[3]}.")
+    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        raise InputError(
+            f"{query.shape[1]} query heads are not a multiple of {key.shape[1]} key/value heads."
+        )
+
+
+def check_mask(mask: Mask | Tensor | None, layout: Layout | None) -> Mask | None:
+    """One of mask and layout at most; a boolean tensor becomes `blocks(tensor, 1)`."""
+    if mask is not None and layout is not None:
+        raise InputError("Give a mask or a layout, not both; a layout already holds its mask.")
+    if layout is not None and not isinstance(layout, Layout):
+        raise InputError(f"layout must be a foveate.Layout, got {type(layout).__name__}.")
+    if isinstance(mask, Tensor):
+        if mask.dtype != torch.bool:
+            raise InputError(
+                f"A mask tensor must be boolean with True = attend, got {mask.dtype}; "
+                "for additive scores use bias=."
+            )
+        return blocks(mask, 1)
+    if mask is not None and not isinstance(mask, Mask):
+        raise InputError(
+            f"mask must be a foveate mask such as causal(), or a boolean tensor; got "
+            f"{type(mask).__name__}."
+        )
+    return mask
+
+
+def check_numbers(scale: float, softcap: float | None, dropout: float) -> None:
+    """scale, softcap and dropout in their ranges."""
+    if not -math.inf < scale < math.inf:
+        raise InputError(f"scale={scale}: expected a finite number.")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise InputError(f"softcap={softcap}: expected a positive number, or None.")
+    if not 0 <= dropout < 1:
+        raise InputError(f"dropout={dropout}: expected a probability, 0 up to but not 1.")
+
+
+def check_sinks(sink_logits: Tensor, query: Tensor) -> None:
+    """One sink logit for each query head."""
+    if tuple(sink_logits.shape) != (query.shape[1],):
+        raise InputError(
+            f"sink_logits must be ({query.shape[1]},), one for each query head, got "
+            f"{tuple(sink_logits.shape)}."
+        )
+    if sink_logits.device != query.device:
+        raise InputError(f"sink_logits is on {sink_logits.device}, query on {query.device}.")
+
+
+def check_bias(bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """A bias as 4-D, broadcastable to (B, Hq, Lq, Lkv)."""
+    full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    if bias.dim() > 4 or any(a not in (1, b) for a, b in zip(reversed(bias.shape), reversed(full))):
+        raise InputError(f"bias of shape {tuple(bias.shape)} does not broadcast to {full}.")
+    if bias.device != query.device:
+        raise InputError(f"bias is on {bias.device}, query on {query.device}.")
+    if not bias.is_floating_point():
+        raise InputError(f"bias must be floating-point, got {bias.dtype}; a mask goes in mask=.")
+    return bias.reshape((1,) * (4 - bias.dim()) + tuple(bias.shape))
