@@ -13,7 +13,12 @@ esac
 
 foveate_find_python() {
     problem="no Python was found"
-    for candidate in ${FOVEATE_PYTHON:-python3 python3.13 python3.12 python3.11 python3.14 python}; do
+    if [ -n "${FOVEATE_PYTHON:-}" ]; then
+        set -- "$FOVEATE_PYTHON"
+    else
+        set -- python3 python3.13 python3.12 python3.11 python3.14 python
+    fi
+    for candidate in "$@"; do
         if ! command -v "$candidate" >/dev/null 2>&1; then
             if [ -n "${FOVEATE_PYTHON:-}" ]; then problem="$candidate is not there"; fi
             continue

@@ -1,0 +1,75 @@
+"""foveate: efficient attention for PyTorch, exact, measured and adopted in one line.
+
+Importing this imports torch and nothing else heavy, and registers nothing in other libraries;
+`use` and `Context` load what they need when they are first named.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from foveate import catalog
+from foveate.ops import (
+    AttentionOutput,
+    Layout,
+    Mask,
+    attention,
+    blocks,
+    causal,
+    documents,
+    explain,
+    merge,
+    mix,
+    padding,
+    parse_mask,
+    prefix,
+    region,
+    sinks,
+    strided,
+    window,
+)
+
+if TYPE_CHECKING:
+    from foveate.hf import use
+    from foveate.parts import Context
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionOutput",
+    "Context",
+    "Layout",
+    "Mask",
+    "__version__",
+    "attention",
+    "blocks",
+    "catalog",
+    "causal",
+    "documents",
+    "explain",
+    "merge",
+    "mix",
+    "padding",
+    "parse_mask",
+    "prefix",
+    "region",
+    "sinks",
+    "strided",
+    "use",
+    "window",
+]
+
+_LAZY = {"Context": "foveate.parts", "use": "foveate.hf"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,217 @@
+"""The table of methods: one row each, and nothing else knows which methods there are.
+
+From it come `foveate methods`, the README's table, what `compare` offers and the tests' matrix.
+It holds only strings: reading it imports no method. Adding a method means adding a row here, its
+mechanism file and a test of what only it does (CONTRIBUTING.md walks through one).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from foveate.ops.errors import UnknownMethodError, nearest
+
+
+class Support(NamedTuple):
+    """Whether something works, and what a user should know about it."""
+
+    works: bool
+    note: str = ""
+
+    def __str__(self) -> str:
+        word = "yes" if self.works else "no"
+        return f"{word}: {self.note}" if self.note else word
+
+
+YES = Support(True)
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a method can do; everything that says no is refused with that reason.
+
+    `causal_outputs` and `causal_routing` are two properties: that an output, with the choice of
+    what it sees held fixed, doesn't see later tokens, and that the choice doesn't either.
+    """
+
+    prefill: Support = YES
+    decode: Support = YES
+    backward: Support = YES
+    gqa: Support = YES
+    padding: Support = YES
+    bidirectional: Support = YES
+    causal_outputs: Support = YES
+    causal_routing: Support = YES
+
+
+class Paper(NamedTuple):
+    """A citation: title, first authors and year, arXiv id."""
+
+    title: str
+    authors: str
+    arxiv: str
+
+    @property
+    def url(self) -> str:
+        """Address of the abstract."""
+        return f"https://arxiv.org/abs/{self.arxiv}"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One method.
+
+    Attributes:
+        key: the name that every command and `foveate.use` takes.
+        kind: attention, pattern, projection, mixer, ... (the words of the design).
+        path: the class, as `module.name`.
+        title: what people call it.
+        summary: one sentence on what it does.
+        papers: where it is defined; empty only for what no paper defines.
+        sheet: key of the sheet that specifies it.
+        capabilities: what works and what doesn't.
+        jobs: where users reach it.
+    """
+
+    key: str
+    kind: str
+    path: str
+    title: str
+    summary: str
+    papers: tuple[Paper, ...]
+    sheet: str
+    capabilities: Capabilities
+    jobs: tuple[str, ...] = ("compare", "use")
+
+    def load(self) -> Any:
+        """Import and return the class."""
+        module, _, name = self.path.rpartition(".")
+        return getattr(importlib.import_module(module), name)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row as plain data, for JSON."""
+        plain = dataclasses.asdict(self)
+        plain["papers"] = [{**p._asdict(), "url": p.url} for p in self.papers]
+        plain["capabilities"] = {
+            field.name: getattr(self.capabilities, field.name)._asdict()
+            for field in dataclasses.fields(self.capabilities)
+        }
+        return plain
+
+
+VASWANI = Paper("Attention Is All You Need", "Vaswani et al., 2017", "1706.03762")
+STREAMING = Paper(
+    "Efficient Streaming Language Models with Attention Sinks", "Xiao et al., 2023", "2309.17453"
+)
+SINKS = Paper(
+    "Attention Sink in Transformers: A Survey on Utilization, Interpretation, and Mitigation",
+    "Su et al., 2026",
+    "2604.10098",
+)
+MINFERENCE = Paper(
+    "MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention",
+    "Jiang et al., 2024",
+    "2407.02490",
+)
+MMINFERENCE = Paper(
+    "MMInference: Accelerating Pre-filling for Long-Context VLMs via Modality-Aware Permutation "
+    "Sparse Attention",
+    "Li et al., 2025",
+    "2504.16083",
+)
+
+DENSE_DECODE = Support(True, "dense over the whole cache, as in the paper")
+LAST_QUERIES = Support(False, "the last queries choose the index for all rows")
+POOLED_BLOCK = Support(False, "a block's mean query and key hold its later tokens")
+
+ROWS: tuple[Row, ...] = (
+    Row(
+        key="full",
+        kind="pattern",
+        path="foveate.methods.full.Full",
+        title="Full attention",
+        summary="Every key that the mask allows; what the others are measured against.",
+        papers=(VASWANI,),
+        sheet="",
+        capabilities=Capabilities(),
+    ),
+    Row(
+        key="sink-window",
+        kind="pattern",
+        path="foveate.methods.attention_sink.SinkWindow",
+        title="Sink + window (StreamingLLM)",
+        summary="The first few tokens and a sliding window; as a mask, or with a bounded cache.",
+        papers=(STREAMING, SINKS),
+        sheet="attention-sink",
+        capabilities=Capabilities(),
+    ),
+    Row(
+        key="a-shape",
+        kind="pattern",
+        path="foveate.methods.mminference.AShape",
+        title="A-shape (MInference)",
+        summary="A wide sink and a local band, the static head pattern of MInference.",
+        papers=(MINFERENCE, MMINFERENCE),
+        sheet="mminference",
+        capabilities=Capabilities(decode=DENSE_DECODE),
+    ),
+    Row(
+        key="vertical-slash",
+        kind="pattern",
+        path="foveate.methods.mminference.VerticalSlash",
+        title="Vertical-slash (MInference)",
+        summary="Key columns and diagonals, chosen from the attention of the last 64 queries.",
+        papers=(MINFERENCE, MMINFERENCE),
+        sheet="mminference",
+        capabilities=Capabilities(decode=DENSE_DECODE, causal_routing=LAST_QUERIES),
+    ),
+    Row(
+        key="block-sparse",
+        kind="pattern",
+        path="foveate.methods.mminference.BlockSparse",
+        title="Block-sparse (MInference)",
+        summary="Per block of queries the key blocks whose pooled scores are highest.",
+        papers=(MINFERENCE, MMINFERENCE),
+        sheet="mminference",
+        capabilities=Capabilities(decode=DENSE_DECODE, causal_routing=POOLED_BLOCK),
+    ),
+)
+
+
+def rows() -> tuple[Row, ...]:
+    """All rows, in the order in which people should read them."""
+    return ROWS
+
+
+def keys() -> tuple[str, ...]:
+    """The keys of all methods."""
+    return tuple(row.key for row in ROWS)
+
+
+def get(key: str) -> Row:
+    """The row of a method.
+
+    Raises:
+        UnknownMethodError: there is no such key; the message offers the nearest ones.
+    """
+    for row in ROWS:
+        if row.key == key:
+            return row
+    raise UnknownMethodError(f"No method is called {key!r}; {nearest(key, keys())}")
+
+
+def markdown_table() -> str:
+    """The methods as a Markdown table, one line each."""
+    head = ("key", "what it does", "paper", "prefill", "decode", "backward", "bidirectional")
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    for row in ROWS:
+        can = row.capabilities
+        papers = ", ".join(f"[{p.arxiv}]({p.url})" for p in row.papers)
+        cells = (f"`{row.key}`", f"**{row.title}.** {row.summary}", papers) + tuple(
+            str(s) for s in (can.prefill, can.decode, can.backward, can.bidirectional)
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,0 +1,145 @@
+"""`foveate explain`: which backend would run an attention here, and why not the others."""
+
+from __future__ import annotations
+
+import json
+import platform
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import foveate
+from foveate.ops import Mask, explain, parse_mask
+from foveate.ops.errors import InputError, nearest
+
+DTYPES = {
+    "float32": torch.float32, "fp32": torch.float32, "float16": torch.float16,
+    "fp16": torch.float16, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+    "float64": torch.float64, "fp64": torch.float64,
+}  # fmt: skip
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("explain")(command)
+
+
+def command(
+    mask: Annotated[
+        str, typer.Option(help='Who may attend to whom, such as "causal() & window(1023, 0)".')
+    ] = "causal()",
+    q_len: Annotated[int | None, typer.Option(help="Queries; default as many as keys.")] = None,
+    kv_len: Annotated[int, typer.Option(help="Keys.")] = 4096,
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
+    kv_heads: Annotated[int | None, typer.Option(help="Key heads; default as many.")] = None,
+    head_dim: Annotated[int, typer.Option(help="Size of a head.")] = 64,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    grad: Annotated[bool, typer.Option("--grad", help="With a backward pass.")] = False,
+    backend: Annotated[str, typer.Option(help="Ask for one backend instead of the best.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what would run here and why: backend, the others' reasons, work to be done."""
+    q_len = kv_len if q_len is None else q_len
+    kv_heads = heads if kv_heads is None else kv_heads
+    for name, size in (
+        ("--kv-len", kv_len), ("--q-len", q_len), ("--batch", batch), ("--heads", heads),
+        ("--kv-heads", kv_heads), ("--head-dim", head_dim),
+    ):  # fmt: skip
+        if size < 1:
+            raise InputError(f"{name} must be at least 1, got {size}.")
+    parsed = parse_mask(mask)
+    kind, place = _dtype(dtype), _device(device)
+    query = torch.empty(batch, heads, q_len, head_dim, dtype=kind, device=place, requires_grad=grad)
+    key = torch.empty(batch, kv_heads, kv_len, head_dim, dtype=kind, device=place)
+    chosen = explain(query, key, key, parsed, backend=backend)
+    facts = {
+        "backend": chosen.backend,
+        "reasons": chosen.reasons,
+        "mask": repr(parsed),
+        "layout": _layout(parsed, q_len, kv_len, batch, heads, head_dim),
+        "environment": environment(),
+    }
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        _print(facts)
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise InputError(f"--dtype {name!r} is not known; {nearest(name, DTYPES)}")
+    return DTYPES[name]
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"--device {name!r} can't be used here ({str(error).splitlines()[0].rstrip('.')}); "
+            "try --device cpu."
+        ) from error
+    return device
+
+
+def _layout(
+    mask: Mask, q_len: int, kv_len: int, batch: int, heads: int, head_dim: int
+) -> dict[str, float]:
+    layout = mask.layout(q_len, kv_len)
+    return {
+        "pairs": layout.pairs,
+        "density": layout.density,
+        "tile_area": layout.tile_area,
+        "tile_density": layout.tile_density,
+        "flops": layout.flops(batch, heads, head_dim, head_dim),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """What of this machine decides: versions, threads, instruction set, GPU."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "foveate": foveate.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+    }
+
+
+def _print(facts: dict[str, Any]) -> None:
+    layout = facts["layout"]
+    work = {
+        "pairs": f"{layout['pairs']:,.0f} per sequence and head, {layout['density']:.2%} of all",
+        "visited": f"{layout['tile_area']:,.0f} in tiles, {layout['tile_density']:.2%} of all",
+        "work": f"{layout['flops'] / 1e9:,.3f} GFLOP forward, for all sequences and heads",
+    }
+    others = {
+        name: "; ".join(reasons)
+        for name, reasons in facts["reasons"].items()
+        if name != facts["backend"]
+    }
+    here = {name: str(value) for name, value in facts["environment"].items() if value is not None}
+    console = Console(highlight=False)
+    for title, rows in (
+        ("", {"backend": facts["backend"], "mask": facts["mask"]} | work),
+        ("not the others", others),
+        ("here", here),
+    ):
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_column(style="bold", no_wrap=True, min_width=10)
+        table.add_column(overflow="fold")
+        for name, value in rows.items():
+            table.add_row(Text(name), Text(value))
+        if title:
+            console.print(Text(f"\n{title}", style="dim"))
+        console.print(table)
