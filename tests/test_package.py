@@ -163,3 +163,12 @@ def test_fresh_buffers_are_nan():
 @pytest.mark.plain_empty
 def test_fresh_buffers_can_be_left_alone():
     assert type(torch.empty).__name__ == "builtin_function_or_method"
+
+
+def test_fresh_buffers_are_nan_in_compiled_code_too():
+    def fresh(x: torch.Tensor) -> torch.Tensor:
+        return torch.empty(2, 3) + torch.empty_like(x) + x.new_empty(3)
+
+    torch.compiler.reset()
+    out = torch.compile(fresh, fullgraph=True, backend="aot_eager")(torch.zeros(2, 3))
+    assert out.isnan().all()
