@@ -52,7 +52,7 @@ def attention(
             than 1.
         bias: added to the scores, broadcastable to (B, Hq, Lq, Lkv); per key if its Lq axis is 1.
         dropout: probability of dropping an attention weight; the lse doesn't see it.
-        backend: "auto", or one of `foveate.ops.dispatch.available()`; a named one is never replaced.
+        backend: "auto", or one of `foveate.ops.available()`; a named one is never replaced.
 
     Returns:
         out (B, Hq, Lq, Dv) and lse (B, Hq, Lq), natural log in fp32; a row that attends to nothing

@@ -35,7 +35,8 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
     if not (query.shape[0] == key.shape[0] == value.shape[0]):
         raise InputError(
-            f"Batch sizes differ: query {query.shape[0]}, key {key.shape[0]}, value {value.shape[0]}."
+            f"Batch sizes differ: query {query.shape[0]}, key {key.shape[0]}, "
+            f"value {value.shape[0]}."
         )
     if key.shape[1] != value.shape[1] or key.shape[2] != value.shape[2]:
         raise InputError(

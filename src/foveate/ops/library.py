@@ -40,6 +40,7 @@ _library.define(
     f"attention_backward(Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_CALL}) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
+_ONCE = "this backend gives first derivatives only; for second ones use backend='reference'"
 _layouts: WeakValueDictionary[int, Layout] = WeakValueDictionary()
 
 
@@ -63,9 +64,17 @@ def _parsed(spec: str) -> Mask:
 
 
 def _inputs(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, spec: str, tensors: list[Tensor],
-    lists: list[Tensor | None], sizes: list[int], scale: float, softcap: float | None,
-) -> Inputs:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    spec: str,
+    tensors: list[Tensor],
+    lists: list[Tensor | None],
+    sizes: list[int],
+    scale: float,
+    softcap: float | None,
+) -> Inputs:
     mask = None
     if spec:
         mask = parse_mask(spec, tensors) if tensors else _parsed(spec)
@@ -128,14 +137,17 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         query, key, value, bias, out, lse, *others = ctx.saved_tensors
         tensors, lists = others[: ctx.counts[0]], others[ctx.counts[0] :]
         spec, rest = ctx.rest
-        dq, dk, dv, dbias = torch.ops.foveate.attention_backward(
-            grad_out, grad_lse, out, lse, query, key, value, bias, spec, tensors, lists, *rest
-        )
+        with torch.no_grad():
+            grads = torch.ops.foveate.attention_backward(
+                grad_out, grad_lse, out, lse, query, key, value, bias, spec, tensors, lists, *rest
+            )
+        if torch.is_grad_enabled():  # asked for by create_graph: say so if it is ever used
+            grads = torch._C._functions.DelayedError(_ONCE, 4)(*(g.requires_grad_() for g in grads))
+        dq, dk, dv, dbias = grads
         return dq, dk, dv, (None if bias is None else dbias), *(None for _ in range(7))
 
 

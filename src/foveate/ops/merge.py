@@ -54,8 +54,8 @@ def _placed(
     if rows is None:
         if part.lse.shape != want or part.out.shape[:-1] != part.lse.shape:
             raise InputError(
-                f"merge: a part has lse {tuple(part.lse.shape)} and out {tuple(part.out.shape)}, but "
-                f"the first has lse {tuple(want)}; parts must be for the same queries."
+                f"merge: a part has lse {tuple(part.lse.shape)} and out {tuple(part.out.shape)}, "
+                f"but the first has lse {tuple(want)}; parts must be for the same queries."
             )
         return part
     if first or part.lse.shape[2] != rows.numel():

@@ -54,7 +54,7 @@ def reference_attention(
 
 
 def _logsumexp(scores: Tensor) -> Tensor:
-    """log sum exp over keys, -inf with a zero gradient for a row that has none."""
+    """Log sum exp over keys, -inf with a zero gradient for a row that has none."""
     if scores.shape[-1] == 0:
         return scores.new_full(scores.shape[:-1], -torch.inf)
     empty = (scores == -torch.inf).all(-1)

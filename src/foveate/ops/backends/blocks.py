@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from foveate.ops.backends.base import Backend, Gradients, Inputs, lse_dtype
 from foveate.ops.layout import FULL, Layout
@@ -26,6 +27,7 @@ class Blocks(Backend):
 
     name = "blocks"
 
+    @override
     def forward(self, inputs: Inputs) -> AttentionOutput:
         layout = _layout(inputs)
         batch, heads, q_len, _ = inputs.query.shape
@@ -40,13 +42,14 @@ class Blocks(Backend):
             total = weights.sum(-1, keepdim=True)
             part = (weights @ chunk.value) / total.masked_fill(total == 0, 1.0)
             out[chunk.virtual] = chunk.spread(part)
-            lse[chunk.virtual] = chunk.spread((top + total.log()))[..., 0]
+            lse[chunk.virtual] = chunk.spread(top + total.log())[..., 0]
         if layout.q_index is None:
             return AttentionOutput(
                 out[:, :, :q_len].to(inputs.query.dtype), lse[:, :, :q_len].clone()
             )
         return _merge_rows(layout, out, lse, q_len, inputs.query.dtype)
 
+    @override
     def backward_pass(
         self,
         inputs: Inputs,
@@ -138,7 +141,7 @@ class _Chunk:
 
     @property
     def virtual(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Index of this chunk's rows in a (B, Hq, Tq * q_tile, ...) tensor: (b, n, R, pack, q_tile)."""
+        """Index (b, n, R, pack, q_tile) of these rows in a (B, Hq, Tq * q_tile, ...) tensor."""
         return (
             self.batches[:, None, None, None, None],
             self.heads[None, :, None, :, None],
@@ -151,7 +154,7 @@ class _Chunk:
         return (*self.virtual[:2], self.q_index[None, None, :, None, :])
 
     def rows(self, x: Tensor) -> Tensor:
-        """x (B, Hq, Lq, C) at this chunk's rows: (b, n, R, pack * q_tile, C)."""
+        """X (B, Hq, Lq, C) at this chunk's rows: (b, n, R, pack * q_tile, C)."""
         return x[self.real].flatten(3, 4)
 
     def spread(self, x: Tensor) -> Tensor:

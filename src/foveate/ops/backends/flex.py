@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from foveate.ops.backends.base import Backend, Inputs
 from foveate.ops.types import AttentionOutput
@@ -21,6 +22,7 @@ class Flex(Backend):
     composite = True
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
+    @override
     def not_supported_reasons(self, inputs: Inputs) -> list[str]:
         reasons = super().not_supported_reasons(inputs)
         if inputs.needs_grad and inputs.query.device.type == "cpu":
@@ -36,6 +38,7 @@ class Flex(Backend):
             reasons.append("an axis of size 0")
         return reasons
 
+    @override
     def forward(self, inputs: Inputs) -> AttentionOutput:
         from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing_extensions import override
+
 from foveate.ops.backends.base import Backend, Inputs
 from foveate.ops.reference import reference_attention
 from foveate.ops.types import AttentionOutput
@@ -14,6 +16,7 @@ class Reference(Backend):
     composite = True
     dropout = True
 
+    @override
     def forward(self, inputs: Inputs) -> AttentionOutput:
         return reference_attention(
             inputs.query,

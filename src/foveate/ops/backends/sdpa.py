@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from typing_extensions import override
 
 from foveate.ops.backends.base import Backend, Gradients, Inputs
 from foveate.ops.masks import causal
@@ -26,12 +27,14 @@ class Sdpa(Backend):
     bias = False
     value_dim_differs = False
 
+    @override
     def not_supported_reasons(self, inputs: Inputs) -> list[str]:
         reasons = super().not_supported_reasons(inputs)
         if 0 in inputs.query.shape or 0 in inputs.key.shape:
             reasons.append("an axis of size 0")
         return reasons
 
+    @override
     def forward(self, inputs: Inputs) -> AttentionOutput:
         query, key, value = _per_head(inputs)
         is_causal, extra = _causality(inputs)
@@ -42,6 +45,7 @@ class Sdpa(Backend):
             lse = lse.masked_fill(empty, -torch.inf)
         return AttentionOutput(out, lse)
 
+    @override
     def backward_pass(
         self,
         inputs: Inputs,
@@ -57,8 +61,8 @@ class Sdpa(Backend):
             # A row that sees nothing has no gradient; a finite lse keeps the kernel's exp at zero.
             lse = lse.masked_fill(lse == -torch.inf, 0.0)
         if grad_lse is not None:
-            # dS = P * (dO V' - rowsum(dO * O) + dlse). One more value column, with dO = 1, O = -dlse
-            # and V = 0, adds exactly dlse to the row sum's place.
+            # dS = P * (dO V' - rowsum(dO * O) + dlse). One more value column, with dO = 1,
+            # O = -dlse and V = 0, puts exactly -dlse into the row sum.
             query, key, value = (pad(x, (0, 1)) for x in (query, key, value))
             do = torch.cat((do, torch.ones_like(do[..., :1])), -1)
             out = torch.cat((out, -grad_lse[..., None].to(out.dtype)), -1)

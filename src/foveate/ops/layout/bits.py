@@ -13,6 +13,9 @@ def pack(tiles: Tensor) -> Tensor:
 
     Eight booleans are one 64-bit word; a product moves bit 8i to bit 56 + i without a carry.
     """
+    n, cols, rows = tiles.shape
+    if not n:
+        return torch.zeros((0, cols, rows // 8), dtype=torch.uint8, device=tiles.device)
     words = tiles.contiguous().view(torch.uint8).view(torch.int64)
     return ((words * 0x0102040810204080) >> 56).to(torch.uint8)
 

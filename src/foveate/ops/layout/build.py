@@ -189,9 +189,11 @@ def evaluate(
     """
     kinds = torch.zeros(len(full), dtype=torch.int32, device=full.device)
     keep = torch.ones(len(full), dtype=torch.bool, device=full.device)
-    none = torch.zeros((0, sizes[1], sizes[0] // 8), dtype=torch.uint8, device=full.device)
-    packed = [none]
-    for part in (~full).nonzero()[:, 0].split(_TILES) if mask is not None else ():
+    none = torch.zeros((0, sizes[1], sizes[0]), dtype=torch.bool, device=full.device)
+    packed = [bitset.pack(none)]
+    for part in (~full).nonzero()[:, 0].split(_TILES):
+        if mask is None:
+            break
         q, q_real, k, k_real = tile(part)
         real = k_real[:, :, None] & q_real[:, None, :]
         seen = mask._element(q[:, None, :], k[:, :, None], *group).expand(real.shape)
@@ -216,20 +218,23 @@ def _visited(
     """Tiles that may hold something, in row order: (row, column, surely full)."""
     tq, tk = len(q_lo), len(k_lo)
     found = []
-    for rows in torch.arange(tq, device=q_lo.device).split(max(1, _GRID // max(1, tk))):
+    step = max(1, _GRID // max(1, tk))
+    for start in range(0, tq, step):
+        rows = slice(start, min(start + step, tq))
+        count = rows.stop - start
         if mask is None:
-            full = torch.ones(len(rows), tk, dtype=torch.bool, device=q_lo.device)
+            full = torch.ones(count, tk, dtype=torch.bool, device=q_lo.device)
             visit = full
         else:
             none, full = mask._tiles(
                 q_lo[rows][:, None], q_hi[rows][:, None], k_lo[None], k_hi[None], b, h
             )
-            visit = ~none.expand(len(rows), tk)
-            full = full.expand(len(rows), tk)
+            visit = ~none.expand(count, tk)
+            full = full.expand(count, tk)
         if chosen is not None:
             visit = visit & chosen[rows].to(q_lo.device)
         r, c = visit.nonzero(as_tuple=True)
-        found.append((r + rows[0], c, full[r, c]))
+        found.append((r + start, c, full[r, c]))
     if not found:
         none = torch.zeros(0, dtype=torch.int64, device=q_lo.device)
         return none, none, none.bool()

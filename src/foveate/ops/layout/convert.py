@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from typing_extensions import override
 
 from foveate.ops.errors import InputError
 from foveate.ops.layout import bits as bitset
@@ -20,8 +21,8 @@ def from_dense(allowed: Tensor, tile: int | tuple[int, int]) -> Layout:
     sizes = tile_sizes(tile)
     if allowed.dtype != torch.bool or allowed.dim() not in (2, 3, 4):
         raise InputError(
-            "from_dense: expected bool (Lq, Lkv), (H, Lq, Lkv) or (B, H, Lq, Lkv), True = attend; got "
-            f"{allowed.dtype} of shape {tuple(allowed.shape)}."
+            "from_dense: expected bool (Lq, Lkv), (H, Lq, Lkv) or (B, H, Lq, Lkv), True = attend; "
+            f"got {allowed.dtype} of shape {tuple(allowed.shape)}."
         )
     allowed = allowed[(None,) * (4 - allowed.dim())]
     batches, heads, q_len, kv_len = allowed.shape
@@ -80,7 +81,8 @@ def _slice(queries: tuple[int, int], keys: tuple[int, int], kind: str) -> Mask |
     if kind == "inv_causal" or kind == "bi_causal":
         if extra < 0:
             raise InputError(
-                f"from_slices: {kind} needs at least as many keys as queries, got {keys} for {queries}."
+                f"from_slices: {kind} needs at least as many keys as queries, "
+                f"got {keys} for {queries}."
             )
         return upper_left if kind == "inv_causal" else upper_left & causal()
     if kind == "causal":
@@ -102,6 +104,7 @@ class _Columns(Mask):
         self.hidden = hidden  # (4, B, H, Lkv)
         self.offset = offset
 
+    @override
     def groups(self) -> tuple[int, int]:
         return (self.hidden.shape[1], self.hidden.shape[2])
 

@@ -1,14 +1,14 @@
 """A layout: a mask or a selection resolved for given lengths, as a list of tiles to visit.
 
-Queries are cut into tiles of `q_tile` rows, keys into tiles of `kv_tile`; a compressed-row list says
-which key tiles each query tile visits, and each entry's kind says which elements of it count:
+Queries are cut into tiles of `q_tile` rows, keys into tiles of `kv_tile`; a compressed-row list
+says which key tiles each query tile visits, and each entry's kind which elements of it count:
 
     kind  0 (FULL)       every element
     kind  i > 0          those set in bit tile i - 1 (each distinct pattern is stored once)
     kind -1 (KEY_RANGE)  row r sees virtual keys key_range[r, 0] ... key_range[r, 1] - 1
-    kind -2 (ROW_RANGE)  virtual key c is seen by virtual rows row_range[c, 0] ... row_range[c, 1] - 1
+    kind -2 (ROW_RANGE)  virtual rows row_range[c, 0] ... row_range[c, 1] - 1 see virtual key c
 
-Columns past the last key tile name *gathered* tiles: lists of single keys. `q_index` and `kv_index`
+Columns past the last key tile name *gathered* tiles: lists of single keys. `q_index`, `kv_index`
 put any order, or a choice, of rows before the tiles; a query may stand in several tiles, and its
 parts are then merged by their lse. Where the pattern is the same for all heads or batch entries the
 group axes Bm, Hm have size 1.
@@ -16,10 +16,9 @@ group axes Bm, Hm have size 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,7 +102,7 @@ class Layout:
 
     def to(self, device: torch.device | str) -> Layout:
         """The same layout with its lists on another device."""
-        moved = {
+        moved: dict[str, Any] = {
             f.name: (v.to(device) if isinstance(v := getattr(self, f.name), Tensor) else v)
             for f in fields(self)
             if f.name != "_counts"
@@ -178,7 +177,7 @@ class Layout:
         return inside
 
     def _look_up(self, table: Tensor, at: Tensor, entries: Tensor) -> Tensor:
-        """table (Bm or 1, Hm or 1, N) read at `at` (n, m) in the group of each entry; -1 stays -1."""
+        """Table (Bm or 1, Hm or 1, N) read at `at` (n, m) in each entry's group; -1 stays -1."""
         batches, heads = self.groups
         group = self.entry_rows[entries] // self.q_tiles
         b = (group // heads) if table.shape[0] > 1 else torch.zeros_like(group)
@@ -278,11 +277,11 @@ class Layout:
         value_dim: int | None = None,
         itemsize: int = 2,
     ) -> float:
-        """Bytes of keys and values that are read if each visited tile is read once per query tile."""
+        """Bytes of keys and values read if each query tile reads its visited tiles once."""
         width = head_dim + (value_dim or head_dim)
         return self.tile_area / self.q_tile * width * itemsize * batch * kv_heads
 
-    # -- ways in and out (their own files; named here so that they are found) -----------------------
+    # -- ways in and out (their own files; named here so that they are found) --------------------
     @staticmethod
     def from_dense(allowed: Tensor, tile: int | tuple[int, int] = 64) -> Layout:
         """From a boolean mask (Lq, Lkv), (H, Lq, Lkv) or (B, H, Lq, Lkv), True = attend."""
@@ -329,7 +328,7 @@ class Layout:
         kv_len: int,
         tile: int | tuple[int, int] = 64,
     ) -> Layout:
-        """From (query range, key range, type) slices; type full, causal, inv_causal or bi_causal."""
+        """From slices (query range, key range, type): full, causal, inv_causal or bi_causal."""
         from foveate.ops.layout import convert
 
         return convert.from_slices(slices, q_len, kv_len, tile)
@@ -381,6 +380,3 @@ class Layout:
             raise InputError(
                 f"The layout has {groups} head groups, which don't divide {heads} query heads."
             )
-
-
-Predicate = Callable[[Tensor, Tensor], Tensor]

@@ -85,7 +85,7 @@ def from_block_mask(block_mask: BlockMask) -> Layout:
         raise InputError(f"from_block_mask: block sizes {rows} x {cols} must be multiples of 8.")
     partial = _table(block_mask.kv_num_blocks, block_mask.kv_indices)
     whole = torch.zeros_like(partial)
-    if block_mask.full_kv_num_blocks is not None:
+    if block_mask.full_kv_num_blocks is not None and block_mask.full_kv_indices is not None:
         whole = _table(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
     batches, heads = partial.shape[:2]
     found = []

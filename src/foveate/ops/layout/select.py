@@ -69,20 +69,26 @@ def from_selection(
         found.append(
             _join(base, group, rows[mine][keep] % base.q_tiles, mine[keep], kinds[keep], bits)
         )
-    return assemble(found, (batches, heads), (q_len, kv_len), sizes, gathered=listed.int())
+    return assemble(
+        found,
+        (batches, heads),
+        (q_len, kv_len),
+        sizes,
+        gathered=listed.int() if len(listed) else None,
+    )
 
 
 def _choice(name: str, chosen: Tensor, shape: tuple[int, int]) -> Tensor:
     if chosen.dtype != torch.bool or chosen.dim() != 4 or tuple(chosen.shape[2:]) != shape:
         raise InputError(
-            f"{name}: expected bool (B or 1, H or 1, {shape[0]}, {shape[1]}), got {chosen.dtype} of "
-            f"shape {tuple(chosen.shape)}."
+            f"{name}: expected bool (B or 1, H or 1, {shape[0]}, {shape[1]}), got "
+            f"{chosen.dtype} of shape {tuple(chosen.shape)}."
         )
     return chosen
 
 
 def _gather(keys: Tensor, tile: int) -> tuple[Tensor, Tensor]:
-    """Chosen keys, bool (rows, Lkv), as lists of `tile` keys: (lists (m, tile), row of each (m,))."""
+    """Chosen keys, bool (rows, Lkv), as lists of `tile`: (lists (m, tile), row of each (m,))."""
     row, key = keys.nonzero(as_tuple=True)
     counts = torch.bincount(row, minlength=len(keys))
     lists = -(-counts // tile)

@@ -6,6 +6,7 @@ The expression of a combination is put together from its parts', with the parts'
 from __future__ import annotations
 
 from torch import Tensor
+from typing_extensions import override
 
 from foveate.ops.errors import InputError
 from foveate.ops.masks.base import Certainty, Mask
@@ -29,6 +30,7 @@ class _Pair(Mask):
         self.left, self.right = left, right
         self.groups()
 
+    @override
     def groups(self) -> tuple[int, int]:
         (lb, lh), (rb, rh) = self.left.groups(), self.right.groups()
         for what, one, two in (("batch entries", lb, rb), ("heads", lh, rh)):
@@ -87,6 +89,7 @@ class Not(Mask):
         super().__init__(f"~{inner.spec}", inner.tensors)
         self.inner = inner
 
+    @override
     def groups(self) -> tuple[int, int]:
         return self.inner.groups()
 

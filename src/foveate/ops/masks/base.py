@@ -33,7 +33,7 @@ class Certainty(NamedTuple):
 
 
 class Mask:
-    """Base of all masks; combine with `&`, `|`, `~`. `repr(mask)` is the expression that makes it."""
+    """Base of all masks; combine with `&`, `|`, `~`. `repr(mask)` is its expression."""
 
     __slots__ = ("_tensors", "spec")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,7 @@ def whole(mask: str, name: str, value: object, *, least: int) -> int:
     """`value` as an int of at least `least`."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise InputError(f"{mask}({name}={value!r}): expected an integer.")
-    number = int(value)  # type: ignore[call-overload]
+    number = operator.index(value)
     if number < least:
         raise InputError(f"{mask}({name}={number}): expected at least {least}.")
     return number

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from foveate.ops.errors import InputError
 from foveate.ops.masks.base import Certainty, Mask
@@ -117,6 +118,7 @@ class padding(Mask):  # noqa: N801
             )
         super().__init__(f"padding({list(self.lengths)})")
 
+    @override
     def groups(self) -> tuple[int, int]:
         return (len(self.lengths), 1)
 

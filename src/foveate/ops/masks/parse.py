@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from foveate.ops.masks.fixed import documents, padding, prefix, sinks
 from foveate.ops.masks.relative import causal, strided, window
 from foveate.ops.masks.table import blocks, region
 
-MAKERS: dict[str, type[Mask]] = {
+MAKERS: dict[str, Callable[..., Mask]] = {
     maker.__name__: maker
     for maker in (
         causal, window, sinks, prefix, documents, padding, blocks, strided, region,
@@ -79,6 +79,6 @@ def _call(node: ast.Call, tensors: Sequence[Tensor]) -> Mask:
         raise InputError(f"{name!r} is not a mask; {nearest(name, MAKERS)}")
     keywords = {k.arg: _value(k.value, tensors) for k in node.keywords if k.arg}
     try:
-        return MAKERS[node.func.id](*(_value(a, tensors) for a in node.args), **keywords)  # type: ignore[call-arg]
+        return MAKERS[node.func.id](*(_value(a, tensors) for a in node.args), **keywords)
     except TypeError as error:
         raise InputError(f"{ast.unparse(node)!r}: {error}.") from error

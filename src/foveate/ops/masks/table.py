@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from foveate.ops.errors import InputError
 from foveate.ops.masks.base import Certainty, Mask
@@ -44,6 +45,7 @@ class blocks(Mask):  # noqa: N801 - masks read as words
         size = self.tile[0] if self.tile[0] == self.tile[1] else self.tile
         super().__init__(f"blocks($0$, {size})", (tensor,))
 
+    @override
     def groups(self) -> tuple[int, int]:
         return (self.table.shape[0], self.table.shape[1])
 
@@ -58,8 +60,8 @@ class blocks(Mask):  # noqa: N801 - masks read as words
         first, last = (kv_len - q_len) // q_tile, (kv_len - 1) // q_tile
         if q_len and (self._skipped > first or self._skipped + rows <= last):
             raise InputError(
-                f"blocks(tensor, {self.tile}): {q_len} queries at the end of {kv_len} positions need "
-                f"rows {first} to {last}, but the table's {rows} rows stand for "
+                f"blocks(tensor, {self.tile}): {q_len} queries at the end of {kv_len} positions "
+                f"need rows {first} to {last}, but the table's {rows} rows stand for "
                 f"{self._skipped} to {self._skipped + rows - 1}."
             )
 
@@ -112,6 +114,7 @@ class region(Mask):  # noqa: N801
             () if mask is None else mask.tensors,
         )
 
+    @override
     def groups(self) -> tuple[int, int]:
         return (1, 1) if self.inner is None else self.inner.groups()
 

@@ -1,0 +1,311 @@
+"""The core op on every backend against attention by its definition in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import attend, masks, table
+
+from foveate.ops import (
+    Layout,
+    attention,
+    available,
+    blocks,
+    causal,
+    explain,
+    sinks,
+    window,
+)
+from foveate.ops.dispatch import BACKENDS
+
+# Rounding to the output's dtype, and the sums behind a gradient: half an ulp at 1, a few times.
+BAND = {torch.float64: 1e-11, torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+OURS = [name for name in available() if name != "flex"]
+
+
+@dataclasses.dataclass
+class Call:
+    """Tensors of one call, with gradients for out and lse."""
+
+    inputs: list[torch.Tensor]
+    allowed: torch.Tensor
+    options: dict
+    grads: tuple[torch.Tensor, torch.Tensor]
+    bias: torch.Tensor | None
+
+    def truth(self):
+        wide = [x.detach().double().requires_grad_() for x in self.inputs]
+        bias = None if self.bias is None else self.bias.detach().double().requires_grad_()
+        out, lse = attend(*wide, self.allowed, bias=bias, **self.options)
+        return self._collect(out, lse, wide, bias)
+
+    def run(self, backend, **how):
+        own = [x.detach().clone().requires_grad_() for x in self.inputs]
+        bias = None if self.bias is None else self.bias.detach().clone().requires_grad_()
+        out, lse = attention(*own, bias=bias, backend=backend, **self.options, **how)
+        assert out.dtype == self.inputs[0].dtype
+        assert lse.dtype == torch.promote_types(out.dtype, torch.float32)
+        return self._collect(out, lse, own, bias)
+
+    def _collect(self, out, lse, inputs, bias):
+        seen = lse > -torch.inf
+        loss = (out.double() * self.grads[0]).sum() + (lse.double() * self.grads[1])[seen].sum()
+        wanted = inputs if bias is None else [*inputs, bias]
+        if not loss.requires_grad:
+            return [out, lse]
+        grads = torch.autograd.grad(loss, wanted)
+        return [x.detach().double() for x in (out, lse, *grads)]
+
+
+def error(got, want):
+    """Largest difference, each tensor against its own size; empty rows must agree exactly."""
+    worst = 0.0
+    for a, b in zip(got, want):
+        assert a.shape == b.shape
+        assert torch.equal(a == -torch.inf, b == -torch.inf)
+        gap = (a - b).masked_fill(b == -torch.inf, 0).abs().max().item() if a.numel() else 0.0
+        assert gap == gap, "NaN"
+        size = b.masked_fill(b == -torch.inf, 0).abs().max().item() if b.numel() else 0.0
+        worst = max(worst, gap / max(1.0, size))
+    return worst
+
+
+@st.composite
+def calls(draw, dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16)):
+    kv_len = draw(st.integers(1, 70))
+    q_len = draw(st.sampled_from([1, kv_len, draw(st.integers(1, kv_len))]))
+    mask, predicate = draw(masks(kv_len))
+    kv_heads, group = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3]))
+    dim = draw(st.sampled_from([1, 8, 24, 33, 64]))
+    value_dim = draw(st.sampled_from([dim, 16, 5]))
+    dtype = draw(st.sampled_from(dtypes))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    heads = kv_heads * group
+    shapes = [(2, heads, q_len, dim), (2, kv_heads, kv_len, dim), (2, kv_heads, kv_len, value_dim)]
+    inputs = [normal(*s).to(dtype) for s in shapes]
+    options = {
+        "scale": draw(st.sampled_from([None, 0.0, 0.3])),
+        "softcap": draw(st.sampled_from([None, None, 2.0])),
+        "sink_logits": draw(st.sampled_from([None, normal(heads)])),
+    }
+    bias_shape = draw(
+        st.sampled_from([None, None, (kv_len,), (2, 1, 1, kv_len), (heads, q_len, kv_len)])
+    )
+    bias = None if bias_shape is None else normal(*bias_shape).to(dtype)
+    allowed = table(predicate, q_len, kv_len, batch=2)
+    grads = (normal(2, heads, q_len, value_dim), normal(2, heads, q_len))
+    return mask, Call(inputs, allowed, options, grads, bias)
+
+
+def supports(backend, call, **how):
+    """Whether the backend takes the call (auto's preference for another doesn't count)."""
+    from foveate.ops.attention import _checked
+
+    asked = {"mask": None, "layout": None, **how}
+    o = call.options
+    q, k, v = (x.detach().requires_grad_() for x in call.inputs)
+    inputs = _checked(
+        q, k, v, asked["mask"], asked["layout"], o["scale"], o["softcap"], None, call.bias, 0.0
+    )
+    return not BACKENDS[backend].not_supported_reasons(inputs)
+
+
+@pytest.mark.parametrize("backend", OURS)
+@settings(max_examples=60, deadline=None)
+@given(drawn=calls())
+def test_every_output_and_gradient(backend, drawn):
+    mask, call = drawn
+    if not supports(backend, call, mask=mask):
+        with pytest.raises(Exception, match="can't run this call"):
+            call.run(backend, mask=mask)
+        return
+    dtype = call.inputs[0].dtype
+    assert error(call.run(backend, mask=mask), call.truth()) < BAND[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", [b for b in OURS if b not in ("sdpa", "reference")])
+@pytest.mark.parametrize("mask", [None, causal()], ids=["dense", "causal"])
+def test_error_is_at_most_twice_that_of_sdpa(backend, dtype, mask):
+    """DESIGN section 7's rule, where torch's kernel can run: long rows, one common head size."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(1, 4, 384, 64), (1, 2, 384, 64), (1, 2, 384, 64)]
+    inputs = [torch.randn(*s, generator=generator).to(dtype) for s in shapes]
+    allowed = (mask or window(-1, -1)).dense(384, 384)
+    grads = (
+        torch.randn(1, 4, 384, 64, generator=generator).double(),
+        torch.zeros(1, 4, 384).double(),
+    )
+    call = Call(inputs, allowed, {}, grads, None)
+    truth = call.truth()
+    ours, theirs = call.run(backend, mask=mask), call.run("sdpa", mask=mask)
+    band = torch.finfo(dtype).eps
+    for mine, other, exact in zip(ours, theirs, truth):
+        size = exact.abs().max()
+        own, rival = (mine - exact).abs().max() / size, (other - exact).abs().max() / size
+        assert own <= 2 * rival + band
+
+
+def selections(draw, heads):
+    """A layout with tiles and single keys of every head's own, and its dense form."""
+    q_len, kv_len = draw(st.integers(1, 60)), draw(st.integers(1, 60))
+    q_len = min(q_len, kv_len)
+    q_tile, kv_tile = draw(st.sampled_from([(8, 8), (16, 8), (8, 32), (64, 64)]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    tq, tk = -(-q_len // q_tile), -(-kv_len // kv_tile)
+    groups = draw(st.sampled_from([1, heads]))
+    share = draw(st.sampled_from([0.1, 0.5]))
+    tiles = torch.rand(2, groups, tq, tk, generator=generator) < share
+    keys = torch.rand(1, groups, tq, kv_len, generator=generator) < share
+    within = draw(st.sampled_from([None, causal(), causal() & (window(9, 0) | sinks(2))]))
+    layout = Layout.from_selection(tiles, keys, q_len, kv_len, (q_tile, kv_tile), within)
+    chosen = tiles.repeat_interleave(kv_tile, 3)[..., :kv_len] | keys
+    want = chosen.repeat_interleave(q_tile, 2)[:, :, :q_len]
+    if within is not None:
+        want = want & within.dense(q_len, kv_len)
+    return layout, want, generator
+
+
+@st.composite
+def gathered(draw):
+    kv_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (2, 3)]))
+    heads = kv_heads * group
+    layout, want, generator = selections(draw, heads)
+    dtype = draw(st.sampled_from([torch.float64, torch.float32]))
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    q_len, kv_len = layout.q_len, layout.kv_len
+    shapes = [(2, heads, q_len, 16), (2, kv_heads, kv_len, 16), (2, kv_heads, kv_len, 16)]
+    inputs = [normal(*s).to(dtype) for s in shapes]
+    grads = (normal(2, heads, q_len, 16), normal(2, heads, q_len))
+    options = {"scale": None, "softcap": None, "sink_logits": None}
+    return layout, want, Call(inputs, want.expand(2, heads, -1, -1), options, grads, None)
+
+
+@pytest.mark.parametrize("backend", OURS)
+@settings(max_examples=40, deadline=None)
+@given(drawn=gathered())
+def test_layouts_of_tiles_and_single_keys(backend, drawn):
+    layout, want, call = drawn
+    assert torch.equal(layout.dense(), want.expand_as(layout.dense()))
+    assert torch.equal(layout.pairs_by_group(), layout.dense().sum((2, 3)))
+    if supports(backend, call, layout=layout):
+        dtype = call.inputs[0].dtype
+        assert error(call.run(backend, layout=layout), call.truth()) < BAND[dtype]
+
+
+def _gathering(q_len, kv_len, generator):
+    """Queries in a random order, each in two tiles with different keys; keys in a random order."""
+    tiles = torch.zeros(1, 1, 2, 4, dtype=torch.bool)
+    tiles[..., 0, :2] = True
+    tiles[..., 1, 2:] = True
+    base = Layout.from_tiles(tiles, 160, kv_len, (80, 32))
+    order = [torch.randperm(q_len, generator=generator) for _ in range(2)]
+    empty = torch.full((80 - q_len,), -1)
+    q_index = torch.cat([order[0], empty, order[1], empty])[None, None].int()
+    k_index = torch.stack([torch.randperm(kv_len, generator=generator) for _ in range(2)])[:, None]
+    return dataclasses.replace(base, q_len=q_len, q_index=q_index, kv_index=k_index.int())
+
+
+@pytest.mark.parametrize("backend", [b for b in OURS if b != "sdpa"])
+def test_gathered_rows_are_merged_by_lse(backend):
+    generator = torch.Generator().manual_seed(1)
+    layout = _gathering(70, 120, generator)
+    shapes = [(2, 4, 70, 16), (2, 2, 120, 16), (2, 2, 120, 16)]
+    inputs = [torch.randn(*s, generator=generator, dtype=torch.float64) for s in shapes]
+    grads = (torch.randn(2, 4, 70, 16).double(), torch.randn(2, 4, 70).double())
+    call = Call(inputs, torch.ones(2, 4, 70, 120).bool(), {"scale": None}, grads, None)
+    call.options = {"scale": None, "softcap": None, "sink_logits": None}
+    assert bool(layout.dense().all())
+    if supports(backend, call, layout=layout):
+        assert error(call.run(backend, layout=layout), call.truth()) < 1e-11
+    inputs32 = dataclasses.replace(call, inputs=[x.float() for x in call.inputs])
+    assert error(inputs32.run(backend, layout=layout), call.truth()) < 4e-6
+
+
+@pytest.mark.parametrize("backend", OURS)
+@pytest.mark.parametrize("kind", ["key_range", "row_range"])
+def test_ranges(backend, kind):
+    base = window(-1, -1).layout(50, 60, (16, 8))
+    lo = torch.randint(0, 30, (2, 1, 50 if kind == "key_range" else 60))
+    spans = torch.stack((lo, lo + torch.randint(0, 30, lo.shape)), -1).int()
+    code = {"key_range": -1, "row_range": -2}[kind]
+    kinds = torch.where(base.cols % 2 == 0, code, 0).int()
+    layout = dataclasses.replace(base, kinds=kinds, **{kind: spans})
+    # Ranges that differ by batch entry need lists that do.
+    twice = [layout.ptr, layout.ptr + layout.cols.numel()]
+    layout = dataclasses.replace(
+        layout, ptr=torch.cat(twice), cols=layout.cols.repeat(2), kinds=layout.kinds.repeat(2)
+    )
+    i, j = torch.arange(50)[:, None], torch.arange(60)[None, :]
+    at, other = (i, j) if kind == "key_range" else (j, i)
+    inside = (other >= spans[:, 0, :, 0][:, at]) & (other < spans[:, 0, :, 1][:, at])
+    want = inside.reshape(2, 1, 50, 60) | (j // 8 % 2 == 1)
+    assert torch.equal(layout.dense(), want)
+    inputs = [torch.randn(2, 2, n, 16) for n in (50, 60, 60)]
+    grads = (torch.randn(2, 2, 50, 16).double(), torch.randn(2, 2, 50).double())
+    options = {"scale": None, "softcap": None, "sink_logits": None}
+    call = Call(inputs, want, options, grads, None)
+    if supports(backend, call, layout=layout):
+        assert error(call.run(backend, layout=layout), call.truth()) < 4e-6
+
+
+@pytest.mark.parametrize("backend", OURS)
+def test_no_key_and_no_query(backend):
+    q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 0, 8)
+    if backend == "sdpa":
+        with pytest.raises(Exception, match="size 0"):
+            attention(q, k, k, backend=backend)
+        return
+    out, lse = attention(q, k, k, backend=backend)
+    assert not out.any()
+    assert (lse == -torch.inf).all()
+    assert attention(k, q, q, backend=backend).out.shape == (1, 2, 0, 8)
+
+
+@pytest.mark.parametrize("backend", [b for b in OURS if b not in ("sdpa", "reference")])
+def test_unvisited_tiles_are_not_read(backend):
+    """Keys of tiles that the layout doesn't list are NaN, and nothing of them comes through."""
+    layout = (causal() & (window(31, 0) | sinks(8))).layout(128, 512, 64)
+    visited = torch.zeros(512, dtype=torch.bool)
+    for col in layout.cols.tolist():
+        visited[col * 64 : (col + 1) * 64] = True
+    assert 0 < visited.sum() < 512
+    q, k, v = (torch.randn(1, 2, n, 16) for n in (128, 512, 512))
+    k[:, :, ~visited], v[:, :, ~visited] = torch.nan, torch.nan
+    for x in (q, k, v):
+        x.requires_grad_()
+    out, lse = attention(q, k, v, layout=layout, backend=backend)
+    grads = torch.autograd.grad(out.sum() + lse.sum(), (q, k, v))
+    assert all(torch.isfinite(x).all() for x in (out, lse, *grads))
+
+
+def test_auto_prefers_what_explain_says():
+    q = torch.randn(1, 2, 64, 16)
+    story = explain(q, q, q, causal() & window(7, 0))
+    assert story.backend in available()
+    assert set(story.reasons) == set(available())
+    assert story.reasons[story.backend] == []
+    assert all(reasons for name, reasons in story.reasons.items() if name != story.backend)
+    assert str(story).startswith(f"{story.backend} runs this call.")
+
+
+def test_bool_tensor_is_a_mask_and_dropout_drops():
+    q = torch.randn(1, 2, 40, 16)
+    seen = torch.rand(40, 40) > 0.5
+    torch.testing.assert_close(attention(q, q, q, seen), attention(q, q, q, blocks(seen, 1)))
+    plain, dropped = attention(q, q, q), attention(q, q, q, dropout=0.5)
+    torch.testing.assert_close(plain.lse, dropped.lse)
+    assert not torch.allclose(plain.out, dropped.out)
+    mean = torch.stack([attention(q, q, q, dropout=0.5).out for _ in range(400)]).mean(0)
+    assert (mean - plain.out).abs().max() < 0.5 * (dropped.out - plain.out).abs().max()
