@@ -1,0 +1,116 @@
+"""Attention and Pattern: the two contracts that methods on q, k, v fulfil."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from foveate.ops import AttentionOutput, Layout, Mask, attention, window
+from foveate.parts.context import Context
+
+TILE = 64
+EVERYTHING = window(-1, -1)
+
+
+class Attention(ABC):
+    """Takes q, k, v and a context and returns an output.
+
+    A dataclass whose fields are its hyper-parameters; an `nn.Module` as well where it has
+    parameters or persistent state.
+    """
+
+    @abstractmethod
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, ctx: Context | None = None
+    ) -> AttentionOutput:
+        """Attend.
+
+        Args:
+            q: (B, Hq, Lq, D).
+            k: (B, Hkv, Lkv, D), Hq a multiple of Hkv.
+            v: (B, Hkv, Lkv, Dv).
+            ctx: mask, positions and whatever else is known; None is an empty one.
+
+        Returns:
+            out (B, Hq, Lq, Dv) and lse (B, Hq, Lq).
+        """
+
+
+class Pattern(Attention):
+    """An attention that is told whole by the layout it returns, always within the mask."""
+
+    @abstractmethod
+    def layout(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Layout:
+        """Which keys each query sees, within `ctx.mask`; shapes as in `__call__`."""
+
+    def is_dense(self, q: Tensor, k: Tensor, ctx: Context) -> bool:
+        """Whether this call keeps all that the mask allows, so that no choice is to be made."""
+        return False
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, ctx: Context | None = None
+    ) -> AttentionOutput:
+        """Build the layout, then run the core op over it; `ctx.stats` hears of both times."""
+        ctx = Context() if ctx is None else ctx
+        start = _clock(q, ctx)
+        layout = None
+        if not self.is_dense(q, k, ctx):
+            with torch.no_grad():
+                layout = self.layout(q, k, v, ctx)
+        elif ctx.q_positions is not None or ctx.kv_positions is not None:
+            layout = mask_layout(ctx.mask, q, k, ctx)
+        built = _clock(q, ctx)
+        mask = ctx.mask if layout is None else None
+        result = attention(q, k, v, mask, layout=layout, **ctx.options)
+        if ctx.stats is not None:
+            done = _clock(q, ctx)
+            ctx.stats(
+                layer=ctx.layer,
+                layout=mask_layout(ctx.mask, q, k, ctx) if layout is None else layout,
+                build_seconds=built - start,
+                attend_seconds=done - built,
+            )
+        return result
+
+
+def mask_layout(
+    mask: Mask | None, q: Tensor, k: Tensor, ctx: Context, tile: int | tuple[int, int] = TILE
+) -> Layout:
+    """The layout of a mask for this call's lengths, positions and device.
+
+    The core op keeps the layouts of masks without positions; those with positions are kept in
+    `ctx.store`, so that the layers of one forward build them once.
+    """
+    mask = EVERYTHING if mask is None else mask
+    q_len, kv_len = q.shape[2], k.shape[2]
+    if ctx.q_positions is None and ctx.kv_positions is None:
+        return mask.layout(q_len, kv_len, tile, device=q.device)
+    kept = ctx.store.setdefault((mask_layout, mask, q_len, kv_len, tile, q.device), [])
+    for q_positions, kv_positions, layout in kept:
+        if _same(q_positions, ctx.q_positions) and _same(kv_positions, ctx.kv_positions):
+            return layout
+    layout = mask.layout(
+        q_len,
+        kv_len,
+        tile,
+        q_positions=ctx.q_positions,
+        kv_positions=ctx.kv_positions,
+        device=q.device,
+    )
+    kept.append((ctx.q_positions, ctx.kv_positions, layout))
+    return layout
+
+
+def _same(one: Tensor | None, two: Tensor | None) -> bool:
+    if one is two:
+        return True
+    return one is not None and two is not None and torch.equal(one, two)
+
+
+def _clock(q: Tensor, ctx: Context) -> float:
+    if ctx.stats is not None and q.is_cuda:
+        torch.cuda.synchronize(q.device)
+    return perf_counter()

@@ -1,0 +1,93 @@
+"""Context: what an attention may look at besides q, k and v."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from foveate.ops import Mask
+from foveate.ops.errors import InputError
+
+Phase = Literal["train", "prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("train", "prefill", "decode")
+
+
+@dataclass
+class Context:
+    """Everything that a call knows; mostly empty. Shapes: B batch, H heads, L length, D head size.
+
+    Attributes:
+        mask: who may attend; None is everyone, as in `foveate.attention`.
+        q_positions: integer (Lq,) or (B, Lq); None aligns the last query with the last key. With
+            left padding, index minus padding: negative on the padding.
+        kv_positions: integer (Lkv,) or (B, Lkv); None is 0 ... Lkv - 1.
+        phase: "train", "prefill" or "decode" (new tokens against a cache).
+        layer: index of the layer, from 0.
+        scale: factor on the scores; None is D ** -0.5.
+        softcap: c in c * tanh(score / c).
+        sink_logits: (Hq,), one more logit in each row's sum.
+        bias: added to the scores, broadcastable to (B, Hq, Lq, Lkv).
+        dropout: probability of dropping a weight.
+        backend: backend of the core op, "auto" or a name.
+        hidden: (B, L, dim), input of the layer.
+        raw_query: (B, Hq, Lq, D), before the rotation of positions.
+        raw_key: (B, Hkv, Lkv, D), likewise.
+        grid: shape of the tokens where they are an image or a video.
+        modality: integer (L,) or (B, L), kind of each token.
+        document_ids: integer (L,) or (B, L), document of each token.
+        tree: integer parents of the tokens, for tree decoding.
+        step: diffusion step.
+        generator: random state for methods that draw.
+        cache: the layer's cache, where the method keeps one of its own.
+        store: shared by the layers of one forward; methods use their own keys.
+        stats: called as stats(layer=, layout=, build_seconds=, attend_seconds=) after each pattern.
+    """
+
+    mask: Mask | None = None
+    q_positions: Tensor | None = None
+    kv_positions: Tensor | None = None
+    phase: Phase = "prefill"
+    layer: int = 0
+    scale: float | None = None
+    softcap: float | None = None
+    sink_logits: Tensor | None = None
+    bias: Tensor | None = None
+    dropout: float = 0.0
+    backend: str = "auto"
+    hidden: Tensor | None = None
+    raw_query: Tensor | None = None
+    raw_key: Tensor | None = None
+    grid: tuple[int, ...] | None = None
+    modality: Tensor | None = None
+    document_ids: Tensor | None = None
+    tree: Tensor | None = None
+    step: float | None = None
+    generator: torch.Generator | None = None
+    cache: Any = None
+    store: dict[Any, Any] = field(default_factory=dict)
+    stats: Callable[..., None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.mask is not None and not isinstance(self.mask, Mask):
+            raise InputError(
+                f"Context(mask=...): expected a mask such as causal(), got "
+                f"{type(self.mask).__name__}; wrap a boolean tensor as blocks(tensor, 1)."
+            )
+        if self.phase not in PHASES:
+            raise InputError(f"Context(phase={self.phase!r}): expected one of {', '.join(PHASES)}.")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the model asks of the core op, as keyword arguments of `foveate.attention`."""
+        return {
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "sink_logits": self.sink_logits,
+            "bias": self.bias,
+            "dropout": self.dropout,
+            "backend": self.backend,
+        }
