@@ -68,10 +68,8 @@ def test_column_intervals_by_head_and_on_whole_tiles():
     row = torch.arange(60)[:, None]
     want = ~((row >= start[:, :, None]) & (row < end[:, :, None]))
     assert torch.equal(layout.dense(), want)
-    dark = Layout.from_column_intervals(
-        torch.full((64,), 16), torch.full((64,), 48), torch.zeros(64).long(), torch.zeros(64).long(),
-        64, 16,
-    )  # fmt: skip
+    from_16, to_48, never = (torch.full((64,), n) for n in (16, 48, 0))
+    dark = Layout.from_column_intervals(from_16, to_48, never, never, 64, 16)
     assert dark.tile_density == 0.5
     assert len(dark.bits) == 0
 

@@ -19,7 +19,7 @@ from foveate.ops.layout import FULL, Layout
 from foveate.ops.masks import window
 from foveate.ops.types import AttentionOutput
 
-_BUDGET = 1 << 22
+_BUDGET = 1 << 21
 
 
 class Blocks(Backend):
@@ -38,9 +38,9 @@ class Blocks(Backend):
         for chunk in _chunks(inputs, layout, work):
             scores, _ = chunk.scores(inputs)
             top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(work).min)
-            weights = torch.exp(scores - top)
+            weights = scores.sub_(top).exp_()
             total = weights.sum(-1, keepdim=True)
-            part = (weights @ chunk.value) / total.masked_fill(total == 0, 1.0)
+            part = (weights @ chunk.value).div_(total.masked_fill(total == 0, 1.0))
             out[chunk.virtual] = chunk.spread(part)
             lse[chunk.virtual] = chunk.spread(top + total.log())[..., 0]
         if layout.q_index is None:
@@ -72,7 +72,7 @@ class Blocks(Backend):
         for chunk in _chunks(inputs, layout, work):
             scores, slope = chunk.scores(inputs)
             row = chunk.rows(finite[..., None])
-            weights = torch.exp(scores - row)
+            weights = scores.sub_(row).exp_()
             g = chunk.rows(do)
             ds = weights * (g @ chunk.value.mT - chunk.rows(delta[..., None]))
             chunk.add_keys(dv, weights.mT @ g)
@@ -163,7 +163,7 @@ class _Chunk:
 
     def scores(self, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
         """(b, n, R, pack * q_tile, K) scores, -inf where hidden, and the slope of softcap."""
-        scores, slope = self.query @ self.key.mT * inputs.scale, None
+        scores, slope = (self.query * inputs.scale) @ self.key.mT, None
         if inputs.softcap is not None:
             bent = torch.tanh(scores / inputs.softcap)
             scores, slope = inputs.softcap * bent, 1 - bent * bent
@@ -171,7 +171,7 @@ class _Chunk:
             scores = scores + self._bias(inputs.bias, inputs).to(scores.dtype)
         if self.hidden is not None:
             hidden = self.hidden.repeat(1, self.heads.shape[1], 1)
-            scores = scores.masked_fill(hidden, -torch.inf)
+            scores = scores.masked_fill_(hidden, -torch.inf)
         return scores, slope
 
     def _bias_at(self, shape: torch.Size) -> tuple[Tensor, ...]:
