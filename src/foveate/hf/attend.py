@@ -1,0 +1,254 @@
+"""The attention function that transformers' layers call while a model is in use.
+
+It turns the layer's arguments into a Context, runs the method of that module (several, if heads
+differ) and hands the output back in transformers' axes, (B, Lq, Hq, Dv).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from foveate.hf.assignment import HeadGroup
+from foveate.hf.errors import ModelError
+from foveate.hf.sites import Site
+from foveate.hf.view import View, view_of
+from foveate.methods import make
+from foveate.ops import AttentionOutput, causal, documents
+from foveate.parts import Attention, Context, Pattern
+from foveate.parts.context import Phase
+
+# Arguments of a layer that change the result and that nothing here knows how to honour.
+_FOREIGN = {
+    "cache": "a paged cache (continuous batching)",
+    "sinks": "per-token sinks",
+    "block_indices": "a block selection of the model's own",
+}
+
+
+@dataclass
+class Running:
+    """What the modules of one use share.
+
+    Attributes:
+        backend: the core op's backend.
+        stats: called by patterns with what they built and how long it took; or None.
+        store: what the layers of one forward share; a new dict for each forward.
+        last: order of the module that ran last.
+    """
+
+    backend: str = "auto"
+    stats: Callable[..., None] | None = None
+    store: dict[Any, Any] = field(default_factory=dict)
+    last: int = -1
+
+    def enter(self, order: int) -> dict[Any, Any]:
+        """The store for a module: modules run in order, so one that doesn't begins a forward."""
+        if order <= self.last:
+            self.store = {}
+        self.last = order
+        return self.store
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What one module runs, and for which use."""
+
+    site: Site
+    groups: list[HeadGroup]
+    running: Running
+
+
+SEATS: WeakKeyDictionary[nn.Module, Seat] = WeakKeyDictionary()
+
+
+@torch.compiler.disable
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What foveate registers with transformers' AttentionInterface.
+
+    Args:
+        module: the layer's attention module.
+        query: (B, Hq, Lq, D), rotated.
+        key: (B, Hkv, Lkv, D), rotated, not repeated.
+        value: (B, Hkv, Lkv, Dv).
+        attention_mask: what `foveate.hf.view.view_of` takes.
+        dropout: probability of dropping a weight.
+        scaling: factor on the scores, default D ** -0.5.
+        is_causal: what no mask means; default: the module's own flag.
+        kwargs: `sliding_window`, `softcap`, `s_aux` (learned sinks, (Hq,)) and `position_bias`
+            (broadcastable to (B, Hq, Lq, Lkv)) count; weights (`output_attentions`) can't be had.
+
+    Returns:
+        The output, (B, Lq, Hq, Dv) contiguous, and None.
+
+    Raises:
+        ModelError: the call asks for something that can't be honoured.
+    """
+    _refuse(module, kwargs)
+    batch = max(query.shape[0], key.shape[0])
+    if query.shape[0] != batch or key.shape[0] != batch:
+        query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
+    causally = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    q_len = query.shape[2]
+    view = view_of(
+        attention_mask,
+        q_len=q_len,
+        kv_len=key.shape[2],
+        is_causal=bool(causally),
+        sliding_window=kwargs.get("sliding_window"),
+    )
+    if view.kv_len < key.shape[2]:
+        key, value = key[:, :, : view.kv_len], value[:, :, : view.kv_len]
+    bias = kwargs.get("position_bias")
+    if bias is not None:
+        bias = bias[..., : view.kv_len]
+        view = replace(view, bias=bias if view.bias is None else bias + view.bias)
+    if view.bias is not None:
+        view = replace(view, bias=view.bias.expand(-1, -1, q_len, view.kv_len))
+
+    seat = SEATS.get(module)
+    running = Running() if seat is None else seat.running
+    groups = [HeadGroup(None, make("full"))] if seat is None else seat.groups
+    context = Context(
+        phase=_phase(module, q_len, view.kv_len),
+        layer=seat.site.layer if seat is not None else getattr(module, "layer_idx", None) or 0,
+        scale=scaling,
+        softcap=kwargs.get("softcap"),
+        sink_logits=kwargs.get("s_aux"),
+        dropout=float(dropout),
+        backend=running.backend,
+        store=running.enter(seat.site.order) if seat is not None else {},
+        stats=running.stats,
+    )
+    out = _by_head(groups, query, key, value, view, context)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _refuse(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    config = getattr(module, "config", None)
+    if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
+        raise ModelError(
+            "Attention weights were asked for (output_attentions=True), but they are never formed "
+            "here. Leave foveate.use and call model.set_attn_implementation('eager') to get them."
+        )
+    for name, what in _FOREIGN.items():
+        if kwargs.get(name) is not None:
+            raise ModelError(
+                f"{type(module).__name__} passed {what} ({name}=), which foveate.use doesn't "
+                "support; run this model with transformers' own attention."
+            )
+
+
+def _phase(module: nn.Module, q_len: int, kv_len: int) -> Phase:
+    if module.training:
+        return "train"
+    return "decode" if q_len == 1 < kv_len else "prefill"
+
+
+def _by_head(
+    groups: list[HeadGroup], query: Tensor, key: Tensor, value: Tensor, view: View, ctx: Context
+) -> Tensor:
+    """Each group of query heads by its own method; (B, Hq, Lq, Dv)."""
+    if len(groups) == 1 and groups[0].heads is None:
+        return _by_document(groups[0].method, query, key, value, view, ctx)
+    heads, shared = query.shape[1], query.shape[1] // key.shape[1]
+    out: Tensor | None = None
+    for group in groups:
+        index = torch.tensor(group.heads, device=query.device)
+        kv_index = _kv_heads(index, shared)
+        sinks = ctx.sink_logits
+        part = _by_document(
+            group.method,
+            query[:, index],
+            key[:, kv_index],
+            value[:, kv_index],
+            view.heads(index, heads),
+            replace(ctx, sink_logits=None if sinks is None else sinks[index]),
+        )
+        if out is None:
+            out = part.new_empty(part.shape[0], heads, *part.shape[2:])
+        out = out.index_copy(1, index, part)
+    assert out is not None
+    return out
+
+
+def _kv_heads(index: Tensor, shared: int) -> Tensor:
+    """Key/value heads for the query heads `index`, each once if they share them evenly."""
+    owner = index // shared
+    heads, counts = torch.unique_consecutive(owner, return_counts=True)
+    even = bool((counts == counts[0]).all()) and len(heads) == len(torch.unique(owner))
+    return heads if even else owner
+
+
+def _by_document(
+    method: Attention, query: Tensor, key: Tensor, value: Tensor, view: View, ctx: Context
+) -> Tensor:
+    """One method, on each packed sequence as if it stood alone; (B, Hq, Lq, Dv)."""
+    mask, ids = view.mask, view.documents
+    if ids is None:
+        ctx = replace(
+            ctx,
+            mask=mask,
+            q_positions=view.q_positions,
+            kv_positions=view.kv_positions,
+            bias=view.bias,
+        )
+        return _run(method, query, key, value, ctx)
+    dense = isinstance(method, Pattern) and method.is_dense(query, key, replace(ctx, mask=mask))
+    if dense and bool((ids == ids[:1]).all()):
+        counts = torch.unique_consecutive(ids[0], return_counts=True)[1]
+        bounds = [0, *counts.cumsum(0).tolist()]
+        together = documents(bounds) if mask is None else mask & documents(bounds)
+        return _run(method, query, key, value, replace(ctx, mask=together, bias=view.bias))
+    out = value.new_zeros(*query.shape[:3], value.shape[-1])
+    for length, rows in _segments(ids).items():
+        b = torch.tensor([r for r, _ in rows], device=query.device)[:, None]
+        at = torch.tensor([s for _, s in rows], device=query.device)[:, None]
+        at = at + torch.arange(length, device=query.device)
+        pick = (b, slice(None), at)
+        parts = [x[pick].transpose(1, 2) for x in (query, key, value)]
+        bias = None
+        if view.bias is not None:
+            whole = view.bias.expand(len(ids), -1, -1, -1)
+            bias = whole[b[..., None], :, at[:, :, None], at[:, None, :]].permute(0, 3, 1, 2)
+        # Each stands alone, also in what its layers share.
+        store = ctx.store.setdefault(("document", length), {})
+        alone = replace(ctx, mask=mask, bias=bias, store=store)
+        part = _run(method, *parts, alone)
+        out = out.index_put(
+            (b[..., None], torch.arange(out.shape[1], device=b.device), at[..., None]),
+            part.transpose(1, 2),
+        )
+    return out
+
+
+def _segments(ids: Tensor) -> dict[int, list[tuple[int, int]]]:
+    """Packed sequences by length: {length: [(row, start), ...]}."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for row in range(ids.shape[0]):
+        counts = torch.unique_consecutive(ids[row], return_counts=True)[1].tolist()
+        start = 0
+        for count in counts:
+            found.setdefault(count, []).append((row, start))
+            start += count
+    return found
+
+
+def _run(method: Attention, query: Tensor, key: Tensor, value: Tensor, ctx: Context) -> Tensor:
+    result: AttentionOutput = method(query, key, value, ctx)
+    return result.out

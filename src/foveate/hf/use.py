@@ -1,0 +1,194 @@
+"""`foveate.use`: run a transformers model through a pattern, and undo it exactly.
+
+Two functions are registered with transformers under one name of ours, for attention and for masks
+(with only the first, transformers silently makes no mask), while at least one model is in use; the
+model's configs are pointed at that name. No forward is replaced, no module is changed: which module
+runs what is held beside them, weakly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from foveate.hf.assignment import Assignment, plan_of
+from foveate.hf.attend import SEATS, Running, Seat, attend
+from foveate.hf.errors import InUseError, ModelError
+from foveate.hf.masks import make_mask
+from foveate.hf.sites import Site, sites
+from foveate.parts import Attention
+
+NAME = "foveate_attention"
+
+
+@dataclass
+class _Held:
+    """A config that points at us, what it pointed at before, and for how many uses."""
+
+    config: Any
+    before: str | None
+    count: int
+
+
+_HELD: dict[int, _Held] = {}
+_ACTIVE: set[Use] = set()
+
+
+def use(
+    model: nn.Module,
+    pattern: str | Attention | Assignment,
+    *,
+    backend: str = "auto",
+    cross: bool = False,
+    stats: Callable[..., None] | None = None,
+) -> Use:
+    """Run a transformers model's attention through foveate, until undone.
+
+        foveate.use(model, "sink-window")                    # stays until .undo()
+        with foveate.use(model, "vertical-slash(verticals=500)"):
+            model.generate(...)                              # undone on exit, also by an exception
+
+    The pattern applies within whatever the model masks (causality, padding, its own sliding
+    windows), in training, prefill and decoding, with dynamic and static caches. A pattern alone
+    doesn't shrink the cache: see `foveate.hf.streaming_cache`.
+
+    Args:
+        model: a transformers model; only its own attention modules are concerned.
+        pattern: a method's key, with hyper-parameters as "key(field=value)"; an attention; or an
+            Assignment of patterns to layers and heads.
+        backend: the core op's backend, "auto" for the fastest that can.
+        cross: whether a single pattern is for cross-attention as well, which otherwise stays full.
+        stats: called after each layer as `stats(layer=, layout=, build_seconds=,
+            attend_seconds=)` by methods that are patterns.
+
+    Raises:
+        UnknownMethodError: no such pattern.
+        AssignmentError: the assignment names layers or heads that the model doesn't have.
+        InUseError: the model, or a part of it, is in use already.
+        ModelError: the model's attention can't be reached.
+    """
+    return Use(model, pattern, backend=backend, cross=cross, stats=stats)
+
+
+class Use:
+    """A model in use; `undo()` or the end of a `with` block puts everything back."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pattern: str | Attention | Assignment,
+        *,
+        backend: str = "auto",
+        cross: bool = False,
+        stats: Callable[..., None] | None = None,
+    ) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise ModelError(
+                f"use(model, ...): expected a transformers model, got {type(model).__name__}. In a "
+                "model of your own, compose foveate.Attention instead."
+            )
+        self.pattern = pattern
+        self.sites: dict[str, Site] = {}
+        found = sites(model)
+        plan = plan_of(pattern, found, cross)
+        taken = [site.name for module, site in found.items() if module in SEATS]
+        if taken:
+            raise InUseError(
+                f"{type(model).__name__} is in use already (its {taken[0]}); call .undo() on that "
+                "use, or leave its with block, before the next one."
+            )
+        configs = list(_configs(model))
+        for config in configs:
+            if getattr(config, "output_attentions", False):
+                raise ModelError(
+                    "The model's config asks for attention weights (output_attentions=True), which "
+                    "are never formed here; set it to False first."
+                )
+        self._modules = list(found)
+        self._configs = configs
+        self._active = False
+        running = Running(backend, stats)
+        try:
+            self._point(model, found)
+            for module, site in found.items():
+                SEATS[module] = Seat(site, plan[module], running)
+                self.sites[site.name] = site
+        except BaseException:
+            self.undo()
+            raise
+
+    def _point(self, model: PreTrainedModel, found: dict[nn.Module, Site]) -> None:
+        """Register our name if nobody has yet, and point the model's configs at it."""
+        AttentionInterface.register(NAME, attend)
+        AttentionMaskInterface.register(NAME, make_mask)
+        _ACTIVE.add(self)
+        self._active = True
+        for config in self._configs:
+            held = _HELD.setdefault(id(config), _Held(config, config._attn_implementation, 0))
+            held.count += 1
+        model.set_attn_implementation(NAME)
+        for module, site in found.items():
+            config = getattr(module, "config", None)
+            if config is not None and config._attn_implementation != NAME:
+                raise ModelError(
+                    f"{type(model).__name__} doesn't let its attention be chosen: {site.name} stays "
+                    f"with {config._attn_implementation!r}."
+                )
+
+    def undo(self) -> None:
+        """Put the model back as it was; a second call does nothing."""
+        if not self._active:
+            return
+        self._active = False
+        for module in self._modules:
+            SEATS.pop(module, None)
+        for config in self._configs:
+            held = _HELD[id(config)]
+            held.count -= 1
+            if not held.count:
+                del _HELD[id(config)]
+                config._attn_implementation_internal = held.before
+        _ACTIVE.discard(self)
+        if not _ACTIVE:
+            for registry in (AttentionInterface, AttentionMaskInterface):
+                registry._global_mapping.pop(NAME, None)
+
+    @property
+    def active(self) -> bool:
+        """Whether the model still runs through this use."""
+        return self._active
+
+    def __enter__(self) -> Use:
+        if not self._active:
+            raise InUseError("This use was undone; call foveate.use again.")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.undo()
+
+    def __repr__(self) -> str:
+        state = "active" if self._active else "undone"
+        return f"Use({self.pattern!r}, {len(self.sites)} attention modules, {state})"
+
+
+def _configs(model: nn.Module) -> Iterator[Any]:
+    """Every config of a model and of its parts, each once."""
+    seen: set[int] = set()
+    waiting = [m.config for m in model.modules() if hasattr(m, "config")]
+    while waiting:
+        config = waiting.pop(0)
+        if config is None or id(config) in seen or not hasattr(config, "_attn_implementation"):
+            continue
+        seen.add(id(config))
+        yield config
+        waiting.extend(getattr(config, name, None) for name in config.sub_configs)
