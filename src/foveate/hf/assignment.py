@@ -35,7 +35,7 @@ Heads = tuple[tuple[tuple[int, ...], str], ...]
 
 
 def _heads_of(text: object, where: str) -> tuple[int, ...]:
-    """ "0-4,6" as (0, 1, 2, 3, 4, 6)."""
+    """Heads such as 0-4,6 as (0, 1, 2, 3, 4, 6)."""
     if isinstance(text, int) and not isinstance(text, bool):
         text = str(text)
     numbers: list[int] = []
@@ -152,7 +152,7 @@ class Assignment:
         plan: dict[nn.Module, list[HeadGroup]] = {}
         for module, site in found.items():
             key = self._key(site, stacks)
-            what = "full" if site.cross else self.default
+            what: str | Mapping[int | str, str] = "full" if site.cross else self.default
             if key is not None:
                 what = self.layers[key]
                 left.pop(key, None)
@@ -176,7 +176,8 @@ class Assignment:
     def _groups(self, what: str | Mapping[int | str, str], site: Site) -> list[HeadGroup]:
         if isinstance(what, str):
             return [HeadGroup(None, make(what))]
-        groups, named = [], set()
+        groups: list[HeadGroup] = []
+        named: set[int] = set()
         for heads, pattern in what.items():
             numbers = _heads_of(heads, site.name)
             if site.heads is not None and max(numbers) >= site.heads:

@@ -19,7 +19,7 @@ from foveate.hf.errors import ModelError
 from foveate.hf.sites import Site
 from foveate.hf.view import View, view_of
 from foveate.methods import make
-from foveate.ops import AttentionOutput, causal, documents
+from foveate.ops import AttentionOutput, documents
 from foveate.parts import Attention, Context, Pattern
 from foveate.parts.context import Phase
 
@@ -221,7 +221,7 @@ def _by_document(
         at = torch.tensor([s for _, s in rows], device=query.device)[:, None]
         at = at + torch.arange(length, device=query.device)
         pick = (b, slice(None), at)
-        parts = [x[pick].transpose(1, 2) for x in (query, key, value)]
+        q, k, v = (x[pick].transpose(1, 2) for x in (query, key, value))
         bias = None
         if view.bias is not None:
             whole = view.bias.expand(len(ids), -1, -1, -1)
@@ -229,7 +229,7 @@ def _by_document(
         # Each stands alone, also in what its layers share.
         store = ctx.store.setdefault(("document", length), {})
         alone = replace(ctx, mask=mask, bias=bias, store=store)
-        part = _run(method, *parts, alone)
+        part = _run(method, q, k, v, alone)
         out = out.index_put(
             (b[..., None], torch.arange(out.shape[1], device=b.device), at[..., None]),
             part.transpose(1, 2),

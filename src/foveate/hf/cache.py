@@ -40,6 +40,8 @@ class SinkWindowLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = False
     supports_early_init = False
+    keys: Tensor | None
+    values: Tensor | None
 
     def __init__(
         self, sinks: int, window: int, turn: Turn | None = None, pads: Tensor | None = None
@@ -65,9 +67,9 @@ class SinkWindowLayer(CacheLayerMixin):
         batch = key_states.shape[0]
         if batch % len(self.first_pads):
             raise InputError(
-                f"The cache was made for the padding of {len(self.first_pads)} rows, but it is used "
-                f"with a batch of {batch}; pass the same attention_mask to streaming_cache and to "
-                "the model."
+                f"The cache was made for the padding of {len(self.first_pads)} rows, but it is "
+                f"used with a batch of {batch}; pass the same attention_mask to streaming_cache and "
+                "to the model."
             )
         self.pads = self.first_pads.repeat_interleave(batch // len(self.first_pads))
         self.dropped = torch.zeros(batch, dtype=torch.int64)
@@ -84,43 +86,47 @@ class SinkWindowLayer(CacheLayerMixin):
         new = key_states.shape[-2]
         if new <= self.window:
             self._cut(self.capacity - new)
-        self.keys = torch.cat([self.keys, key_states], dim=-2)
-        self.values = torch.cat([self.values, value_states], dim=-2)
+        held_keys, held_values = self._held()
+        self.keys = torch.cat([held_keys, key_states], dim=-2)
+        self.values = values = torch.cat([held_values, value_states], dim=-2)
         self.seen += new
-        keys, values = self._placed(), self.values
+        keys = self._placed(self.keys)
         self._cut(self.capacity)
         return keys, values
 
-    def _placed(self) -> Tensor:
+    def _placed(self, keys: Tensor) -> Tensor:
         """The keys at their positions inside the cache, relative to the newest query."""
-        assert self.keys is not None
         if self.turn is None or not self.sinks or not bool(self.dropped.any()):
-            return self.keys
+            return keys
         same = bool((self.dropped == self.dropped[0]).all())
         by = self.dropped[:1] if same else self.dropped
-        turned = self.turn(self.keys[..., : self.sinks, :], by)
-        return torch.cat([turned, self.keys[..., self.sinks :, :]], dim=-2)
+        turned = self.turn(keys[..., : self.sinks, :], by)
+        return torch.cat([turned, keys[..., self.sinks :, :]], dim=-2)
 
     def _cut(self, size: int) -> None:
         """Keep `size` tokens: padding goes first, then what stands behind the sinks."""
-        assert self.keys is not None and self.values is not None
         excess = self.kept - size
         if excess <= 0:
             return
+        keys, values = self._held()
         front = self.pads.clamp(max=excess)
         self.pads = self.pads - front
         self.dropped = self.dropped + (excess - front)
         if not bool((front > 0).any()):
-            self.keys, self.values = (self._without(x, excess) for x in (self.keys, self.values))
+            self.keys, self.values = (self._without(x, excess) for x in (keys, values))
             return
         index = torch.arange(size)[None] + excess
         at_front = torch.arange(size)[None] + front[:, None]
         index = torch.where(torch.arange(size)[None] < self.sinks, at_front, index)
-        index = index[:, None, :, None].to(self.keys.device)
+        index = index[:, None, :, None].to(keys.device)
         self.keys, self.values = (
-            x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
-            for x in (self.keys, self.values)
+            x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (keys, values)
         )
+
+    def _held(self) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
 
     def _without(self, held: Tensor, excess: int) -> Tensor:
         return torch.cat([held[..., : self.sinks, :], held[..., self.sinks + excess :, :]], dim=-2)
@@ -147,7 +153,7 @@ class SinkWindowLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.keys = self.values = None
+        self.keys, self.values = None, None
         self.is_initialized = False
         self.seen = 0
 
@@ -159,18 +165,15 @@ class SinkWindowLayer(CacheLayerMixin):
         if count < 0 or count > self.seen or self.seen > self.kept:
             raise ModelError(
                 f"The cache can't take back {count} tokens: it has dropped "
-                f"{self.seen - self.kept} that would have to return. Assisted decoding needs a cache "
-                "that keeps everything."
+                f"{self.seen - self.kept} that would have to return. Assisted decoding needs a "
+                "cache that keeps everything."
             )
-        assert self.keys is not None and self.values is not None
-        self.keys, self.values = self.keys[..., :-count, :], self.values[..., :-count, :]
+        self.keys, self.values = (x[..., :-count, :] for x in self._held())
         self.seen -= count
 
     def _pick(self, index: Tensor) -> None:
         if self.is_initialized:
-            assert self.keys is not None and self.values is not None
-            self.keys = self.keys.index_select(0, index.to(self.keys.device))
-            self.values = self.values.index_select(0, index.to(self.values.device))
+            self.keys, self.values = (x.index_select(0, index.to(x.device)) for x in self._held())
             self.pads, self.dropped = self.pads[index.cpu()], self.dropped[index.cpu()]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -256,7 +259,7 @@ def _left_padding(attention_mask: Tensor) -> Tensor:
     spans = contiguous(attention_mask.bool())
     if spans is None or bool((spans.ends != attention_mask.shape[1]).any()):
         raise InputError(
-            "streaming_cache(attention_mask): expected left padding, zeros before each row's tokens "
-            "only; pad the prompt on the left (tokenizer.padding_side = 'left')."
+            "streaming_cache(attention_mask): expected left padding, zeros only before each row's "
+            "tokens; pad the prompt on the left (tokenizer.padding_side = 'left')."
         )
     return spans.starts.cpu()

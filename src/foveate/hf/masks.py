@@ -88,10 +88,10 @@ class LazyMask(Tensor):
         """A mask that answers `request`."""
         return _wrap(cls, request, None)
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(  # noqa: D105
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
         types: Any,

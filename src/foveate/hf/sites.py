@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -41,9 +42,9 @@ class Site:
 
 
 @lru_cache(maxsize=1024)
-def _asks(kind: type[nn.Module]) -> bool:
+def _asks(kind: Callable[..., nn.Module]) -> bool:
     try:
-        source = inspect.getsource(kind.forward)
+        source = inspect.getsource(kind.forward)  # type: ignore[attr-defined]
     except (OSError, TypeError):
         return False
     return "ALL_ATTENTION_FUNCTIONS" in source
@@ -59,7 +60,7 @@ def sites(model: nn.Module) -> dict[nn.Module, Site]:
     counts: dict[tuple[str, bool], list[int]] = {}
     places: list[tuple[nn.Module, str, str, int, bool]] = []
     for name, module in model.named_modules():
-        if not _asks(type(module)):
+        if not _asks(type(module)):  # type: ignore[arg-type]
             continue
         match = re.match(r"(.*?)\.?(\d+)(?:\.|$)", name)
         stack, number = (match[1], int(match[2])) if match else ("", 0)
@@ -75,8 +76,9 @@ def sites(model: nn.Module) -> dict[nn.Module, Site]:
     if not found:
         raise ModelError(
             f"{type(model).__name__} has no attention that takes its function from transformers' "
-            "AttentionInterface, so foveate can't reach it. Use a model of transformers itself whose "
-            "attention was ported to that interface (most were), or foveate.Attention in your own."
+            "AttentionInterface, so foveate can't reach it. Use a model of transformers itself "
+            "whose attention goes through that interface (most do), or foveate.Attention in your "
+            "own."
         )
     return found
 

@@ -136,8 +136,8 @@ class Use:
             config = getattr(module, "config", None)
             if config is not None and config._attn_implementation != NAME:
                 raise ModelError(
-                    f"{type(model).__name__} doesn't let its attention be chosen: {site.name} stays "
-                    f"with {config._attn_implementation!r}."
+                    f"{type(model).__name__} doesn't let its attention be chosen: {site.name} "
+                    f"stays with {config._attn_implementation!r}."
                 )
 
     def undo(self) -> None:
@@ -184,7 +184,7 @@ class Use:
 def _configs(model: nn.Module) -> Iterator[Any]:
     """Every config of a model and of its parts, each once."""
     seen: set[int] = set()
-    waiting = [m.config for m in model.modules() if hasattr(m, "config")]
+    waiting: list[Any] = [m.config for m in model.modules() if hasattr(m, "config")]
     while waiting:
         config = waiting.pop(0)
         if config is None or id(config) in seen or not hasattr(config, "_attn_implementation"):

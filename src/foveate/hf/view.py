@@ -103,17 +103,17 @@ def view_of(
     if isinstance(given, Tensor):
         return _tensor(given, q_len, kv_len, is_causal)
     raise ModelError(
-        f"The layer was handed a mask of type {type(given).__name__}; expected a boolean or additive "
-        "tensor (B, 1 or H, Lq, Lkv), a padding mask (B, Lkv), a BlockMask or None."
+        f"The layer was handed a mask of type {type(given).__name__}; expected a boolean or an "
+        "additive tensor (B, 1 or H, Lq, Lkv), a padding mask (B, Lkv), a BlockMask or None."
     )
 
 
 def _fits(mask: Tensor, q_len: int, kv_len: int) -> None:
     if mask.shape[-1] != kv_len or mask.shape[-2] not in (q_len, 1):
         raise ModelError(
-            f"The attention mask is for {mask.shape[-2]} queries and {mask.shape[-1]} keys, but the "
-            f"layer has {q_len} and {kv_len}. If you passed it, make it match; if the model made "
-            "it, its cache and its mask disagree."
+            f"The attention mask is for {mask.shape[-2]} queries and {mask.shape[-1]} keys, but "
+            f"the layer has {q_len} and {kv_len}. If you passed it, make it match; if the model "
+            "made it, its cache and its mask disagree."
         )
 
 
@@ -221,8 +221,8 @@ def _tensor(given: Tensor, q_len: int, kv_len: int, is_causal: bool) -> View:
         return _table(given, q_len)
     if not given.is_floating_point():
         raise ModelError(
-            f"The attention mask is {given.dtype}; expected booleans (True = attend) or floats that "
-            "are added to the scores."
+            f"The attention mask is {given.dtype}; expected booleans (True = attend) or floats "
+            "that are added to the scores."
         )
     table = given > torch.finfo(given.dtype).min / 2
     if not given.requires_grad and not bool((given.masked_fill(~table, 0.0) != 0).any()):
