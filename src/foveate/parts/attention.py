@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from time import perf_counter
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,8 +20,10 @@ class Attention(ABC):
     """Takes q, k, v and a context and returns an output.
 
     A dataclass whose fields are its hyper-parameters; an `nn.Module` as well where it has
-    parameters or persistent state.
+    parameters or persistent state. `exact` says that it keeps everything that the mask allows.
     """
+
+    exact: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(
@@ -81,12 +84,12 @@ def mask_layout(
 ) -> Layout:
     """The layout of a mask for this call's lengths, positions and device.
 
-    The core op keeps the layouts of masks without positions; those with positions are kept in
-    `ctx.store`, so that the layers of one forward build them once.
+    The core op keeps the layouts of masks that lengths alone decide; the others (with positions or
+    tables) are kept in `ctx.store`, so that the layers of one forward build them once.
     """
     mask = EVERYTHING if mask is None else mask
     q_len, kv_len = q.shape[2], k.shape[2]
-    if ctx.q_positions is None and ctx.kv_positions is None:
+    if ctx.q_positions is None and ctx.kv_positions is None and not mask.tensors:
         return mask.layout(q_len, kv_len, tile, device=q.device)
     kept = ctx.store.setdefault((mask_layout, mask, q_len, kv_len, tile, q.device), [])
     for q_positions, kv_positions, layout in kept:

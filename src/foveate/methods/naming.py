@@ -1,0 +1,144 @@
+"""Methods from text: "sink-window(window=1024)", and back.
+
+The arguments are Python literals, read without running anything.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from typing import Any
+
+from foveate import catalog
+from foveate.ops.errors import InputError, nearest
+
+_SPEC = re.compile(r"\s*([^\s()]+)\s*(\(.*\))?\s*", re.DOTALL)
+_PAIRS = {"(": ")", "[": "]", "{": "}"}
+
+
+def make(spec: str) -> Any:
+    """The method that a text names, such as "full" or "sink-window(window=1024)".
+
+    Args:
+        spec: a key of the catalog, optionally with hyper-parameters by name.
+
+    Returns:
+        An instance of the method's class.
+
+    Raises:
+        UnknownMethodError: no method has that key; the nearest ones are offered.
+        InputError: the text can't be read, or a hyper-parameter doesn't exist or doesn't fit.
+    """
+    if not isinstance(spec, str):
+        raise InputError(
+            f'A method is named by a text such as "sink-window(window=1024)", got '
+            f"{type(spec).__name__}."
+        )
+    match = _SPEC.fullmatch(spec)
+    if match is None:
+        raise InputError(
+            f"{spec!r} can't be read as a method; expected a key, or a key with hyper-parameters "
+            'such as "sink-window(window=1024)".'
+        )
+    key, arguments = match[1], match[2] or "()"
+    method = catalog.get(key).load()
+    values = _read(spec, arguments)
+    known = [field.name for field in dataclasses.fields(method) if field.init]
+    for name in values:
+        if name not in known:
+            hint = nearest(name, known) if known else "it has none."
+            raise InputError(f"{key} has no hyper-parameter {name!r}; {hint}{_listed(known)}")
+    try:
+        return method(**values)
+    except TypeError as error:
+        raise InputError(f"{spec!r}: {error}.") from error
+
+
+def _listed(known: list[str]) -> str:
+    return f" It has {', '.join(known)}." if known else ""
+
+
+def _read(spec: str, arguments: str) -> dict[str, Any]:
+    """The keyword arguments of "(name=literal, ...)"."""
+    try:
+        call = ast.parse(f"f{arguments}", mode="eval").body
+    except SyntaxError as error:
+        raise InputError(f"{spec!r} can't be read: {error.msg}.") from error
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+        raise InputError(f"{spec!r} can't be read; expected one pair of parentheses after the key.")
+    values: dict[str, Any] = {}
+    for keyword in call.keywords:
+        if keyword.arg is None:
+            raise InputError(f"{spec!r}: ** isn't allowed; write the hyper-parameters out.")
+        try:
+            values[keyword.arg] = ast.literal_eval(keyword.value)
+        except ValueError as error:
+            text = ast.unparse(keyword.value)
+            raise InputError(
+                f"{spec!r}: {keyword.arg}={text} is no plain value; expected a number, text, True, "
+                "False, None or a list of them."
+            ) from error
+    if call.args:
+        raise InputError(
+            f"{spec!r}: name the hyper-parameters, as in "
+            f'"sink-window(window={ast.unparse(call.args[0])})".'
+        )
+    return values
+
+
+def split(text: str) -> list[str]:
+    """The parts of a comma-separated list, commas in parentheses and quotes left alone.
+
+        split("sink-window(window=1024),vertical-slash") -> ["sink-window(window=1024)", ...]
+
+    Raises:
+        InputError: a parenthesis or a quote isn't closed, or a part is empty.
+    """
+    parts, start = [], 0
+    open_: list[str] = []
+    quote = ""
+    for at, letter in enumerate(text):
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "\"'":
+            quote = letter
+        elif letter in _PAIRS:
+            open_.append(_PAIRS[letter])
+        elif letter in _PAIRS.values():
+            if not open_ or open_.pop() != letter:
+                raise InputError(f"{text!r}: the {letter!r} at {at} closes nothing.")
+        elif letter == "," and not open_:
+            parts.append(text[start:at])
+            start = at + 1
+    if open_ or quote:
+        raise InputError(f"{text!r}: a {quote or open_[-1]!r} is missing.")
+    parts = [part.strip() for part in (*parts, text[start:])]
+    if not all(parts):
+        raise InputError(f"{text!r}: a method is missing before or after a comma.")
+    return parts
+
+
+def make_all(text: str) -> list[Any]:
+    """The methods of a comma-separated list; see `split` and `make`."""
+    return [make(part) for part in split(text)]
+
+
+def spec(method: Any) -> str:
+    """The text from which `make` makes this method: its key and what isn't at its default.
+
+    Raises:
+        InputError: the method isn't in the catalog.
+    """
+    kind = type(method)
+    for row in catalog.rows():
+        if row.path.rpartition(".")[2] == kind.__name__ and row.load() is kind:
+            break
+    else:
+        raise InputError(f"{kind.__name__} isn't in the catalog, so no text names it.")
+    given = [
+        f"{field.name}={getattr(method, field.name)!r}"
+        for field in dataclasses.fields(kind)
+        if field.init and getattr(method, field.name) != field.default
+    ]
+    return f"{row.key}({', '.join(given)})" if given else row.key
