@@ -20,7 +20,7 @@ stage() {
 stage ruff-check ruff check .
 stage ruff-format ruff format --check .
 stage mypy mypy
-stage lint-imports lint-imports
+stage lint-imports lint-imports --no-logo
 stage pytest python -m pytest -n "${FOVEATE_TEST_WORKERS:-2}" --dist loadfile "$@"
 
 if [ -n "$failed" ]; then

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from typing import Annotated, Any
 
 import torch
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-import foveate
+from foveate.compare.environment import environment
 from foveate.ops import Mask, explain, parse_mask
 from foveate.ops.errors import InputError, nearest
 
@@ -63,7 +62,11 @@ def command(
         "reasons": chosen.reasons,
         "mask": repr(parsed),
         "layout": _layout(parsed, q_len, kv_len, batch, heads, head_dim),
-        "environment": environment(),
+        "environment": environment(place)
+        | {
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+        },
     }
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
@@ -99,20 +102,6 @@ def _layout(
         "tile_area": layout.tile_area,
         "tile_density": layout.tile_density,
         "flops": layout.flops(batch, heads, head_dim, head_dim),
-    }
-
-
-def environment() -> dict[str, Any]:
-    """What of this machine decides: versions, threads, instruction set, GPU."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "foveate": foveate.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
     }
 
 
