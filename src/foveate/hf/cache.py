@@ -19,133 +19,67 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from foveate.hf.errors import ModelError
 from foveate.hf.masks import InCacheOffset
 from foveate.hf.recognise import contiguous
-from foveate.hf.rotary import Turn, turns
+from foveate.hf.rotary import ropes
 from foveate.ops.errors import InputError
+from foveate.parts.cache import SinkWindowCache
+from foveate.parts.rope import Rope
 
 
 class SinkWindowLayer(CacheLayerMixin):
-    """One layer's bounded cache.
+    """One layer's bounded cache, `parts.SinkWindowCache` as transformers wants it.
 
-    Keys and values are (B, Hkv, at most sinks + window, D), in the order of the sequence. A chunk
-    of at most `window` new tokens takes its place before it is attended to, so that nothing sees
-    more than the capacity; a longer one (a long prompt) is attended to whole and cut afterwards.
-
-    Attributes:
-        seen: tokens of the sequence so far.
-        dropped: (B,) real tokens dropped from between sinks and window.
-        pads: (B,) padding still held in front.
+    A chunk of at most `window` new tokens takes its place before it is attended to, so that nothing
+    sees more than the capacity; a longer one (a long prompt) is attended to whole and cut after.
     """
 
     is_sliding = False
     is_compileable = False
     is_croppable = False
     supports_early_init = False
-    keys: Tensor | None
-    values: Tensor | None
 
     def __init__(
-        self, sinks: int, window: int, turn: Turn | None = None, pads: Tensor | None = None
+        self, sinks: int, window: int, rope: Rope | None = None, pads: Tensor | None = None
     ) -> None:
         super().__init__()
-        self.sinks, self.window, self.turn = sinks, window, turn
-        self.first_pads = torch.zeros(1, dtype=torch.int64) if pads is None else pads
-        self.seen = 0
-
-    @property
-    def capacity(self) -> int:
-        """The most tokens held between two calls."""
-        return self.sinks + self.window
-
-    @property
-    def kept(self) -> int:
-        """Tokens held now."""
-        return 0 if self.keys is None else self.keys.shape[-2]
+        self.sinks, self.window, self.rope, self.pads = sinks, window, rope, pads
+        self.cache: SinkWindowCache | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take batch size, heads, head sizes, dtype and device from the first tokens."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        batch = key_states.shape[0]
-        if batch % len(self.first_pads):
-            raise InputError(
-                f"The cache was made for the padding of {len(self.first_pads)} rows, but it is "
-                f"used with a batch of {batch}; pass the same attention_mask to streaming_cache and "
-                "to the model."
-            )
-        self.pads = self.first_pads.repeat_interleave(batch // len(self.first_pads))
-        self.dropped = torch.zeros(batch, dtype=torch.int64)
-        self.keys = key_states[..., :0, :]
-        self.values = value_states[..., :0, :]
+        """Learn the batch size from the first tokens."""
+        batch, start = key_states.shape[0], self.pads
+        if start is not None:
+            if batch % len(start):
+                raise InputError(
+                    f"The cache was made for the padding of {len(start)} rows, but it is used with "
+                    f"a batch of {batch}; pass the same attention_mask to both."
+                )
+            # Beam search repeats each row.
+            start = start.repeat_interleave(batch // len(start))
+        self.cache = SinkWindowCache(self.sinks, self.window, self.rope, rotated=True, start=start)
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Take in new keys (B, Hkv, L, D) and values, and return those to attend to now."""
-        if not self.is_initialized:
+        if self.cache is None:
             self.lazy_initialization(key_states, value_states)
-        new = key_states.shape[-2]
-        if new <= self.window:
-            self._cut(self.capacity - new)
-        held_keys, held_values = self._held()
-        self.keys = torch.cat([held_keys, key_states], dim=-2)
-        self.values = values = torch.cat([held_values, value_states], dim=-2)
-        self.seen += new
-        keys = self._placed(self.keys)
-        self._cut(self.capacity)
-        return keys, values
+        assert self.cache is not None
+        return self.cache.update(key_states, value_states)
 
-    def _placed(self, keys: Tensor) -> Tensor:
-        """The keys at their positions inside the cache, relative to the newest query."""
-        if self.turn is None or not self.sinks or not bool(self.dropped.any()):
-            return keys
-        same = bool((self.dropped == self.dropped[0]).all())
-        by = self.dropped[:1] if same else self.dropped
-        turned = self.turn(keys[..., : self.sinks, :], by)
-        return torch.cat([turned, keys[..., self.sinks :, :]], dim=-2)
-
-    def _cut(self, size: int) -> None:
-        """Keep `size` tokens: padding goes first, then what stands behind the sinks."""
-        excess = self.kept - size
-        if excess <= 0:
-            return
-        keys, values = self._held()
-        front = self.pads.clamp(max=excess)
-        self.pads = self.pads - front
-        self.dropped = self.dropped + (excess - front)
-        if not bool((front > 0).any()):
-            self.keys, self.values = (self._without(x, excess) for x in (keys, values))
-            return
-        index = torch.arange(size)[None] + excess
-        at_front = torch.arange(size)[None] + front[:, None]
-        index = torch.where(torch.arange(size)[None] < self.sinks, at_front, index)
-        index = index[:, None, :, None].to(keys.device)
-        self.keys, self.values = (
-            x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (keys, values)
-        )
-
-    def _held(self) -> tuple[Tensor, Tensor]:
-        assert self.keys is not None
-        assert self.values is not None
-        return self.keys, self.values
-
-    def _without(self, held: Tensor, excess: int) -> Tensor:
-        return torch.cat([held[..., : self.sinks, :], held[..., self.sinks + excess :, :]], dim=-2)
-
-    # -- what transformers asks ----------------------------------------------------------------
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Number of keys that the next `query_length` queries attend to, and the first's index.
 
         By index, the keys are the last so many of the sequence: with them the causal rule lets
         every query see all that is kept, and padding still held is where the 2-D mask has it.
         """
-        kept = self.kept
-        if query_length <= self.window:
-            kept = min(kept, self.capacity - query_length)
-        return kept + query_length, InCacheOffset(self.seen - kept)
+        room = self.sinks + max(0, self.window - query_length)
+        kept = min(0 if self.cache is None else len(self.cache), room)
+        return kept + query_length, InCacheOffset(self.get_seq_length() - kept)
 
     def get_seq_length(self) -> int:
         """Tokens of the sequence so far, kept or not: where the next one's position is."""
-        return self.seen
+        return 0 if self.cache is None else self.cache.seen
 
     def get_max_length(self) -> int:
         """-1: a sequence may go on for ever."""
@@ -153,41 +87,39 @@ class SinkWindowLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.keys, self.values = None, None
-        self.is_initialized = False
-        self.seen = 0
+        self.cache, self.is_initialized = None, False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last `-tokens_to_remove` tokens; impossible once any were dropped."""
-        count = -tokens_to_remove
-        if count == 0 or not self.is_initialized:
-            return
-        if count < 0 or count > self.seen or self.seen > self.kept:
-            raise ModelError(
-                f"The cache can't take back {count} tokens: it has dropped "
-                f"{self.seen - self.kept} that would have to return. Assisted decoding needs a "
-                "cache that keeps everything."
-            )
-        self.keys, self.values = (x[..., :-count, :] for x in self._held())
-        self.seen -= count
+        """Take back the last `-tokens_to_remove` tokens.
 
-    def _pick(self, index: Tensor) -> None:
-        if self.is_initialized:
-            self.keys, self.values = (x.index_select(0, index.to(x.device)) for x in self._held())
-            self.pads, self.dropped = self.pads[index.cpu()], self.dropped[index.cpu()]
+        Raises:
+            InputError: tokens were dropped, that would have to return.
+        """
+        if self.cache is not None:
+            self.cache.truncate(self.cache.seen - abs(tokens_to_remove))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row b go on from what row beam_idx[b] holds."""
-        self._pick(beam_idx)
+        if self.cache is not None:
+            self.cache.reorder(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only some rows of the batch."""
-        self._pick(torch.arange(len(self.pads))[indices.cpu()] if self.is_initialized else indices)
+        if self.cache is not None:
+            rows = torch.arange(self.cache.evicted.shape[0])
+            self.cache.reorder(rows[indices.cpu()])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Hold each row `repeats` times."""
-        if self.is_initialized:
-            self._pick(torch.arange(len(self.pads)).repeat_interleave(repeats))
+        if self.cache is not None:
+            rows = torch.arange(self.cache.evicted.shape[0])
+            self.cache.reorder(rows.repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        """Nothing: a bounded cache stays where it is."""
+
+    def prefetch(self) -> None:
+        """Nothing: a bounded cache stays where it is."""
 
 
 def streaming_cache(
@@ -223,9 +155,7 @@ def streaming_cache(
         InputError: a size that isn't positive, or a mask that isn't left padding.
         ModelError: the model has no full-attention layer, or positions that can't be moved.
     """
-    for name, value, least in (("sinks", sinks, 0), ("window", window, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InputError(f"streaming_cache({name}={value!r}): expected at least {least}.")
+    SinkWindowCache(sinks, window)  # says what is wrong with them
     if not isinstance(model, PreTrainedModel):
         raise ModelError(
             f"streaming_cache(model): expected a transformers model, got {type(model).__name__}."
@@ -243,9 +173,9 @@ def streaming_cache(
             "bounded already."
         )
     pads = None if attention_mask is None else _left_padding(attention_mask)
-    turn = turns(model) if reindex else {}
+    turning = ropes(model) if reindex else {}
     for i in plain:
-        layers[i] = SinkWindowLayer(sinks, window, turn.get(i), pads)
+        layers[i] = SinkWindowLayer(sinks, window, turning.get(i), pads)
     return Cache(layers=layers)
 
 

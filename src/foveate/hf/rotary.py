@@ -1,17 +1,12 @@
-"""Moving a model's cached keys along: keys come out of a layer rotated, and R(a + b) = R(b) R(a).
+"""A causal model's rotary positions, as `parts.Rope`, so that cached keys can be moved along.
 
-A rotary embedding turns a key at position p by angles p * f. To let it stand e positions later, it
-is turned by e * f more; nothing has to be known of p. The turning is done by the model's own code
-(its rotary module and its `apply_rotary_pos_emb`), so that halves or interleaved pairs, partial
-rotation and scaled frequencies are as the model has them, and the outcome is checked on the model
-itself before it is relied on.
+Keys reach a cache rotated. The frequencies are read from the model's rotary module; which
+dimensions pair up isn't written anywhere, so both conventions are tried on the model itself: its
+keys for a few tokens at one place of the sequence, moved, must be its keys at another place.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,92 +16,53 @@ from transformers.cache_utils import DynamicCache
 
 from foveate.hf.errors import ModelError
 from foveate.hf.sites import sites
+from foveate.parts.rope import Rope
 
 # These choose their frequencies by the longest position seen, so that keys of one sequence would be
 # turned by different ones.
-_CHANGING = ("dynamic", "longrope")
+_CHANGING = {"dynamic", "longrope"}
 _PROBE, _STEP = 6, 37
+_INSTEAD = "use streaming_cache(..., reindex=False)."
+
+_KNOWN: WeakKeyDictionary[nn.Module, dict[int, Rope | None]] = WeakKeyDictionary()
 
 
-class Turn:
-    """Turns the keys of one layer to later positions."""
+def ropes(model: PreTrainedModel) -> dict[int, Rope | None]:
+    """The rotary positions of each layer of a causal model; None where keys don't turn.
 
-    def __init__(self, rotary: nn.Module, apply: Callable[..., Any], kind: str | None) -> None:
-        self.rotary, self.apply, self.kind = rotary, apply, kind
-        self._last: tuple[Any, Tensor, Tensor] | None = None
-
-    def __call__(self, keys: Tensor, by: Tensor) -> Tensor:
-        """Keys (B, H, L, D), each row b turned by `by[b]` positions; by is (B,) or (1,) int64."""
-        cos, sin = self._angles(by, keys.device)
-        wide = keys.float()
-        try:
-            turned = self.apply(wide, wide, cos, sin)[1]
-        except RuntimeError:
-            # Partial rotation that the layer, not the function, cuts out.
-            size = cos.shape[-1]
-            head = wide[..., :size]
-            turned = torch.cat([self.apply(head, head, cos, sin)[1], wide[..., size:]], dim=-1)
-        return turned.to(keys.dtype)
-
-    def _angles(self, by: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        stamp = tuple(by.tolist())
-        if self._last is not None and self._last[0] == stamp:
-            return self._last[1], self._last[2]
-        positions = by.to(device)[:, None]
-        like = torch.empty(0, device=device)
-        kind = () if self.kind is None else (self.kind,)
-        cos, sin = self.rotary(like, positions, *kind)
-        name = "attention_scaling" if self.kind is None else f"{self.kind}_attention_scaling"
-        scaling = float(getattr(self.rotary, name, 1.0))
-        self._last = (stamp, cos / scaling, sin / scaling)
-        return self._last[1], self._last[2]
-
-
-_TURNS: WeakKeyDictionary[nn.Module, dict[int, Turn | None]] = WeakKeyDictionary()
-
-
-def turns(model: PreTrainedModel) -> dict[int, Turn | None]:
-    """For each layer of a causal model, what moves its keys along; None where nothing turns them.
-
-    Runs the model twice on a few tokens, at two places of the sequence, and compares.
+    Runs the model twice on six tokens, once.
 
     Raises:
         ModelError: the model's positions aren't rotations, or not ones that can be moved.
     """
-    if model in _TURNS:
-        return _TURNS[model]
-    found = {m: s for m, s in sites(model).items() if not s.cross}
+    if model not in _KNOWN:
+        _KNOWN[model] = _ropes(model)
+    return _KNOWN[model]
+
+
+def _ropes(model: PreTrainedModel) -> dict[int, Rope | None]:
     rotary = _rotary(model)
     near, far = _keys(model, 0), _keys(model, _STEP)
-    result: dict[int, Turn | None] = {}
-    made: dict[str | None, Turn] = {}
-    for module, site in found.items():
+    found: dict[int, Rope | None] = {}
+    for module, site in sites(model).items():
         index = getattr(module, "layer_idx", None)
-        number = index if isinstance(index, int) else site.layer
-        if number not in near:
+        layer = index if isinstance(index, int) else site.layer
+        if site.cross or layer not in near:
             continue
-        here, there = near[number], far[number]
-        kind = _kind(rotary, module)
-        if kind not in made:
-            apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
-            if apply is None:
-                raise ModelError(
-                    f"{type(model).__name__} has no apply_rotary_pos_emb to move cached keys with; "
-                    "use streaming_cache(..., reindex=False)."
-                )
-            made[kind] = Turn(rotary, apply, kind)
-        moved = made[kind](here, torch.tensor([_STEP], device=here.device))
-        if _close(here, there):
-            result[number] = None
-        elif _close(moved, there):
-            result[number] = made[kind]
+        if _close(near[layer], far[layer]):
+            found[layer] = None
+            continue
+        for rope in _candidates(rotary, module):
+            by = torch.full(near[layer].shape[2:3], _STEP, device=near[layer].device)
+            if _close(rope.move(near[layer], by), far[layer]):
+                found[layer] = rope
+                break
         else:
             raise ModelError(
                 f"The keys of {site.name} don't just turn with their position, so they can't be "
-                "given new ones in the cache; use streaming_cache(..., reindex=False)."
+                f"given new ones in the cache; {_INSTEAD}"
             )
-    _TURNS[model] = result
-    return result
+    return found
 
 
 def _rotary(model: nn.Module) -> nn.Module:
@@ -114,34 +70,38 @@ def _rotary(model: nn.Module) -> nn.Module:
         if name.rpartition(".")[2] != "rotary_emb":
             continue
         kinds = getattr(module, "rope_type", "default")
-        used = set(kinds.values()) if isinstance(kinds, dict) else {kinds}
-        if used & set(_CHANGING):
+        changing = _CHANGING & set(kinds.values() if isinstance(kinds, dict) else [kinds])
+        if changing:
             raise ModelError(
-                f"{name} changes its frequencies with the sequence's length "
-                f"(rope_type {', '.join(sorted(used & set(_CHANGING)))}), so cached keys can't be "
-                "moved; use streaming_cache(..., reindex=False)."
+                f"{name} changes its frequencies with the sequence's length (rope_type "
+                f"{', '.join(sorted(changing))}), so cached keys can't be moved; {_INSTEAD}"
             )
         return module
     raise ModelError(
         f"{type(model).__name__} has no rotary embedding, so its cached keys can't be given new "
-        "positions; use streaming_cache(..., reindex=False)."
+        f"positions; {_INSTEAD}"
     )
 
 
-def _kind(rotary: nn.Module, module: nn.Module) -> str | None:
-    """The layer type that the rotary module is asked for, where it differs by type."""
-    if not isinstance(getattr(rotary, "rope_type", None), dict):
-        return None
-    return getattr(module, "layer_type", None)
+def _candidates(rotary: nn.Module, module: nn.Module) -> list[Rope]:
+    """What a layer's rotation may be; models with several keep one for each type of layer."""
+    kind = getattr(module, "layer_type", None)
+    frequencies = getattr(rotary, f"{kind}_inv_freq", None)
+    if frequencies is None:
+        frequencies = getattr(rotary, "inv_freq", None)
+    if not isinstance(frequencies, Tensor):
+        return []
+    frequencies = frequencies.detach().float()
+    return [Rope(frequencies, interleaved=interleaved) for interleaved in (False, True)]
 
 
 @torch.no_grad()
 def _keys(model: PreTrainedModel, start: int) -> dict[int, Tensor]:
     """The keys that each layer caches for a few tokens that begin at position `start`."""
-    config = model.config.get_text_config()
+    config = model.config.get_text_config(decoder=True)
     ids = (torch.arange(_PROBE, device=model.device) * 7 + 3) % config.vocab_size
     positions = torch.arange(start, start + _PROBE, device=model.device)
-    cache = DynamicCache()
+    cache = DynamicCache(config=config)
     training = model.training
     model.eval()
     try:
@@ -150,7 +110,8 @@ def _keys(model: PreTrainedModel, start: int) -> dict[int, Tensor]:
         )
     finally:
         model.train(training)
-    return {i: layer.keys.float() for i, layer in enumerate(cache.layers) if layer.keys is not None}
+    held = {i: getattr(layer, "keys", None) for i, layer in enumerate(cache.layers)}
+    return {i: keys.float() for i, keys in held.items() if keys is not None}
 
 
 def _close(one: Tensor, two: Tensor) -> bool:
