@@ -216,7 +216,9 @@ def test_whisper() -> None:
         with foveate.use(model, "full"):
             ours = model(input_features=sound, decoder_input_ids=ids, decoder_attention_mask=mask)
             assert torch.equal(text, model.generate(sound, **options))
-            assert torch.equal(text, model.generate(sound, cache_implementation="static", **options))
+            assert torch.equal(
+                text, model.generate(sound, cache_implementation="static", **options)
+            )
     assert (eager.logits - ours.logits)[mask.bool()].abs().max() <= CLOSE
     difference = eager.encoder_last_hidden_state - ours.encoder_last_hidden_state
     assert difference.abs().max() <= CLOSE

@@ -247,6 +247,9 @@ def _table(table: Tensor, q_len: int, starts: Tensor | None = None) -> View:
     if starts is None or q_len > kv_len or not bool(starts.any()):
         return View(blocks(table, 1), kv_len, table=table)
     moved = _moved(table, starts)
+    if int(moved.sum()) * len(table) != int(table.sum()) * len(moved):
+        # Something is seen from or at the padding, which has no position in a table.
+        return View(blocks(table, 1), kv_len, table=table)
     return View(
         blocks(moved, 1),
         kv_len,
