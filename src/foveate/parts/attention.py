@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
 from time import perf_counter
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from foveate.parts.context import Context
 
 TILE = 64
 EVERYTHING = window(-1, -1)
+T = TypeVar("T")
 
 
 class Attention(ABC):
@@ -88,23 +90,31 @@ def mask_layout(
     tables) are kept in `ctx.store`, so that the layers of one forward build them once.
     """
     mask = EVERYTHING if mask is None else mask
-    q_len, kv_len = q.shape[2], k.shape[2]
+    lengths = (q.shape[2], k.shape[2])
     if ctx.q_positions is None and ctx.kv_positions is None and not mask.tensors:
-        return mask.layout(q_len, kv_len, tile, device=q.device)
-    kept = ctx.store.setdefault((mask_layout, mask, q_len, kv_len, tile, q.device), [])
-    for q_positions, kv_positions, layout in kept:
+        return mask.layout(*lengths, tile, device=q.device)
+
+    def build() -> Layout:
+        return mask.layout(
+            *lengths,
+            tile,
+            q_positions=ctx.q_positions,
+            kv_positions=ctx.kv_positions,
+            device=q.device,
+        )
+
+    return remember(ctx, (mask_layout, mask, lengths, tile, q.device), build)
+
+
+def remember(ctx: Context, key: Hashable, build: Callable[[], T]) -> T:
+    """What `build` returns, kept in `ctx.store` under `key` and the positions of `ctx`."""
+    kept = ctx.store.setdefault(key, [])
+    for q_positions, kv_positions, found in kept:
         if _same(q_positions, ctx.q_positions) and _same(kv_positions, ctx.kv_positions):
-            return layout
-    layout = mask.layout(
-        q_len,
-        kv_len,
-        tile,
-        q_positions=ctx.q_positions,
-        kv_positions=ctx.kv_positions,
-        device=q.device,
-    )
-    kept.append((ctx.q_positions, ctx.kv_positions, layout))
-    return layout
+            return found
+    built = build()
+    kept.append((ctx.q_positions, ctx.kv_positions, built))
+    return built
 
 
 def _same(one: Tensor | None, two: Tensor | None) -> bool:

@@ -1,0 +1,108 @@
+"""Block-sparse: per block of queries the key blocks whose pooled scores are highest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from foveate.methods.mminference.prefill import PrefillPattern, budget, check_fraction
+from foveate.ops import Layout
+from foveate.ops.errors import InputError
+from foveate.ops.masks.checks import whole
+from foveate.parts.attention import mask_layout
+from foveate.parts.context import Context
+from foveate.parts.listing import kind_table, restrict
+from foveate.parts.selection import topk_mask
+from foveate.parts.tokens import Tokens, tokens_of
+
+
+@dataclass(frozen=True)
+class BlockSparse(PrefillPattern):
+    """Row block m sees the `blocks` key blocks with the highest mean(q_m) . mean(k_n).
+
+    Within `ctx.mask`, and always with the blocks on its own diagonal. Means are over the real
+    tokens of a block, in fp32; the choice is per sequence and query head. Decoding is dense.
+    A block's mean holds its later tokens, so the choice isn't causal though the outputs are.
+    arXiv 2407.02490, algorithm 3.
+
+    Attributes:
+        blocks: key blocks per row block (paper: 100).
+        tile: tokens of a block, a multiple of 8 (paper: 64).
+        fraction: None as in the paper; our addition: at most that share of each sequence's blocks,
+            so that one setting serves short and long prompts.
+
+    Raises:
+        InputError: a field that doesn't fit.
+    """
+
+    blocks: int = 100
+    tile: int = 64
+    fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        whole("BlockSparse", "blocks", self.blocks, least=1)
+        whole("BlockSparse", "tile", self.tile, least=8)
+        if self.tile % 8:
+            raise InputError(f"BlockSparse(tile={self.tile}): expected a multiple of 8.")
+        check_fraction("BlockSparse", self.fraction)
+
+    @override
+    def _keeps_all(self, q: Tensor, k: Tensor, ctx: Context) -> bool:
+        blocks = -(-k.shape[2] // self.tile)
+        return budget(self.blocks, self.fraction, blocks) >= blocks
+
+    @override
+    def layout(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Layout:
+        base = mask_layout(ctx.mask, q, k, ctx, self.tile)
+        return restrict(base, self.choose(q, k, ctx))
+
+    def choose(self, q: Tensor, k: Tensor, ctx: Context) -> Tensor:
+        """The blocks that are visited: bool (B, Hq, Tq, Tk); shapes of q and k as in a call."""
+        tokens = tokens_of(q, k, ctx)
+        allowed = kind_table(mask_layout(ctx.mask, q, k, ctx, self.tile)) >= 0
+        if allowed.shape[1] > 1:
+            allowed = allowed.repeat_interleave(q.shape[1] // allowed.shape[1], 1)
+        mean_q = _pool(q, tokens.q_real, self.tile)
+        mean_k = _pool(k, tokens.k_real, self.tile)
+        grouped = mean_q.unflatten(1, (k.shape[1], -1))
+        scores = (grouped @ mean_k[:, :, None].mT).flatten(1, 2)
+        best = self._best(scores, allowed, tokens)
+        return (best | self._diagonal(q.shape[2], k.shape[2], tokens)) & allowed
+
+    def _best(self, scores: Tensor, allowed: Tensor, tokens: Tokens) -> Tensor:
+        if self.fraction is None:
+            return topk_mask(scores, self.blocks, allowed)
+        lengths = (-(-tokens.k_real.sum(1) // self.tile)).expand(len(scores)).tolist()
+        return torch.stack(
+            [
+                topk_mask(
+                    scores[b],
+                    max(1, budget(self.blocks, self.fraction, n)),
+                    allowed[b if len(allowed) > 1 else 0],
+                )
+                for b, n in enumerate(lengths)
+            ]
+        )
+
+    def _diagonal(self, q_len: int, kv_len: int, tokens: Tokens) -> Tensor:
+        """(B', 1, Tq, Tk): blocks that hold a row's own key, one per row block, or two."""
+        first = torch.arange(0, q_len, self.tile, device=tokens.shift.device)
+        last = (first + self.tile - 1).clamp_max(q_len - 1)
+        cols = torch.arange(-(-kv_len // self.tile), device=first.device)
+        low, high = ((at + tokens.shift[:, None]) // self.tile for at in (first, last))
+        return ((cols >= low[..., None]) & (cols <= high[..., None]))[:, None]
+
+
+def _pool(x: Tensor, real: Tensor, tile: int) -> Tensor:
+    """Means over the real tokens of each block, in fp32 or wider: (B, H, T, D)."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    spare = -x.shape[2] % tile
+    weight = real.to(x.dtype)[:, None, :, None]
+    if not bool(real.all()):
+        x = torch.where(real[:, None, :, None], x, 0.0)
+    x = torch.nn.functional.pad(x, (0, 0, 0, spare)).unflatten(2, (-1, tile)).sum(3)
+    weight = torch.nn.functional.pad(weight, (0, 0, 0, spare)).unflatten(2, (-1, tile)).sum(3)
+    return x / weight.clamp_min(1)

@@ -1,0 +1,153 @@
+"""Vertical-slash: key columns and diagonals, chosen from the attention of the last queries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from foveate.methods.mminference.kernel_index import kernel_index
+from foveate.methods.mminference.prefill import PrefillPattern, budget, check_fraction
+from foveate.ops import Layout
+from foveate.ops.errors import InputError
+from foveate.ops.masks.checks import whole
+from foveate.parts.attention import TILE
+from foveate.parts.context import Context
+from foveate.parts.estimate import last_row_sums
+from foveate.parts.listing import layout_of_runs
+from foveate.parts.selection import topk_mask
+from foveate.parts.tokens import Tokens, tokens_of
+
+_LEAST_SLASHES = 50
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """What was chosen, per sequence and query head.
+
+    Attributes:
+        columns: (B, Hq, Lkv) bool, V: keys that all later queries see.
+        offsets: (B, Hq, Lkv) bool, T: distances i - j that all queries see.
+        tokens: of the call that chose.
+    """
+
+    columns: Tensor
+    offsets: Tensor
+    tokens: Tokens
+
+    def token_mask(self, q_len: int) -> Tensor:
+        """The exact mask, j <= i and (j in V or i - j in T): bool (B, Hq, q_len, Lkv)."""
+        kv_len = self.columns.shape[-1]
+        own = torch.arange(q_len, device=self.columns.device) + self.tokens.shift[:, None]
+        distance = own[..., None] - torch.arange(kv_len, device=own.device)
+        distance = distance.expand(len(self.columns), -1, -1)[:, None]
+        near = (distance >= 0) & (distance < kv_len)
+        at = distance.clamp(0, kv_len - 1).expand(-1, self.offsets.shape[1], -1, -1)
+        slash = self.offsets[:, :, None].expand(-1, -1, q_len, -1).gather(3, at) & near
+        return (self.columns[:, :, None] | slash) & (distance >= 0)
+
+
+@dataclass(frozen=True)
+class VerticalSlash(PrefillPattern):
+    """Query i sees key j if j <= i and (j in V or i - j in T); V, T per sequence and query head.
+
+    Ahat, the attention of the last `last` real queries, is summed over rows per key and per
+    distance; V are the `verticals` best keys, T the `slashes` best distances, with the first keys
+    and the shortest distances forced in and counted. The kernel then visits, for each block of 64
+    rows, 64-wide runs of keys that cover T and single keys for the rest of V, all it finds there
+    included: a superset of the mask above. Within `ctx.mask`, which must be causal.
+
+    The last queries choose for all, so the choice isn't causal, though the outputs are once it is
+    held fixed (`index`, then `layout_from`). A chunk of a prompt chooses by its own last queries
+    among all earlier keys. Packed documents share one choice, made by the last of them: call per
+    document for the paper's. Decoding is dense. arXiv 2407.02490, algorithm 2.
+
+    Attributes:
+        verticals: keys in V (MInference's fallback head: 1000).
+        slashes: distances in T (6096), at least 50.
+        last: queries that choose (64).
+        forced_verticals: first keys that are always in V (30).
+        forced_slashes: shortest distances that are always in T (100; 30 in the paper's search).
+        fraction: None as in the paper; our addition: V and T hold at most that share of each
+            sequence's length, so that one setting serves short and long prompts.
+
+    Raises:
+        InputError: a field that doesn't fit, or a mask that isn't causal.
+    """
+
+    verticals: int = 1000
+    slashes: int = 6096
+    last: int = 64
+    forced_verticals: int = 30
+    forced_slashes: int = 100
+    fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("verticals", "slashes", "forced_verticals"):
+            whole("VerticalSlash", name, getattr(self, name), least=0)
+        for name in ("last", "forced_slashes"):  # distance 0 leaves no row without a key
+            whole("VerticalSlash", name, getattr(self, name), least=1)
+        check_fraction("VerticalSlash", self.fraction)
+
+    def _budgets(self, length: int) -> tuple[int, int]:
+        """(nv, ns) for a sequence of that length."""
+        return (
+            max(budget(self.verticals, self.fraction, length), self.forced_verticals),
+            max(budget(self.slashes, self.fraction, length), _LEAST_SLASHES),
+        )
+
+    @override
+    def _keeps_all(self, q: Tensor, k: Tensor, ctx: Context) -> bool:
+        return max(self._budgets(k.shape[2])) >= k.shape[2]
+
+    def index(self, q: Tensor, k: Tensor, ctx: Context) -> Index:
+        """Choose V and T; q (B, Hq, Lq, D), k (B, Hkv, Lkv, D)."""
+        tokens = tokens_of(q, k, ctx)
+        if not tokens.causal:
+            raise InputError(
+                "vertical-slash is defined for causal attention, but the mask lets queries see "
+                "later keys (no mask is everything); give Context(mask=causal()), or use a method "
+                "that also goes both ways, such as block-sparse."
+            )
+        if not tokens.regular:
+            raise InputError(
+                "vertical-slash needs positions that count up by one, because a slash is a fixed "
+                "distance; permute queries and keys after it, or use block-sparse."
+            )
+        sums = last_row_sums(q, k, ctx, tokens, self.last)
+        lengths = tokens.k_real.sum(1).expand(q.shape[0])
+        first = tokens.k_real.int().argmax(1).expand(q.shape[0])
+        places = torch.arange(k.shape[2], device=q.device)
+        forced = (places >= first[:, None]) & (places < first[:, None] + self.forced_verticals)
+        vertical = sums.vertical.masked_fill(forced[:, None], torch.inf)
+        slash = sums.slash.masked_fill(places < self.forced_slashes, torch.inf)
+        reach = places < lengths[:, None]
+        columns: list[Tensor] = []
+        offsets: list[Tensor] = []
+        for b, length in enumerate(lengths.tolist()):
+            nv, ns = self._budgets(length)
+            real = tokens.k_real[b if len(tokens.k_real) > 1 else 0]
+            columns.append(topk_mask(vertical[b], nv, real))
+            offsets.append(topk_mask(slash[b], ns, reach[b]))
+        return Index(torch.stack(columns), torch.stack(offsets), tokens)
+
+    def layout_from(self, index: Index, q: Tensor, k: Tensor, ctx: Context) -> Layout:
+        """The layout of a choice that is held fixed; q and k give only their shapes."""
+        assert ctx.mask is not None
+        tokens = index.tokens
+        runs, singles = kernel_index(
+            index.columns, index.offsets, tokens.shift, _first(tokens), q.shape[2], TILE
+        )
+        sizes = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+        return layout_of_runs(runs, singles, ctx.mask, tokens, sizes, TILE)
+
+    @override
+    def layout(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Layout:
+        return self.layout_from(self.index(q, k, ctx), q, k, ctx)
+
+
+def _first(tokens: Tokens) -> Tensor:
+    """(B',) index of the first real key."""
+    return tokens.k_real.int().argmax(1)

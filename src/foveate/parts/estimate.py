@@ -1,0 +1,107 @@
+"""Where attention goes, from a few of its rows: sums per key and per distance.
+
+For a block of consecutive queries the rows of P are formed whole, a few at a time, and added up
+along columns (verticals) and diagonals (slashes). Nothing of size Lq x Lkv is held.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from foveate.parts.attention import EVERYTHING
+from foveate.parts.context import Context
+from foveate.parts.tokens import Tokens
+
+_BUDGET = 1 << 21  # weights held at once
+
+
+class Sums(NamedTuple):
+    """vertical (B, Hq, Lkv): weight of each key; slash (B, Hq, Lkv): weight at each i - j >= 0."""
+
+    vertical: Tensor
+    slash: Tensor
+
+
+def last_row_sums(q: Tensor, k: Tensor, ctx: Context, tokens: Tokens, last: int) -> Sums:
+    """Attention of each sequence's last real queries, summed per key and per distance.
+
+    Ahat = softmax(scale * q[last rows] k^T) within `ctx.mask`, with its softcap and bias; then
+    c_j = sum_r Ahat[r, j] and o_t = sum_r Ahat[r, i_r - t] (MInference, arXiv 2407.02490,
+    algorithm 2). Padded queries and keys count nothing.
+
+    Args:
+        q: (B, Hq, Lq, D).
+        k: (B, Hkv, Lkv, D).
+        ctx: mask, scale, softcap and bias.
+        tokens: of this call; its positions must be regular.
+        last: how many queries.
+
+    Returns:
+        The sums, in fp32 (float64 for float64 inputs).
+    """
+    batch, heads, q_len, dim = q.shape
+    kv_heads, kv_len = k.shape[1], k.shape[2]
+    group = heads // kv_heads
+    work = torch.promote_types(q.dtype, torch.float32)
+    scale = dim**-0.5 if ctx.scale is None else ctx.scale
+    count = min(last, q_len)
+    vertical = torch.zeros(batch, heads, kv_len, dtype=work, device=q.device)
+    # Places in the sheared sum: distance t stands at `top - t`.
+    slash = torch.zeros(batch, heads, kv_len + count - 1, dtype=work, device=q.device)
+    step = max(1, _BUDGET // max(1, group * kv_len))
+    found = []
+    for b in range(batch):
+        t = b if len(tokens.shift) > 1 else 0
+        end = int(tokens.q_real[t].nonzero()[-1]) + 1
+        rows = torch.arange(max(0, end - count), end, device=q.device)
+        for part in rows.split(step):
+            hidden = _hidden(ctx, tokens, part, b, heads)
+            for g in range(kv_heads):
+                mine = slice(g * group, (g + 1) * group)
+                weights = (q[b, mine][:, part].to(work) * scale) @ k[b, g].to(work).mT
+                if ctx.softcap is not None:
+                    weights = weights.div_(ctx.softcap).tanh_().mul_(ctx.softcap)
+                if ctx.bias is not None:
+                    weights = weights + _rows_of(ctx.bias, b, mine, part, heads).to(work)
+                weights.masked_fill_(hidden[mine] if len(hidden) > 1 else hidden, -torch.inf)
+                top = weights.amax(-1, keepdim=True).clamp_min(torch.finfo(work).min)
+                weights = weights.sub_(top).exp_()
+                total = weights.sum(-1, keepdim=True)
+                weights.div_(total.masked_fill(total == 0, 1.0))
+                vertical[b, mine] += weights.sum(1)
+                for r, row in enumerate(part.tolist()):
+                    at = end - 1 - row
+                    slash[b, mine, at : at + kv_len] += weights[:, r]
+        found.append(_by_distance(slash[b], end - 1 + int(tokens.shift[t]), kv_len))
+    return Sums(vertical, torch.stack(found))
+
+
+def _hidden(ctx: Context, tokens: Tokens, rows: Tensor, b: int, heads: int) -> Tensor:
+    """(1 or Hq, n, Lkv): what the rows don't see; rows that aren't real see nothing."""
+    mask = EVERYTHING if ctx.mask is None else ctx.mask
+    t = b if len(tokens.shift) > 1 else 0
+    q = tokens.q_pos[t if len(tokens.q_pos) > 1 else 0][rows][:, None]
+    k = tokens.k_pos[t if len(tokens.k_pos) > 1 else 0][None]
+    groups = mask.groups()[1]
+    seen = torch.stack(
+        [mask._element(q, k, b, h).expand(len(rows), k.shape[1]) for h in range(groups)]
+    )
+    hidden = ~(seen & tokens.q_real[t][rows][:, None])
+    return hidden if groups == 1 else hidden.repeat_interleave(heads // groups, 0)
+
+
+def _rows_of(bias: Tensor, b: int, heads: slice, rows: Tensor, count: int) -> Tensor:
+    """bias, broadcastable to (B, Hq, Lq, Lkv), for some heads and rows of one batch entry."""
+    bias = bias[(None,) * (4 - bias.dim())]
+    one = bias[b if bias.shape[0] > 1 else 0].expand(count, -1, -1)[heads]
+    return one[:, rows] if one.shape[1] > 1 else one
+
+
+def _by_distance(sheared: Tensor, top: int, kv_len: int) -> Tensor:
+    """(H, W) with distance t at place top - t, to (H, Lkv) with distance t at t."""
+    places = top - torch.arange(kv_len, device=sheared.device)
+    inside = (places >= 0) & (places < sheared.shape[1])
+    return sheared[:, places.clamp(0, sheared.shape[1] - 1)] * inside
