@@ -8,16 +8,17 @@ from torch import Tensor
 
 from foveate import Context, Layout, attention, blocks, catalog, causal, padding
 from foveate.methods import make
+from foveate.ops.errors import InputError
 
 # Budgets small enough to leave something out at these lengths; other methods run at their defaults.
 SMALL = {
     "sink-window": "sink-window(sinks=2, window=24)",
     "a-shape": "a-shape(sinks=8, local=16)",
-    "vertical-slash": "vertical-slash(verticals=32, slashes=104)",
+    "vertical-slash": "vertical-slash(verticals=32, slashes=50, forced_slashes=48)",
     "block-sparse": "block-sparse(blocks=1)",
 }
 PATTERNS = [row for row in catalog.rows() if row.kind == "pattern"]
-BATCH, LENGTH = 2, 211
+BATCH, LENGTH = 2, 403
 
 
 def patterns(capability: str, works: bool = True) -> pytest.MarkDecorator:
@@ -139,6 +140,12 @@ def test_bidirectional(key):
     torch.testing.assert_close(result.out, expected.out)
     later = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
     assert (layout.dense() & later).any()
+
+
+@patterns("bidirectional", works=False)
+def test_bidirectional_is_refused_where_it_does_not_work(key):
+    with pytest.raises(InputError, match="causal"):
+        method(key)(*tensors(), Context())
 
 
 def choices(key: str, changed: int) -> tuple[Tensor, Tensor]:

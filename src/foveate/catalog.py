@@ -125,6 +125,7 @@ MMINFERENCE = Paper(
 
 DENSE_DECODE = Support(True, "dense over the whole cache, as in the paper")
 LAST_QUERIES = Support(False, "the last queries choose the index for all rows")
+SLASHES = Support(False, "a slash is a distance to an earlier key; use block-sparse")
 POOLED_BLOCK = Support(False, "a block's mean query and key hold its later tokens")
 
 ROWS: tuple[Row, ...] = (
@@ -166,7 +167,9 @@ ROWS: tuple[Row, ...] = (
         summary="Key columns and diagonals, chosen from the attention of the last 64 queries.",
         papers=(MINFERENCE, MMINFERENCE),
         sheet="mminference",
-        capabilities=Capabilities(decode=DENSE_DECODE, causal_routing=LAST_QUERIES),
+        capabilities=Capabilities(
+            decode=DENSE_DECODE, bidirectional=SLASHES, causal_routing=LAST_QUERIES
+        ),
     ),
     Row(
         key="block-sparse",

@@ -11,15 +11,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from foveate.compare import options
 from foveate.compare.environment import environment
 from foveate.ops import Mask, explain, parse_mask
 from foveate.ops.errors import InputError, nearest
 
-DTYPES = {
-    "float32": torch.float32, "fp32": torch.float32, "float16": torch.float16,
-    "fp16": torch.float16, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
-    "float64": torch.float64, "fp64": torch.float64,
-}  # fmt: skip
+DTYPES = options.DTYPES | {"float64": torch.float64}
 
 
 def register(app: typer.Typer) -> None:
@@ -53,7 +50,7 @@ def command(
         if size < 1:
             raise InputError(f"{name} must be at least 1, got {size}.")
     parsed = parse_mask(mask)
-    kind, place = _dtype(dtype), _device(device)
+    kind, place = _dtype(dtype), options.parse_device(device)
     query = torch.empty(batch, heads, q_len, head_dim, dtype=kind, device=place, requires_grad=grad)
     key = torch.empty(batch, kv_heads, kv_len, head_dim, dtype=kind, device=place)
     chosen = explain(query, key, key, parsed, backend=backend)
@@ -75,21 +72,10 @@ def command(
 
 
 def _dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise InputError(f"--dtype {name!r} is not known; {nearest(name, DTYPES)}")
-    return DTYPES[name]
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"--device {name!r} can't be used here ({str(error).splitlines()[0].rstrip('.')}); "
-            "try --device cpu."
-        ) from error
-    return device
+    full = options.SHORT.get(name, name)
+    if full not in DTYPES:
+        raise InputError(f"--dtype {name} is not known; {nearest(name, [*DTYPES, *options.SHORT])}")
+    return DTYPES[full]
 
 
 def _layout(
