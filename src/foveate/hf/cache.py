@@ -75,7 +75,9 @@ class SinkWindowLayer(CacheLayerMixin):
         """
         room = self.sinks + max(0, self.window - query_length)
         kept = min(0 if self.cache is None else len(self.cache), room)
-        return kept + query_length, InCacheOffset(self.get_seq_length() - kept)
+        offset = InCacheOffset(self.get_seq_length() - kept)
+        offset.padding_known = self.pads is not None
+        return kept + query_length, offset
 
     def get_seq_length(self) -> int:
         """Tokens of the sequence so far, kept or not: where the next one's position is."""

@@ -21,7 +21,13 @@ from foveate.hf.recognise import Rule, recognise
 
 
 class InCacheOffset(int):
-    """A key offset of a cache that renumbers what it keeps: its keys count from 0 again."""
+    """A key offset of a cache that renumbers what it keeps: its keys count from 0 again.
+
+    `padding_known` tells whether the cache was told of left padding, without which it may have
+    kept some in place of real tokens.
+    """
+
+    padding_known = True
 
 
 @dataclass(frozen=True)

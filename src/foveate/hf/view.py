@@ -125,6 +125,14 @@ def _answer(request: Request, contents: Tensor | None) -> View:
         end = request.kv_offset + request.kv_len
         present = torch.nn.functional.pad(present, (0, max(0, end - present.shape[1])))[:, :end]
         if isinstance(request.kv_offset, InCacheOffset):
+            if not request.kv_offset.padding_known and not bool(
+                present[:, : request.kv_offset].all()
+            ):
+                raise ModelError(
+                    "The batch is padded on the left, but its streaming cache wasn't told so and "
+                    "has kept padding as sinks; make it with streaming_cache(model, ..., "
+                    "attention_mask=mask)."
+                )
             present = present[:, request.kv_offset :]
     q_start = request.q_offset - (request.kv_offset - offset)
     # From here on, keys are offset ... offset + kv_len - 1, queries q_start ..., and `present`
