@@ -1,0 +1,246 @@
+"""One timed pass of a model over a batch of prompts, and decoding from where it ended.
+
+A pass is the whole forward with a cache being filled, logits for the last token only, as generation
+starts. On a CPU the attention's share is timed in the same pass; on a GPU that needs waiting after
+each layer, so it's a pass of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.compare.dense import Watch, dense
+from foveate.compare.memory import Peak
+from foveate.hf import use
+from foveate.ops import AttentionOutput, Layout
+from foveate.parts import Attention, Context
+from foveate.parts.attention import mask_layout
+
+
+@dataclass
+class Sample:
+    """What one layer's attention was given and gave, kept to check it."""
+
+    layer: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    layout: Layout | None
+    ctx: Context
+
+
+@dataclass
+class Log:
+    """What the layers of one pass report; seconds, and counts per (batch entry, head)."""
+
+    build_seconds: float = 0.0
+    attend_seconds: float = 0.0
+    outside_seconds: float = 0.0
+    pairs: dict[int, float] = field(default_factory=dict)
+    area: dict[int, float] = field(default_factory=dict)
+    mask_pairs: dict[int, float] = field(default_factory=dict)
+    mask_area: dict[int, float] = field(default_factory=dict)
+    keep: frozenset[int] = frozenset()
+    samples: list[Sample] = field(default_factory=list)
+
+
+class Recorder(Attention):
+    """A method that tells a log about each call; what it computes stays the same."""
+
+    def __init__(self, method: Any, log: Log, synchronise: bool) -> None:
+        self.method = method
+        self.log = log
+        self._clock = Watch(synchronise)
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, ctx: Context | None = None
+    ) -> AttentionOutput:
+        """Run the method; shapes as in `Attention`."""
+        ctx = Context() if ctx is None else ctx
+        if ctx.phase == "decode":
+            return self.method(q, k, v, ctx)
+        told: list[Layout] = []
+        outside = self.log.outside_seconds
+
+        def stats(
+            *, layer: int, layout: Layout, build_seconds: float, attend_seconds: float
+        ) -> None:
+            start = self._clock.now()
+            self.log.build_seconds += build_seconds
+            self.log.attend_seconds += attend_seconds
+            self.log.pairs[layer] = layout.pairs
+            self.log.area[layer] = layout.tile_area
+            whole = mask_layout(ctx.mask, q, k, ctx)
+            self.log.mask_pairs[layer] = whole.pairs
+            self.log.mask_area[layer] = whole.tile_area
+            if layer in self.log.keep:
+                told.append(layout)
+            self.log.outside_seconds += self._clock.now() - start
+
+        start = self._clock.now()
+        result: AttentionOutput = self.method(q, k, v, replace(ctx, stats=stats))
+        if ctx.layer not in self.log.pairs:
+            # Not a pattern: it has no layout, so all of its time is attention.
+            spent = self._clock.now() - start - (self.log.outside_seconds - outside)
+            self.log.attend_seconds += spent
+        if ctx.layer in self.log.keep:
+            layout = told[-1] if told else None
+            kept = replace(ctx, stats=None, store={})
+            self.log.samples.append(Sample(ctx.layer, q, k, v, result.out, layout, kept))
+        return result
+
+
+@dataclass
+class Pass:
+    """A finished pass over (B, L) tokens.
+
+    Attributes:
+        seconds: for the forward, without what the measuring itself took.
+        attention_seconds: of which in attention, layouts apart; None if not timed in this pass.
+        build_seconds: of which building layouts.
+        hidden: (B, L, dim), what the output head is given.
+        logits: (B, vocabulary) of the last token; None for an encoder.
+        cache: to go on decoding from; None for an encoder.
+        peak_bytes: memory beyond what was held before; None where it can't be measured.
+        log: what the layers reported; None for the baseline.
+        cache_bytes: of the cache after prefill.
+    """
+
+    seconds: float
+    attention_seconds: float | None
+    build_seconds: float
+    hidden: Tensor
+    logits: Tensor | None
+    cache: Any
+    peak_bytes: int | None
+    log: Log | None
+    cache_bytes: int = 0
+
+
+class Machine:
+    """A model on a device, ready to run passes.
+
+    Args:
+        model: transformers' model, in evaluation mode.
+        kind: causal-lm, encoder or audio-encoder.
+    """
+
+    def __init__(self, model: Any, kind: str) -> None:
+        self.model = model
+        self.kind = kind
+        self.device = torch.device(model.device)
+        self.synchronise = self.device.type == "cuda"
+
+    @torch.inference_mode()
+    def run(
+        self,
+        inputs: Tensor,
+        method: Any | None,
+        *,
+        inspect: bool,
+        keep: frozenset[int] = frozenset(),
+    ) -> Pass:
+        """One pass.
+
+        Args:
+            inputs: (B, L) int64 tokens, or features of an audio encoder.
+            method: an attention; None is the baseline.
+            inspect: time the attention as well.
+            keep: layers whose q, k, v, output and layout are kept in the log.
+        """
+        log = Log(keep=keep)
+        watch = Watch(self.synchronise)
+        inputs = inputs.to(self.device)
+        with self._running(method, log if inspect else None, watch if inspect else None):
+            with Peak(self.device) as peak:
+                start = Watch(self.synchronise).now()
+                hidden, logits, cache = self._forward(inputs)
+                seconds = Watch(self.synchronise).now() - start
+        attention = None
+        if inspect:
+            attention = watch.seconds if method is None else log.attend_seconds
+        return Pass(
+            seconds - log.outside_seconds,
+            attention,
+            log.build_seconds,
+            hidden,
+            logits,
+            cache,
+            peak.bytes,
+            None if method is None else log,
+        )
+
+    @torch.inference_mode()
+    def decode(
+        self, method: Any | None, tokens: Tensor, cache: Any, steps: int
+    ) -> tuple[Tensor, list[float]]:
+        """Greedy tokens from a cache.
+
+        Args:
+            method: as in `run`.
+            tokens: (B,) int64, the token that comes first.
+            cache: of the pass, goes on growing.
+            steps: how many tokens to compute after it.
+
+        Returns:
+            The tokens (B, steps), and the seconds of each step.
+        """
+        made, seconds = [], []
+        clock = Watch(self.synchronise)
+        with self._running(method, None, None):
+            for _ in range(steps):
+                start = clock.now()
+                out = self.model(
+                    input_ids=tokens[:, None], past_key_values=cache, use_cache=True
+                )
+                tokens = out.logits[:, -1].argmax(-1)
+                seconds.append(clock.now() - start)
+                made.append(tokens)
+        return torch.stack(made, 1).cpu(), seconds
+
+    @contextmanager
+    def _running(
+        self, method: Any | None, log: Log | None, watch: Watch | None
+    ) -> Iterator[None]:
+        if method is None:
+            with dense(self.model, watch):
+                yield
+        else:
+            with use(self.model, Recorder(method, log, self.synchronise) if log else method):
+                yield
+
+    def _forward(self, inputs: Tensor) -> tuple[Tensor, Tensor | None, Any]:
+        if self.kind == "audio-encoder":
+            return self.model(inputs).last_hidden_state, None, None
+        if self.kind == "encoder":
+            return self.model(input_ids=inputs).last_hidden_state, None, None
+        caught: list[Tensor] = []
+
+        def catch(module: Any, args: Any, output: Any) -> None:
+            caught.append(output[0])
+
+        handle = self.model.base_model.register_forward_hook(catch)
+        try:
+            out = self.model(input_ids=inputs, use_cache=True, logits_to_keep=1)
+        finally:
+            handle.remove()
+        return caught[-1], out.logits[:, -1], out.past_key_values
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of all keys, values and states that a transformers cache holds."""
+    total = 0
+    for layer in getattr(cache, "layers", ()):
+        for value in vars(layer).values():
+            if isinstance(value, Tensor):
+                total += value.numel() * value.element_size()
+    return total
+
+

@@ -1,0 +1,195 @@
+"""What is to be measured, in which order.
+
+A cell is one pass of one method at one length: prompt number r, prefill and decoding in turn with
+dense. Two methods share a dense pass that runs between them, so that each stands next to it; the
+order turns round with r. Short lengths come first: useful rows come early.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from foveate.compare.records import digest
+from foveate.methods import make, spec
+from foveate.ops.errors import InputError
+
+DEFAULT_METHODS = (
+    "full,sink-window(window=512),a-shape(sinks=64, local=512),vertical-slash,block-sparse"
+)
+DEFAULT_LENGTHS = (1024, 2048, 4096)
+# For a budget sweep: the hyper-parameters that say how much is kept, and the factors on them.
+BUDGETS = {
+    "sink-window": ("window",),
+    "a-shape": ("local",),
+    "vertical-slash": ("verticals", "slashes"),
+    "block-sparse": ("blocks",),
+}
+FACTORS = (0.25, 0.5, 1.0, 2.0)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method of the run.
+
+    Attributes:
+        name: the text that makes it, as shown and as `foveate.use` takes it.
+        key: its catalog key.
+        parameters: all its hyper-parameters, also those at their defaults.
+        reserved: what it always keeps, whatever is selected; a phrase.
+    """
+
+    name: str
+    key: str
+    parameters: dict[str, Any] = dataclasses.field(hash=False)
+    reserved: str
+
+    def method(self) -> Any:
+        """A new instance."""
+        return make(self.name)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One pass of one method at one length."""
+
+    entry: Entry
+    length: int
+    number: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain data, for the record."""
+        return {
+            "method": self.entry.name,
+            "parameters": self.entry.parameters,
+            "length": self.length,
+            "pass": self.number,
+        }
+
+
+@dataclass(frozen=True)
+class Round:
+    """Passes that are run in turn: the method before dense, dense, and the one after it."""
+
+    before: Cell | None
+    after: Cell | None
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """The methods' cells in the order in which they run."""
+        return tuple(cell for cell in (self.before, self.after) if cell is not None)
+
+    @property
+    def length(self) -> int:
+        """Tokens of each prompt."""
+        return self.cells[0].length
+
+    @property
+    def number(self) -> int:
+        """Number of the prompt."""
+        return self.cells[0].number
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Methods, lengths, and how many passes of each.
+
+    `fingerprint` is all else that the figures depend on: model, text, device, dtype, versions.
+    """
+
+    entries: tuple[Entry, ...]
+    lengths: tuple[int, ...]
+    passes: int
+    fingerprint: dict[str, Any] = dataclasses.field(hash=False)
+
+    def key(self, cell: Cell) -> str:
+        """The key of a cell's record."""
+        return digest({"run": self.fingerprint, "cell": cell.as_dict()})
+
+    def cells(self) -> Iterator[Cell]:
+        """All cells, by length, method, pass."""
+        for length in self.lengths:
+            for entry in self.entries:
+                for number in range(self.passes):
+                    yield Cell(entry, length, number)
+
+    def rounds(self, done: set[Cell]) -> Iterator[Round]:
+        """The rounds that are left when some cells are done."""
+        for length in self.lengths:
+            for first in range(0, len(self.entries), 2):
+                pair = self.entries[first : first + 2]
+                for number in range(self.passes):
+                    cells = [Cell(entry, length, number) for entry in pair]
+                    left = [cell if cell not in done else None for cell in cells]
+                    if len(left) == 1:
+                        left.append(None)
+                    if number % 2:
+                        left.reverse()
+                    if any(left):
+                        yield Round(*left)
+
+
+def entries_of(methods: list[str], *, sweep: bool = False) -> tuple[Entry, ...]:
+    """The methods that a list names, each once.
+
+    Args:
+        methods: texts such as "sink-window(window=1024)".
+        sweep: each method at several budgets, from a quarter to twice what is given.
+
+    Raises:
+        UnknownMethodError: there is no such method; the nearest names are offered.
+        InputError: a hyper-parameter that doesn't exist or doesn't fit, or nothing to measure.
+    """
+    found: dict[str, Entry] = {}
+    for text in methods:
+        for method in _budgets(make(text)) if sweep else [make(text)]:
+            name = spec(method)
+            found.setdefault(name, _entry(name, method))
+    if not found:
+        raise InputError("There is no method to compare; name some with --methods.")
+    return tuple(found.values())
+
+
+def _entry(name: str, method: Any) -> Entry:
+    key = name.partition("(")[0]
+    parameters = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init}
+    return Entry(name, key, parameters, reserved(key, parameters, method))
+
+
+def reserved(key: str, parameters: dict[str, Any], method: Any) -> str:
+    """What a method keeps whatever it selects: sinks and the local part."""
+    if getattr(type(method), "exact", False):
+        return "everything"
+    parts = []
+    for name, words in (
+        ("sinks", "first {} tokens"),
+        ("first", "first {} tokens"),
+        ("sink", "first {} tokens"),
+        ("window", "last {} tokens"),
+        ("local", "last {} tokens"),
+        ("forced_verticals", "first {} tokens"),
+        ("forced_slashes", "last {} tokens"),
+        ("reserve_sinks", "first {} blocks"),
+        ("reserve_local", "last {} blocks"),
+    ):
+        value = parameters.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            parts.append(words.format(f"{value:,}"))
+    told = getattr(method, "reserved", None)
+    if isinstance(told, str):
+        return told
+    return ", ".join(parts) or "nothing"
+
+
+def _budgets(method: Any) -> list[Any]:
+    key = spec(method).partition("(")[0]
+    names = [n for n in BUDGETS.get(key, ()) if isinstance(getattr(method, n, None), int)]
+    if not names:
+        return [method]
+    made = []
+    for factor in FACTORS:
+        values = {name: max(1, round(getattr(method, name) * factor)) for name in names}
+        made.append(dataclasses.replace(method, **values))
+    return made

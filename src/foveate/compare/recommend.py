@@ -1,0 +1,170 @@
+"""Which attention to use: the fastest that loses little enough, or dense."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from foveate.compare.summary import Row
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to use at one length.
+
+    Attributes:
+        length: tokens.
+        use: the method's text, or "dense".
+        row: its row; None for dense.
+        why: in a sentence.
+    """
+
+    length: int
+    use: str
+    row: Row | None
+    why: str
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The answer of a run.
+
+    Attributes:
+        use: what to use at the longest length.
+        verdicts: one for each length that was measured, rising.
+        sentence: the answer in words.
+        code: lines of Python that load the model and adopt it, as they are.
+        limits: the limits that were applied, in words.
+    """
+
+    use: str
+    verdicts: tuple[Verdict, ...]
+    sentence: str
+    code: str
+    limits: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "use": self.use,
+            "sentence": self.sentence,
+            "code": self.code,
+            "limits": self.limits,
+            "lengths": [{"length": v.length, "use": v.use, "why": v.why} for v in self.verdicts],
+        }
+
+
+def faults(row: Row, max_loss: float, max_needle_loss: float) -> list[str]:
+    """Why a row can't be recommended; empty if it can."""
+    if not row.passed:
+        return [f"its check failed ({row.said})"]
+    found: list[str] = []
+    loss = row.quality_loss
+    what = "perplexity" if row.cosine is None else "1 - cosine"
+    if loss is None or not loss <= max_loss:
+        found.append(f"{what} {_percent(loss)} (limit {_percent(max_loss)})")
+    if row.hidden and row.found is not None and row.dense_found is not None:
+        lost = (row.dense_found - row.found) / row.hidden
+        if lost > max_needle_loss + 1e-9:
+            found.append(f"finds {row.found} of {row.hidden} keys (dense {row.dense_found})")
+    if row.prefill is None or row.prefill.middle <= 1 or row.prefill.low <= 1:
+        speed = "unknown" if row.prefill is None else _times(row)
+        found.append(f"not faster than dense in every pair (prefill {speed})")
+    return found
+
+
+def recommend(
+    rows: list[Row], *, max_loss: float, max_needle_loss: float, loading: str
+) -> Recommendation:
+    """The answer for all measured rows.
+
+    Args:
+        rows: what was measured.
+        max_loss: largest perplexity loss, or 1 - mean cosine for an encoder, as a share.
+        max_needle_loss: largest loss of the share of keys that dense finds.
+        loading: lines of Python that make `model`.
+    """
+    verdicts = []
+    for length in sorted({row.length for row in rows}):
+        here = [row for row in rows if row.length == length]
+        verdicts.append(_at(here, length, max_loss, max_needle_loss))
+    last = verdicts[-1]
+    encoder = any(row.cosine is not None for row in rows)
+    what = "1 - mean cosine" if encoder else "perplexity loss"
+    limits = f"{what} at most {_percent(max_loss, sign=False)}"
+    if not encoder:
+        limits += (
+            ", keys found no fewer than dense"
+            if not max_needle_loss
+            else f", at most {_percent(max_needle_loss, sign=False)} fewer keys found than dense"
+        )
+    limits += ", prefill faster than dense in every pair"
+    return Recommendation(
+        last.use, tuple(verdicts), _sentence(verdicts), _code(last, loading), limits
+    )
+
+
+def _at(rows: list[Row], length: int, max_loss: float, max_needle_loss: float) -> Verdict:
+    good = [row for row in rows if not faults(row, max_loss, max_needle_loss)]
+    if good:
+        best = max(good, key=lambda row: row.prefill.middle if row.prefill else 0.0)
+        return Verdict(length, best.entry.name, best, describe(best))
+    fast = [row for row in rows if row.prefill is not None and row.prefill.low > 1]
+    if not fast:
+        return Verdict(length, DENSE, None, "no method was faster than dense in every pair")
+    near = max(fast, key=lambda row: -(row.quality_loss if row.quality_loss is not None else 9e9))
+    reasons = "; ".join(faults(near, max_loss, max_needle_loss))
+    return Verdict(
+        length, DENSE, None, f"the nearest is {near.entry.name}, prefill {_times(near)}, but {reasons}"
+    )
+
+
+def describe(row: Row) -> str:
+    """What a method gains and costs, in a clause."""
+    parts = [f"prefill {_times(row)}"]
+    if row.decode is not None:
+        parts.append(f"decoding {row.decode.middle:.2f}x")
+    if row.cosine is not None:
+        parts.append(f"mean cosine to dense {row.cosine:.4f}")
+    elif row.loss is not None:
+        parts.append(f"perplexity {_percent(row.loss)}")
+    if row.hidden:
+        parts.append(f"keys {row.found} of {row.hidden} (dense {row.dense_found})")
+    return ", ".join(parts) + f"; always keeps {row.entry.reserved}"
+
+
+def _sentence(verdicts: list[Verdict]) -> str:
+    last = verdicts[-1]
+    if last.row is None:
+        text = f"At {last.length:,} tokens stay dense: {last.why}."
+    else:
+        text = f"Use {last.use} at {last.length:,} tokens: {last.why}."
+    others = [v for v in verdicts[:-1] if v.use != last.use]
+    if others:
+        told = "; ".join(
+            f"at {v.length:,} "
+            + ("stay dense" if v.row is None else f"use {v.use} ({describe(v.row)})")
+            for v in others
+        )
+        text += f" It differs by length: {told}."
+    return text
+
+
+def _code(last: Verdict, loading: str) -> str:
+    if last.row is None:
+        return loading + "  # dense as it comes: nothing to adopt"
+    quote = "'" if '"' in last.use else '"'
+    return f"import foveate\n{loading}\nfoveate.use(model, {quote}{last.use}{quote})"
+
+
+def _times(row: Row) -> str:
+    assert row.prefill is not None
+    return f"{row.prefill.middle:.2f}x ({row.prefill.low:.2f}-{row.prefill.high:.2f})"
+
+
+def _percent(value: float | None, sign: bool = True) -> str:
+    if value is None:
+        return "unknown"
+    return f"{100 * value:+.2f}%" if sign else f"{100 * value:g}%"

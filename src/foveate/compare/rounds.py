@@ -1,0 +1,199 @@
+"""One round: dense and the methods next to it read the same prompts, decode in turn, are scored."""
+
+from __future__ import annotations
+
+import math
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.compare import audio, picture, quality, verify
+from foveate.compare.environment import load_average
+from foveate.compare.measure import Machine, Pass, cache_bytes
+from foveate.compare.needle import Prompts, found
+from foveate.compare.plan import Cell, Round
+from foveate.compare.validate import Job
+
+BLOCK = 4
+WARM_UP = 256
+
+
+class Bench:
+    """Runs rounds on a loaded model.
+
+    Args:
+        job: the checked input.
+        model: transformers' model on its device.
+    """
+
+    def __init__(self, job: Job, model: Any) -> None:
+        self.job = job
+        self.machine = Machine(model, job.info.kind)
+        self.layers = int(model.config.get_text_config().num_hidden_layers)
+        self._methods = {entry.name: entry.method() for entry in job.entries}
+        self._warm: set[tuple[str, int]] = set()
+        self._head_checked = False
+
+    def warm_up(self, names: list[str], length: int) -> None:
+        """Let dense and the named methods run once; on a GPU once for each length."""
+        short = length if self.machine.synchronise else min(length, WARM_UP)
+        if self.job.info.kind == "audio-encoder":
+            short = length
+        for name in ["", *names]:
+            if (name, short) in self._warm:
+                continue
+            self._warm.add((name, short))
+            inputs, _ = self._inputs(length, 0)
+            inputs = inputs if self.job.prompts is None else inputs[:, :short]
+            method = self._methods.get(name)
+            done = self.machine.run(inputs, method, inspect=False)
+            if done.logits is not None:
+                if not self._head_checked:
+                    quality.check_head(self.machine.model, done.hidden, done.logits)
+                    self._head_checked = True
+                if self.job.options.decode_tokens:
+                    self.machine.decode(method, done.logits.argmax(-1), done.cache, 2)
+
+    def run(self, round_: Round) -> list[tuple[Cell, dict[str, Any]]]:
+        """Measure a round; the cells with the values of their records, in the order they ran."""
+        self.warm_up([cell.entry.name for cell in round_.cells], round_.length)
+        inputs, prompts = self._inputs(round_.length, round_.number)
+        passes: dict[Cell, Pass] = {}
+        if round_.before is not None:
+            passes[round_.before] = self._pass(inputs, round_.before)
+        dense = self._pass(inputs, None)
+        if round_.after is not None:
+            passes[round_.after] = self._pass(inputs, round_.after)
+        decoded = self._decode(round_, dense, passes)
+        finished = []
+        for cell in round_.cells:
+            done = passes.pop(cell)
+            done.cache = None
+            values = self._values(cell, dense, done, inputs, prompts)
+            values["dense_came"] = "after" if cell is round_.before else "before"
+            values |= self._answers(decoded.get(cell), prompts)
+            finished.append((cell, clean(values)))
+        return finished
+
+    def _inputs(self, length: int, number: int) -> tuple[Tensor, Prompts | None]:
+        batch = self.job.options.batch
+        if self.job.prompts is None:
+            return audio.features(self.job.options.text, number * batch, batch).to(
+                self.job.dtype
+            ), None
+        prompts = self.job.prompts.batch(length, number * batch, batch)
+        return prompts.ids, prompts
+
+    def _pass(self, inputs: Tensor, cell: Cell | None) -> Pass:
+        method = None if cell is None else self._methods[cell.entry.name]
+        keep = (
+            verify.layers_to_check(self.layers)
+            if cell is not None and cell.number == 0
+            else frozenset()
+        )
+        if not self.machine.synchronise:
+            return self.machine.run(inputs, method, inspect=True, keep=keep)
+        done = self.machine.run(inputs, method, inspect=False)
+        looked = self.machine.run(inputs, method, inspect=True, keep=keep)
+        done.attention_seconds, done.build_seconds = looked.attention_seconds, looked.build_seconds
+        done.log = looked.log
+        return done
+
+    def _values(
+        self, cell: Cell, dense: Pass, done: Pass, inputs: Tensor, prompts: Prompts | None
+    ) -> dict[str, Any]:
+        values: dict[str, Any] = {"load": load_average()}
+        for name, of in (("dense_", dense), ("", done)):
+            values[name + "seconds"] = of.seconds
+            values[name + "attention_seconds"] = of.attention_seconds
+            values[name + "peak_bytes"] = of.peak_bytes
+            values[name + "cache_bytes"] = of.cache_bytes
+        values["build_seconds"] = done.build_seconds
+        log = done.log
+        assert log is not None
+        if log.pairs:
+            for name in ("pairs", "area", "mask_pairs", "mask_area"):
+                table = getattr(log, name)
+                values[name] = sum(table.values()) / len(table)
+        if prompts is None or done.logits is None:
+            values["states"] = quality.compare_states(dense.hidden, done.hidden)
+        else:
+            values["quality"] = quality.score(
+                self.machine.model, dense.hidden, done.hidden, prompts.ids, prompts.scored
+            )
+        if cell.number == 0:
+            method = self._methods[cell.entry.name]
+            error, problems = verify.worst_error(log.samples, method)
+            values["check"] = {"error": error, "problems": problems[:3]}
+            values["picture"] = picture.choose(log.samples)
+        log.samples.clear()
+        return values
+
+    def _decode(
+        self, round_: Round, dense: Pass, passes: dict[Cell, Pass]
+    ) -> dict[Cell, dict[str, Any]]:
+        """Decode dense and each method in turn, a few tokens at a time."""
+        steps = self.job.options.decode_tokens
+        dense.cache_bytes = cache_bytes(dense.cache)
+        for done in passes.values():
+            done.cache_bytes = cache_bytes(done.cache)
+        if not steps or dense.logits is None:
+            return {}
+        results: dict[Cell, dict[str, Any]] = {}
+        dense_tokens = [dense.logits.argmax(-1)]
+        for cell in round_.cells:
+            done = passes[cell]
+            assert done.logits is not None
+            method = self._methods[cell.entry.name]
+            tokens = [done.logits.argmax(-1)]
+            times: dict[str, list[float]] = {"dense": [], "method": []}
+            for start in range(0, steps, BLOCK):
+                count = min(BLOCK, steps - start)
+                turns = ["dense", "method"] if cell is round_.after else ["method", "dense"]
+                for turn in turns:
+                    of, line = (dense, dense_tokens) if turn == "dense" else (done, tokens)
+                    made, seconds = self.machine.decode(
+                        None if turn == "dense" else method,
+                        line[-1].to(self.machine.device),
+                        of.cache,
+                        count,
+                    )
+                    # The first token after a change of attention pays for the change.
+                    times[turn] += seconds[1:] if count > 1 else seconds
+                    line += made.unbind(1)
+            results[cell] = {
+                "decode_seconds": median(times["method"]),
+                "dense_decode_seconds": median(times["dense"]),
+                "tokens": tokens,
+                "dense_tokens": dense_tokens[: steps + 1],
+            }
+        return results
+
+    def _answers(
+        self, decoded: dict[str, Any] | None, prompts: Prompts | None
+    ) -> dict[str, Any]:
+        if decoded is None:
+            return {}
+        values = {name: decoded[name] for name in ("decode_seconds", "dense_decode_seconds")}
+        if prompts is None or not prompts.keys:
+            return values
+        needle: dict[str, Any] = {"keys": list(prompts.keys), "depths": list(prompts.depths)}
+        for name in ("", "dense_"):
+            lines = torch.stack([t.cpu() for t in decoded[name + "tokens"]], 1)
+            answers = [self.job.tokenizer.decode(line.tolist()) for line in lines]
+            needle[name + "answers"] = answers
+            needle[name + "found"] = [found(a, k) for a, k in zip(answers, prompts.keys)]
+        return values | {"needle": needle}
+
+
+def clean(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become None."""
+    if isinstance(value, dict):
+        return {key: clean(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [clean(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
