@@ -1,0 +1,40 @@
+"""The C++ engine as a backend: dense attention and any layout on the CPU."""
+
+from __future__ import annotations
+
+import torch
+from typing_extensions import override
+
+from foveate.ops import cpu
+from foveate.ops.backends.base import Backend, Inputs
+from foveate.ops.types import AttentionOutput
+
+
+class Cpu(Backend):
+    """Kernels of `foveate.ops.cpu`; there when the package was installed with a compiler."""
+
+    name = "cpu"
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    device_types = ("cpu",)
+    backward = False
+
+    @override
+    def not_supported_reasons(self, inputs: Inputs) -> list[str]:
+        reasons = super().not_supported_reasons(inputs)
+        if reasons and inputs.query.device.type != "cpu":
+            return reasons
+        own = cpu.supports(inputs.query, inputs.key, inputs.value, inputs.layout, inputs.bias)
+        return reasons + [r for r in own if r not in reasons]
+
+    @override
+    def forward(self, inputs: Inputs) -> AttentionOutput:
+        call = _resolved(inputs)
+        out, lse = cpu.forward(
+            call.query, call.key, call.value, call.layout, call.scale, call.softcap, call.bias
+        )
+        return AttentionOutput(out, lse)
+
+
+def _resolved(inputs: Inputs) -> Inputs:
+    """Masks as layouts of 128: two blocks of rows share each tile's keys."""
+    return inputs.resolved(128)

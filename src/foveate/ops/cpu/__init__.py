@@ -1,0 +1,151 @@
+"""The C++ engine: exact attention over layouts on CPUs, fp32, bf16 and fp16.
+
+Query rows lie in the vector lanes, keys and values are read where they are, and one parallel region
+serves a call; csrc/ holds the kernels, compiled for several instruction sets and chosen when the
+library is loaded. The backend `cpu` of the core op stands on these functions.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from foveate.ops.cpu import binding
+from foveate.ops.cpu.binding import Call, isa, use
+
+if TYPE_CHECKING:
+    from foveate.ops.layout import Layout
+
+__all__ = ["available", "forward", "isa", "reason", "supports", "use"]
+
+MAX_DIM = 1024
+
+
+def available() -> bool:
+    """Whether the engine is there."""
+    return binding.load()[0] is not None
+
+
+def reason() -> str:
+    """Why the engine is not there; empty if it is."""
+    return binding.load()[1]
+
+
+def supports(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout | None, bias: Tensor | None
+) -> list[str]:
+    """Why the engine can't run this call; an empty list if it can."""
+    reasons = []
+    if not available():
+        reasons.append(reason())
+    if query.dtype not in binding.DTYPES:
+        name = str(query.dtype).removeprefix("torch.")
+        reasons.append(f"dtype {name} (it takes float32, bfloat16, float16)")
+    if any(x.device.type != "cpu" for x in (query, key, value)):
+        reasons.append(f"device {query.device.type} (it runs on cpu)")
+    largest = max(query.shape[-1], value.shape[-1])
+    if largest > MAX_DIM:
+        reasons.append(f"head size {largest} (it takes up to {MAX_DIM})")
+    if bias is not None and bias.dtype not in (*binding.DTYPES, torch.float64):
+        reasons.append(f"bias of dtype {bias.dtype}")
+    return reasons
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout | None,
+    scale: float,
+    softcap: float | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention and its log-sum-exp.
+
+    Args:
+        query: (B, Hq, Lq, D), fp32, bf16 or fp16.
+        key: (B, Hkv, Lkv, D).
+        value: (B, Hkv, Lkv, Dv).
+        layout: the tiles to visit; None is everything.
+        scale: factor on the scores.
+        softcap: c in c * tanh(score / c), before bias and mask; None is none.
+        bias: 4-D, broadcastable to (B, Hq, Lq, Lkv), added to the scores.
+
+    Returns:
+        out (B, Hq, Lq, Dv), lse (B, Hq, Lq) fp32 natural log; out 0 and lse -inf for empty rows.
+    """
+    out = torch.empty((*query.shape[:3], value.shape[3]), dtype=query.dtype)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32)
+    if out.numel() == 0 and lse.numel() == 0:
+        return out, lse
+    call, kept = _call(query, key, value, layout, scale, softcap, bias)
+    call.out = binding.rows(out)
+    call.lse = lse.data_ptr()
+    binding.run("foveate_forward", call)
+    del kept
+    return out, lse
+
+
+def _call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout | None,
+    scale: float,
+    softcap: float | None,
+    bias: Tensor | None,
+) -> tuple[Call, list[Tensor]]:
+    """The call's description, and the tensors that must outlive it."""
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    kept = [query, key, value]
+    call = Call(
+        binding.DTYPES[query.dtype],
+        query.shape[0],
+        query.shape[1],
+        key.shape[1],
+        query.shape[2],
+        key.shape[2],
+        query.shape[3],
+        value.shape[3],
+        torch.get_num_threads(),
+        scale,
+        softcap or 0.0,
+        binding.rows(query),
+        binding.rows(key),
+        binding.rows(value),
+    )
+    if bias is not None:
+        bias = bias.detach().float() if bias.dtype == torch.float64 else bias
+        kept.append(bias)
+        call.bias = bias.data_ptr()
+        call.bias_dtype = binding.DTYPES[bias.dtype]
+        call.bias_b, call.bias_h, call.bias_q, call.bias_k = (
+            stride if size > 1 else 0 for stride, size in zip(bias.stride(), bias.shape)
+        )
+    if layout is not None:
+        _describe(call, layout, kept)
+    return call, kept
+
+
+def _describe(call: Call, layout: Layout, kept: list[Tensor]) -> None:
+    ptr, cols, kinds, bits = (
+        x.contiguous() for x in (layout.ptr, layout.cols, layout.kinds, layout.bits)
+    )
+    gathered = None if layout.gathered is None else layout.gathered.contiguous()
+    kept += [ptr, cols, kinds, bits]
+    call.q_tile, call.kv_tile = layout.q_tile, layout.kv_tile
+    virtual = layout.kv_len if layout.kv_index is None else layout.kv_index.shape[-1]
+    call.q_tiles, call.kv_tiles = ptr.shape[2] - 1, -(-virtual // layout.kv_tile)
+    call.groups_b, call.groups_h = ptr.shape[0], ptr.shape[1]
+    call.entries, call.patterns = cols.shape[0], bits.shape[0]
+    call.ptr, call.cols, call.kinds = ptr.data_ptr(), cols.data_ptr(), kinds.data_ptr()
+    call.bits = bits.data_ptr()
+    if gathered is not None:
+        kept.append(gathered)
+        call.lists, call.gathered = gathered.shape[0], gathered.data_ptr()
+    call.q_index = binding.table(layout.q_index, kept)
+    call.kv_index = binding.table(layout.kv_index, kept)
+    call.key_range = binding.table(layout.key_range, kept)
+    call.row_range = binding.table(layout.row_range, kept)

@@ -1,0 +1,213 @@
+// Forward: for each item, one pass over its keys with an online softmax.
+#pragma once
+#include <math.h>
+
+#include "pack.h"
+#include "softmax.h"
+
+namespace foveate {
+namespace FOVEATE_ISA {
+
+template <class T> INLINE const T* row_at(const Rows& x, int64_t b, int64_t h, int64_t l) {
+  return (const T*)x.data + b * x.b + h * x.h + l * x.l;
+}
+
+template <class T> INLINE void point(const Rows& x, int64_t b, int64_t h, const Step& s, const T** row) {
+  const T* base = (const T*)x.data + b * x.b + h * x.h;
+  for (int j = 0; j < s.n; ++j) row[j] = base + s.key[j] * x.l;
+}
+
+// A block with its running state, all in scratch: [element or value][width lanes].
+struct Running {
+  float *q, *o, *max, *total;
+  int32_t* query;
+  int width;
+  bool first;
+};
+
+constexpr int64_t MAX_DIM_PAD = 16;
+
+// Scratch floats that an item needs at most.
+INLINE int64_t forward_floats(const Call& c) {
+  int64_t d = padded(c.dim, 2 * MAX_DIM_PAD), v = padded(c.value_dim, 2 * MAX_DIM_PAD);
+  int64_t block = ROWS * (d + v + 2) + ROWS;
+  return BLOCKS * block + KEYS * (d + v) + 3 * KEYS * ROWS + 4 * ROWS + 64 * 16;
+}
+
+template <class P, class T, int W>
+void forward_step(const Call& c, const Item& it, const Block& b, Running& run, const Step& s, int at,
+                  const float* const* k, const float* const* v, float scale, float* score,
+                  float* weight, float* biases, Ahead ahead_k, Ahead ahead_v) {
+  alignas(64) float top[W], alpha[W];
+  int lo = s.lo[at], hi = s.hi[at];
+  if (P::PAIR == 2) lo &= ~1;
+  int n = hi - lo;
+  for (int r = 0; r < W; ++r) top[r] = -__builtin_inff();
+  bool adjusted = c.softcap != 0 || c.bias;
+  const uint64_t* seen = s.whole[at] && lo == s.lo[at] ? nullptr : s.seen[at] + lo;
+  if (ahead_k.row) ahead_k.row += lo;
+  if (ahead_v.row) ahead_v.row += lo;
+  scores<P, W>(run.q, k + lo, n, elements<P>((int)c.dim), score, top, adjusted ? nullptr : seen, ahead_k);
+  if (adjusted) {
+    if (c.bias) bias_block(c, it, b, run.query, s.key + lo, n, W, biases);
+    float inner = (float)(c.softcap != 0 ? c.scale / c.softcap : c.scale * LOG2E);
+    for (int r = 0; r < W; ++r) top[r] = -__builtin_inff();
+    adjust<W>(score, n, inner, (float)c.softcap, c.bias ? biases : nullptr, seen, top);
+  }
+#if defined(__AVX512BF16__)
+  if (P::PAIR == 2) {
+    soften_pairs<W>(score, n, top, scale, run.max, run.total, alpha, weight);
+    values<P, W>(weight, v + lo / 2, (n + 1) / 2, (int)c.value_dim, run.o, alpha, run.first, ahead_v);
+    run.first = false;
+    return;
+  }
+#endif
+  if (sizeof(T) == 2) soften<W, 4>(score, n, top, scale, run.max, run.total, alpha);
+  else soften<W, 5>(score, n, top, scale, run.max, run.total, alpha);
+  values<P, W>(score, v + lo, n, (int)c.value_dim, run.o, alpha, run.first, ahead_v);
+  run.first = false;
+}
+
+// Write a finished block: straight to the output, or its sums to `part`.
+template <class T>
+INLINE void finish(const Call& c, const Item& it, const Block& b, Running& run, const Partial* part) {
+  alignas(64) float inverse[ROWS];
+  T* out[ROWS];
+  float* sums[ROWS];
+  int used = b.heads * b.rows;
+  if (run.first) memset(run.o, 0, sizeof(float) * run.width * c.value_dim);
+  for (int r = 0; r < run.width; ++r) {
+    out[r] = nullptr;
+    sums[r] = nullptr;
+    inverse[r] = 0;
+    if (r >= used) continue;
+    int64_t head = b.head0 + r / b.rows, q = run.query[r];
+    if (part) {
+      int64_t virtuals = c.q_index.data ? c.q_index.n : c.q_len;
+      int64_t v = (int64_t)it.tile * c.q_tile + b.row0 + r % b.rows;
+      if (v >= virtuals) continue;
+      int64_t slot = ((it.part * c.batch + it.batch) * c.heads + head) * virtuals + v;
+      sums[r] = part->out + slot * c.value_dim;
+      part->max[slot] = run.max[r];
+      part->total[slot] = q < 0 ? 0 : run.total[r];
+      inverse[r] = q < 0 ? 0 : 1;
+    } else if (q >= 0) {
+      float total = run.total[r];
+      inverse[r] = total != 0 ? 1 / total : 0;
+      out[r] = (T*)c.out.data + it.batch * c.out.b + head * c.out.h + q * c.out.l;
+      c.lse[(it.batch * c.heads + head) * c.q_len + q] =
+          total != 0 ? run.max[r] * LN2 + logf(total) : -__builtin_inff();
+    }
+  }
+  if (part) lanes_to_rows(run.o, run.width, (int)c.value_dim, inverse, sums);
+  else lanes_to_rows(run.o, run.width, (int)c.value_dim, inverse, out);
+}
+
+template <class P, class T>
+void forward_item(const Call& c, const Item& it, Arena* arena, const Partial* part) {
+  int64_t d = padded(c.dim, 2 * MAX_DIM_PAD), dv = padded(c.value_dim, 2 * MAX_DIM_PAD);
+  arena->used = 0;
+  auto floats = [&](int64_t n) { return (float*)take_bytes(arena, n * 4); };
+  Block block[BLOCKS];
+  Running run[BLOCKS];
+  int blocks = make_blocks(c, it, block);
+  int64_t kv_head = it.head0 / (c.heads / c.kv_heads);
+  float sign = c.scale < 0 ? -1.0f : 1.0f, scale = (float)fabs(c.scale) * LOG2E;
+  bool adjusted = c.softcap != 0 || c.bias;
+  if (adjusted) sign = 1, scale = 1;
+  if (c.scale == 0 && !adjusted) sign = 0, scale = 1;
+  for (int i = 0; i < blocks; ++i) {
+    Block& b = block[i];
+    Running& r = run[i];
+    int used = b.heads * b.rows;
+    r.width = used <= 16 ? 16 : used <= 32 ? 32 : 64;
+    r.q = floats(r.width * d);
+    r.o = floats(r.width * dv);
+    r.max = floats(r.width);
+    r.total = floats(r.width);
+    r.query = (int32_t*)floats(ROWS);
+    r.first = true;
+    block_rows(c, it, &b, r.query);
+    const T* row[ROWS];
+    for (int j = 0; j < r.width; ++j) {
+      r.max[j] = LOWEST;
+      r.total[j] = 0;
+      row[j] = j < used && r.query[j] >= 0
+                   ? row_at<T>(c.query, it.batch, b.head0 + j / b.rows, r.query[j]) : nullptr;
+    }
+    rows_to_lanes<P>(row, r.width, (int)c.dim, r.q);
+    if (sign != 1) {
+      int64_t n = (int64_t)r.width * elements<P>((int)c.dim);
+      if (sign == 0) memset(r.q, 0, n * 4);
+      else if (P::PAIR == 2)
+        for (int64_t j = 0; j < n; ++j) ((uint32_t*)r.q)[j] ^= 0x80008000u;
+      else
+        for (int64_t j = 0; j < n; ++j) r.q[j] = -r.q[j];
+    }
+  }
+  // Keys are read where they lie if a product can take them so.
+  bool copy_k = sizeof(T) == 2 && (P::PAIR == 1 || c.dim % 2), copy_v = sizeof(T) == 2;
+  float* keys = copy_k ? floats(KEYS * d) : nullptr;
+  float* vals = copy_v ? floats(KEYS * dv) : nullptr;
+  float* score = floats(KEYS * ROWS);
+  float* weight = P::PAIR == 2 ? floats(KEYS / 2 * ROWS) : nullptr;
+  float* biases = c.bias ? floats(KEYS * ROWS) : nullptr;
+
+  Stream stream;
+  stream.start(c, it, block, blocks);
+  Step step[2];
+  const T *k_row[2][KEYS], *v_row[2][KEYS];
+  const float *k[KEYS], *v[KEYS];
+  int now = 0;
+  bool more = stream.next(&step[0]);
+  if (more) {
+    point(c.key, it.batch, kv_head, step[0], k_row[0]);
+    point(c.value, it.batch, kv_head, step[0], v_row[0]);
+  }
+  while (more) {
+    const Step& s = step[now];
+    int then = 1 - now;
+    more = stream.next(&step[then]);
+    Ahead ahead_k = {nullptr, 0}, ahead_v = {nullptr, 0};
+    if (more) {
+      point(c.key, it.batch, kv_head, step[then], k_row[then]);
+      point(c.value, it.batch, kv_head, step[then], v_row[then]);
+      for (int j = step[then].n; j < KEYS; ++j) {
+        k_row[then][j] = k_row[then][0];
+        v_row[then][j] = v_row[then][0];
+      }
+      ahead_k = {(const char* const*)k_row[then], (int)(c.dim * sizeof(T))};
+      ahead_v = {(const char* const*)v_row[then], (int)(c.value_dim * sizeof(T))};
+    }
+    if (copy_k) {
+      copy_rows<P>(k_row[now], s.n, (int)c.dim, d, keys);
+      for (int j = 0; j < s.n; ++j) k[j] = keys + j * d;
+    } else {
+      for (int j = 0; j < s.n; ++j) k[j] = (const float*)k_row[now][j];
+    }
+    if (!copy_v) {
+      for (int j = 0; j < s.n; ++j) v[j] = (const float*)v_row[now][j];
+    } else if (P::PAIR == 1) {
+      copy_rows<P>(v_row[now], s.n, (int)c.value_dim, dv, vals);
+      for (int j = 0; j < s.n; ++j) v[j] = vals + j * dv;
+    } else {
+#if defined(__AVX512BF16__)
+      interleave_rows((const bf16* const*)v_row[now], s.n, (int)c.value_dim, dv, vals);
+      for (int j = 0; j < (s.n + 1) / 2; ++j) v[j] = vals + j * dv;
+#endif
+    }
+    for (int i = 0; i < blocks; ++i) {
+      if (s.lo[i] >= s.hi[i]) continue;
+      auto step_of = run[i].width == 64   ? forward_step<P, T, 64>
+                     : run[i].width == 32 ? forward_step<P, T, 32>
+                                          : forward_step<P, T, 16>;
+      step_of(c, it, block[i], run[i], s, i, k, v, scale, score, weight, biases, ahead_k, ahead_v);
+      ahead_k.row = ahead_v.row = nullptr;
+    }
+    now = then;
+  }
+  for (int i = 0; i < blocks; ++i) finish<T>(c, it, block[i], run[i], part);
+}
+
+}  // namespace FOVEATE_ISA
+}  // namespace foveate

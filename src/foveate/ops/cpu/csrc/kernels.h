@@ -1,0 +1,26 @@
+// The kernels of one instruction set, as the dispatcher sees them.
+#pragma once
+#include "plan.h"
+
+namespace foveate {
+
+struct Kernels {
+  const char* name;
+  int64_t (*forward_bytes)(const Call&);
+  void (*forward)(const Call&, const Item&, Arena*, const Partial*);
+  // Bring partial sums of query rows from .. to of (batch, head) together.
+  void (*merge)(const Call&, const Partial&, const Merge&, int64_t row);
+};
+
+const Kernels* portable_kernels();
+#if defined(FOVEATE_AVX2)
+const Kernels* avx2_kernels();
+#endif
+#if defined(FOVEATE_AVX512)
+const Kernels* avx512_kernels();
+#endif
+#if defined(FOVEATE_AVX512BF16)
+const Kernels* avx512bf16_kernels();
+#endif
+
+}  // namespace foveate

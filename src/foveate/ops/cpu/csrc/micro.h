@@ -1,0 +1,178 @@
+// Products of small blocks with the query rows in the lanes. One operand is a panel of vectors,
+// the other is read one scalar at a time where it lies, so keys and values need no packing and any
+// list of keys will do. Elements are 32 bits: an fp32, or a pair of bf16 for the dot instruction.
+#pragma once
+#include "simd.h"
+
+namespace foveate {
+namespace FOVEATE_ISA {
+
+struct Single {  // acc += a * b
+  static constexpr int PAIR = 1;
+  INLINE vf fma(vf acc, vf a, vf b) { return acc + a * b; }
+};
+#if defined(__AVX512BF16__)
+struct Pair {  // acc += a.lo * b.lo + a.hi * b.hi
+  static constexpr int PAIR = 2;
+  INLINE vf fma(vf acc, vf a, vf b) {
+    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+  }
+};
+#endif
+
+// How W lanes are cut into panels of NV vectors, and how many scalars meet a panel at once: as
+// many accumulators as the registers hold.
+template <int W> struct Shape {
+#if defined(__AVX512F__)
+  static constexpr int NV = W / VL, AT_ONCE = W == 64 ? 6 : 12;
+#elif defined(__AVX2__)
+  static constexpr int NV = 2, AT_ONCE = 6;
+#elif defined(__aarch64__)
+  static constexpr int NV = 4, AT_ONCE = 6;
+#else
+  static constexpr int NV = 2, AT_ONCE = 6;
+#endif
+  static constexpr int PANEL = NV * VL;
+};
+
+template <int N> struct Size { static constexpr int value = N; };
+
+INLINE void prefetch(const char* p) { __builtin_prefetch(p, 0, 2); }
+
+// Where the next step's rows lie, to be fetched while this one is computed; null: nowhere.
+struct Ahead {
+  const char* const* row;
+  int bytes;  // of a row
+};
+
+// acc[j] += sum over t < n of a[t] * b[j][t]; a is n vectors `lda` floats apart.
+template <class P, int KN, int NV>
+INLINE void product(vf (&acc)[KN][NV], const float* a, int64_t lda, const float* const* b, int n,
+                    const char* const* ahead, int step) {
+  const float* row[KN];
+  UNROLL for (int j = 0; j < KN; ++j) row[j] = b[j];
+  int t = 0;
+  for (; t + 16 <= n; t += 16) {
+    if (ahead) {
+      UNROLL for (int j = 0; j < KN; ++j) prefetch(ahead[j] + t * step);
+    }
+    _Pragma("GCC unroll 4") for (int u = t; u < t + 16; ++u) {
+      vf x[NV];
+      UNROLL for (int v = 0; v < NV; ++v) x[v] = load(a + u * lda + v * VL);
+      UNROLL for (int j = 0; j < KN; ++j) {
+        vf y = set1(row[j][u]);
+        UNROLL for (int v = 0; v < NV; ++v) acc[j][v] = P::fma(acc[j][v], x[v], y);
+      }
+    }
+  }
+  for (; t < n; ++t) {
+    vf x[NV];
+    UNROLL for (int v = 0; v < NV; ++v) x[v] = load(a + t * lda + v * VL);
+    UNROLL for (int j = 0; j < KN; ++j) {
+      vf y = set1(row[j][t]);
+      UNROLL for (int v = 0; v < NV; ++v) acc[j][v] = P::fma(acc[j][v], x[v], y);
+    }
+  }
+}
+
+// KN keys of `scores`.
+template <class P, int W, int KN>
+INLINE void scores_of(const float* q, const float* const* k, int dim, float* s, float* top,
+                      const uint64_t* seen, int shift, const char* const* ahead, int step) {
+  constexpr int NV = Shape<W>::NV;
+  vf acc[KN][NV];
+  UNROLL for (int j = 0; j < KN; ++j) UNROLL for (int v = 0; v < NV; ++v) acc[j][v] = vf{};
+  product<P, KN, NV>(acc, q, W, k, dim, ahead, step);
+  if (seen) {
+    vf hidden = set1(-__builtin_inff());
+    UNROLL for (int j = 0; j < KN; ++j) {
+      uint64_t word = seen[j] >> shift;
+      UNROLL for (int v = 0; v < NV; ++v)
+        acc[j][v] = select((uint32_t)(word >> v * VL), acc[j][v], hidden);
+    }
+  }
+  UNROLL for (int v = 0; v < NV; ++v) {
+    vf m = load(top + v * VL);
+    UNROLL for (int j = 0; j < KN; ++j) {
+      m = vmax(m, acc[j][v]);
+      store(s + j * W + v * VL, acc[j][v]);
+    }
+    store(top + v * VL, m);
+  }
+}
+
+// s[j][row] = q[.][row] . k[j], -inf where hidden; top[row] = max of itself and all of them.
+template <class P, int W>
+void scores(const float* q, const float* const* k, int keys, int dim, float* s, float* top,
+            const uint64_t* seen, Ahead ahead) {
+  constexpr int PANEL = Shape<W>::PANEL, AT_ONCE = Shape<W>::AT_ONCE;
+  int step = ahead.row ? (ahead.bytes + dim - 1) / dim : 0;
+  for (int r = 0; r < W; r += PANEL) {
+    const char* const* next = r ? nullptr : ahead.row;
+    int j = 0;
+    auto run = [&](auto size) __attribute__((always_inline)) {
+      constexpr int KN = decltype(size)::value;
+      scores_of<P, W, KN>(q + r, k + j, dim, s + j * W + r, top + r, seen ? seen + j : nullptr, r,
+                          next ? next + j : nullptr, step);
+      j += KN;
+    };
+    while (j + AT_ONCE <= keys) run(Size<AT_ONCE>{});
+    while (j + 4 <= keys) run(Size<4>{});
+    while (j < keys) run(Size<1>{});
+  }
+}
+
+// DN values of `values`.
+template <class P, int W, int DN>
+INLINE void values_of(const float* p, const float* const* v, int at, int n, float* o,
+                      const float* alpha, bool first, const char* const* ahead, int64_t line) {
+  constexpr int NV = Shape<W>::NV;
+  vf acc[DN][NV];
+  UNROLL for (int i = 0; i < DN; ++i) UNROLL for (int u = 0; u < NV; ++u) acc[i][u] = vf{};
+  _Pragma("GCC unroll 2") for (int j = 0; j < n; ++j) {
+    const float* row = v[j] + at;
+    if (ahead) {
+      UNROLL for (int i = 0; i < P::PAIR; ++i) prefetch(ahead[j * P::PAIR + i] + line);
+    }
+    vf x[NV];
+    UNROLL for (int u = 0; u < NV; ++u) x[u] = load(p + j * W + u * VL);
+    UNROLL for (int i = 0; i < DN; ++i) {
+      vf y = set1(row[i]);
+      UNROLL for (int u = 0; u < NV; ++u) acc[i][u] = P::fma(acc[i][u], x[u], y);
+    }
+  }
+  UNROLL for (int u = 0; u < NV; ++u) {
+    vf scale = load(alpha + u * VL);
+    UNROLL for (int i = 0; i < DN; ++i) {
+      float* to = o + i * W + u * VL;
+      store(to, first ? acc[i][u] : load(to) * scale + acc[i][u]);
+    }
+  }
+}
+
+// o[d][row] = o[d][row] * alpha[row] + sum over j < n of p[j][row] * v[j][d]; the old o counts as
+// 0 if `first`. n counts pairs of keys where the elements are pairs.
+template <class P, int W>
+void values(const float* p, const float* const* v, int n, int dim, float* o, const float* alpha,
+            bool first, Ahead ahead) {
+  constexpr int PANEL = Shape<W>::PANEL, AT_ONCE = Shape<W>::AT_ONCE;
+  for (int r = 0; r < W; r += PANEL) {
+    int d = 0;
+    int64_t line = 0;
+    auto run = [&](auto size) __attribute__((always_inline)) {
+      constexpr int DN = decltype(size)::value;
+      bool fetch = ahead.row && !r && line < ahead.bytes;
+      values_of<P, W, DN>(p + r, v, d, n, o + (int64_t)d * W + r, alpha + r, first,
+                          fetch ? ahead.row : nullptr, line);
+      d += DN;
+      line += 64;
+    };
+    // Two fours beat a six and two ones.
+    while (d + AT_ONCE <= dim && dim - d != 8) run(Size<AT_ONCE>{});
+    while (d + 4 <= dim) run(Size<4>{});
+    while (d < dim) run(Size<1>{});
+  }
+}
+
+}  // namespace FOVEATE_ISA
+}  // namespace foveate

@@ -1,0 +1,66 @@
+// One pool of threads, torch's: compiled with OpenMP but linked without it, so that the runtime
+// which torch has loaded serves. Small calls, and calls in a forked child, run serially.
+#pragma once
+#include <pthread.h>
+#include <stdlib.h>
+
+#include <atomic>
+
+#include "plan.h"
+
+namespace foveate {
+
+struct ThreadArena : Arena {
+  ~ThreadArena() { free(data); }
+};
+
+// The calling thread's scratch, of at least so many bytes; null when memory ran out.
+inline Arena* thread_arena(int64_t bytes) {
+  static thread_local ThreadArena arena;
+  return reserve(&arena, bytes) ? &arena : nullptr;
+}
+
+// OpenMP's threads don't survive a fork: a child that inherits a started pool would wait forever.
+inline bool& pool_lost() {
+  static bool lost = false;
+  return lost;
+}
+inline bool& pool_used() {
+  static bool used = false;
+  return used;
+}
+inline void after_fork() {
+  if (pool_used()) pool_lost() = true;
+}
+
+// Threads for a call of so many multiply-adds: one for each 2 million, about 20 microseconds.
+inline int64_t threads_for(int64_t threads, double multiplications) {
+  if (pool_lost() || threads < 2) return 1;
+  double most = multiplications / 2e6;
+  return most < threads ? (most < 2 ? 1 : (int64_t)most) : threads;
+}
+
+// run(i) for every i < n, taken in order from one counter; false if any run was.
+template <class F> bool for_each(int64_t n, int64_t threads, F run) {
+  if (threads > n) threads = n;
+#if defined(_OPENMP)
+  if (threads > 1) {
+    static int watched = pthread_atfork(nullptr, nullptr, after_fork);
+    (void)watched;
+    pool_used() = true;
+    std::atomic<int64_t> counter{0};
+    std::atomic<bool> ok{true};
+#pragma omp parallel num_threads((int)threads)
+    {
+      for (int64_t i; (i = counter.fetch_add(1, std::memory_order_relaxed)) < n;)
+        if (!run(i)) ok = false;
+    }
+    return ok;
+  }
+#endif
+  bool ok = true;
+  for (int64_t i = 0; i < n; ++i) ok &= run(i);
+  return ok;
+}
+
+}  // namespace foveate

@@ -1,0 +1,131 @@
+// The softmax step between the two products, rows in lanes; scores are in units of log 2.
+#pragma once
+#include "call.h"
+#include "micro.h"
+#include "stream.h"
+
+namespace foveate {
+namespace FOVEATE_ISA {
+
+// Rows start here, not at -inf: differences of maxima stay numbers, and a row that has seen
+// nothing ends with a total of 0.
+constexpr float LOWEST = -1e30f;
+
+// p = 2^(c s - max) in place of s, with the running max, total and alpha = 2^(old max - max).
+// `top` is the largest s of this step; c > 0.
+template <int W, int DEG>
+INLINE void soften(float* s, int keys, const float* top, float c, float* max, float* total,
+                   float* alpha) {
+  for (int r = 0; r < W; r += VL) {
+    vf old = load(max + r);
+    vf now = vmax(old, load(top + r) * c);
+    vf a = exp2v<DEG>(old - now);
+    vf t0 = vf{}, t1 = vf{};
+    int j = 0;
+    for (; j + 2 <= keys; j += 2) {
+      vf x = exp2v<DEG>(load(s + j * W + r) * c - now);
+      vf y = exp2v<DEG>(load(s + (j + 1) * W + r) * c - now);
+      store(s + j * W + r, x);
+      store(s + (j + 1) * W + r, y);
+      t0 += x;
+      t1 += y;
+    }
+    if (j < keys) {
+      vf x = exp2v<DEG>(load(s + j * W + r) * c - now);
+      store(s + j * W + r, x);
+      t0 += x;
+    }
+    store(max + r, now);
+    store(alpha + r, a);
+    store(total + r, load(total + r) * a + t0 + t1);
+  }
+}
+
+#if defined(__AVX512BF16__)
+// (a, b) rounded to bf16, lane by lane side by side: a in the low half.
+INLINE vf interleave(vf a, vf b) {
+  static const uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                     8,  24, 9,  25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+  return (vf)_mm512_permutexvar_epi16(_mm512_loadu_si512(order), both);
+}
+
+// As `soften`, but p goes out as bf16 pairs of keys, [pair][row]; an odd last key meets a 0.
+template <int W>
+INLINE void soften_pairs(const float* s, int keys, const float* top, float c, float* max,
+                         float* total, float* alpha, float* p) {
+  for (int r = 0; r < W; r += VL) {
+    vf old = load(max + r);
+    vf now = vmax(old, load(top + r) * c);
+    vf a = exp2v<4>(old - now);
+    vf t0 = vf{}, t1 = vf{};
+    int j = 0;
+    for (; j + 2 <= keys; j += 2) {
+      vf x = exp2v<4>(load(s + j * W + r) * c - now);
+      vf y = exp2v<4>(load(s + (j + 1) * W + r) * c - now);
+      store(p + j / 2 * W + r, interleave(x, y));
+      t0 += x;
+      t1 += y;
+    }
+    if (j < keys) {
+      vf x = exp2v<4>(load(s + j * W + r) * c - now);
+      store(p + j / 2 * W + r, interleave(x, vf{}));
+      t0 += x;
+    }
+    store(max + r, now);
+    store(alpha + r, a);
+    store(total + r, load(total + r) * a + t0 + t1);
+  }
+}
+#endif
+
+template <class T>
+INLINE void read_bias(const T* data, const Call& c, int64_t head_at, const int32_t* query,
+                      const int32_t* key, int keys, int rows, int width, float* out) {
+  // Rows of the bias are contiguous along keys as a rule: read along them, write down the lanes.
+  for (int r = 0; r < rows; ++r) {
+    const T* row = data + head_at + (query[r] < 0 ? 0 : query[r]) * c.bias_q;
+    for (int j = 0; j < keys; ++j) out[j * width + r] = to_float(row[key[j] * c.bias_k]) * LOG2E;
+  }
+}
+
+// Bias of a block times log2 e, [key][row].
+INLINE void bias_block(const Call& c, const Item& it, const Block& b, const int32_t* query,
+                       const int32_t* key, int keys, int width, float* out) {
+  for (int h = 0; h < b.heads; ++h) {
+    int64_t at = it.batch * c.bias_b + (b.head0 + h) * c.bias_h;
+    const int32_t* q = query + h * b.rows;
+    float* to = out + h * b.rows;
+    if (c.bias_dtype == F32)
+      read_bias((const float*)c.bias, c, at, q, key, keys, b.rows, width, to);
+    else if (c.bias_dtype == BF16)
+      read_bias((const bf16*)c.bias, c, at, q, key, keys, b.rows, width, to);
+    else
+      read_bias((const f16*)c.bias, c, at, q, key, keys, b.rows, width, to);
+  }
+  int used = b.heads * b.rows;
+  for (int j = 0; j < keys; ++j)
+    for (int r = used; r < width; ++r) out[j * width + r] = 0;
+}
+
+// s becomes log2 e * (softcap * tanh(c s) + bias), or log2 e * (...) of what there is of it, -inf
+// where hidden; c is such that c s is what goes into the tanh, or the scaled score in base 2.
+template <int W>
+INLINE void adjust(float* s, int keys, float c, float cap, const float* bias, const uint64_t* seen,
+                   float* top) {
+  for (int r = 0; r < W; r += VL) {
+    vf m = load(top + r);
+    for (int j = 0; j < keys; ++j) {
+      vf x = load(s + j * W + r) * c;
+      if (cap != 0) x = tanhv(x) * (cap * LOG2E);
+      if (bias) x += load(bias + j * W + r);
+      if (seen) x = select((uint32_t)(seen[j] >> r), x, set1(-__builtin_inff()));
+      m = vmax(m, x);
+      store(s + j * W + r, x);
+    }
+    store(top + r, m);
+  }
+}
+
+}  // namespace FOVEATE_ISA
+}  // namespace foveate

@@ -1,0 +1,298 @@
+"""The C++ engine against attention in float64: shapes, strides, layouts, instruction sets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import attend, masks
+from torch import Tensor
+
+from foveate.ops import Layout, causal, cpu, padding, window
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.reason())
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FUZZ = settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def kernel_sets() -> list[str]:
+    if not cpu.available():
+        return []
+    best, found = cpu.isa(), []
+    for name in ("portable", "avx2", "avx512", "avx512bf16"):
+        try:
+            cpu.use(name)
+        except ValueError:
+            continue
+        found.append(name)
+    cpu.use(best)
+    return found
+
+
+@pytest.fixture(params=kernel_sets())
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    best = cpu.isa()
+    cpu.use(request.param)
+    yield request.param
+    cpu.use(best)
+
+
+def make(
+    shape: tuple[int, int, int, int, int, int, int], dtype: torch.dtype, strided: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key, value for (B, Hq, Hkv, Lq, Lkv, D, Dv), as (B, L, H, D) memory if `strided`."""
+    batch, heads, kv_heads, q_len, kv_len, dim, value_dim = shape
+
+    def one(h: int, n: int, d: int) -> Tensor:
+        if strided:
+            return torch.randn(batch, n, h, d + 3).to(dtype)[..., 1 : d + 1].transpose(1, 2)
+        return torch.randn(batch, h, n, d).to(dtype)
+
+    return one(heads, q_len, dim), one(kv_heads, kv_len, dim), one(kv_heads, kv_len, value_dim)
+
+
+def compare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Any,
+    allowed: Tensor | None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+) -> None:
+    """Run and compare; `allowed` is bool (B or 1, H or 1, Lq, Lkv)."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, lse = cpu.forward(q, k, v, layout, scale, softcap, bias)
+    if allowed is None:
+        allowed = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool)
+    if allowed.shape[1] > 1:
+        allowed = allowed.repeat_interleave(q.shape[1] // allowed.shape[1], 1)
+    want, want_lse = attend(q, k, v, allowed, scale=scale, softcap=softcap, bias=bias)
+    # Rounding of the inputs' dtype, on values of size about 3; fp32 sums err by a few ulp more.
+    unit = torch.finfo(q.dtype).eps
+    size = v.double().abs().amax().item() if v.numel() else 1.0
+    torch.testing.assert_close(
+        out.double(), want, rtol=0, atol=(1.2 if unit > 1e-5 else 16) * unit * size
+    )
+    torch.testing.assert_close(lse.double(), want_lse, rtol=2e-6, atol=2e-5)
+
+
+SHAPES = [
+    (1, 1, 1, 1, 1, 1, 1),
+    (1, 2, 2, 64, 64, 64, 64),
+    (2, 4, 2, 100, 131, 37, 53),
+    (1, 8, 1, 1, 300, 128, 64),
+    (1, 6, 3, 200, 77, 16, 256),
+    (2, 3, 1, 17, 515, 8, 5),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dense_on_every_instruction_set(kernels: str, shape: Any, dtype: torch.dtype) -> None:
+    compare(*make(shape, dtype), None, None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile", [8, 16, 40, 64, 72, 128, 256, (64, 16), (16, 256)])
+def test_masks_in_tiles_of_any_size(kernels: str, tile: Any, dtype: torch.dtype) -> None:
+    q, k, v = make((1, 4, 2, 150, 201, 32, 48), dtype)
+    for mask in (causal(), window(20, 4), padding(torch.tensor([133]))):
+        compare(q, k, v, mask.layout(150, 201, tile), mask.dense(150, 201))
+
+
+@given(data=st.data())
+@FUZZ
+def test_fuzz_of_shapes_strides_masks_and_tiles(data: st.DataObject) -> None:
+    draw = data.draw
+    batch, kv_heads, group = (
+        draw(st.integers(1, 2)),
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 9)),
+    )
+    q_len, kv_len = draw(st.integers(1, 150)), draw(st.integers(1, 150))
+    shape = (
+        batch,
+        kv_heads * group,
+        kv_heads,
+        q_len,
+        kv_len,
+        draw(st.integers(1, 80)),
+        draw(st.integers(1, 80)),
+    )
+    dtype = draw(st.sampled_from(DTYPES))
+    q, k, v = make(shape, dtype, draw(st.booleans()))
+    mask, _ = draw(masks(kv_len))
+    if mask.groups()[0] not in (1, batch):
+        mask = causal()
+    tile = (8 * draw(st.integers(1, 20)), 8 * draw(st.integers(1, 20)))
+    softcap = draw(st.sampled_from([None, 3.0]))
+    bias = None
+    if draw(st.booleans()):
+        sizes = (batch, kv_heads * group, q_len, kv_len)
+        bias = torch.randn([n if draw(st.booleans()) else 1 for n in sizes])
+        bias = bias.to(draw(st.sampled_from(DTYPES)))
+    scale = draw(st.sampled_from([None, 0.0, -0.3, 1.0]))
+    compare(
+        q, k, v, mask.layout(q_len, kv_len, tile), mask.dense(q_len, kv_len), softcap, bias, scale
+    )
+
+
+@dataclass
+class Lists:
+    """A layout made by hand."""
+
+    q_len: int
+    kv_len: int
+    q_tile: int
+    kv_tile: int
+    ptr: Tensor
+    cols: Tensor
+    kinds: Tensor
+    bits: Tensor
+    gathered: Tensor | None = None
+    q_index: Tensor | None = None
+    kv_index: Tensor | None = None
+    key_range: Tensor | None = None
+    row_range: Tensor | None = None
+
+
+def every_tile(q_len: int, kv_len: int, tile: int, kind: int) -> Lists:
+    rows, cols = -(-q_len // tile), -(-kv_len // tile)
+    return Lists(
+        q_len,
+        kv_len,
+        tile,
+        tile,
+        torch.arange(0, rows * cols + 1, cols).reshape(1, 1, -1),
+        torch.arange(cols, dtype=torch.int32).repeat(rows),
+        torch.full((rows * cols,), kind, dtype=torch.int32),
+        torch.zeros(0, tile, tile // 8, dtype=torch.uint8),
+    )
+
+
+@pytest.mark.parametrize("tile", [16, 64, 128])
+def test_key_ranges_and_row_ranges(kernels: str, tile: int) -> None:
+    q_len, kv_len = 170, 140
+    q, k, v = make((2, 4, 2, q_len, kv_len, 32, 32), torch.float32)
+    lo = torch.randint(-5, kv_len, (2, 2, q_len))
+    ends = torch.stack((lo, lo + torch.randint(-3, 60, lo.shape)), -1).int()
+    at = torch.arange(kv_len)
+    allowed = (at >= ends[..., :1]) & (at < ends[..., 1:])
+    layout = every_tile(q_len, kv_len, tile, -1)
+    per_group = replace(
+        layout,
+        ptr=torch.cat([layout.ptr + i * len(layout.cols) for i in range(4)]).reshape(2, 2, -1),
+        cols=layout.cols.repeat(4),
+        kinds=layout.kinds.repeat(4),
+        key_range=ends,
+    )
+    compare(q, k, v, per_group, allowed)
+    by_key = torch.stack((torch.arange(kv_len) - 20, torch.arange(kv_len) + 30), -1).int()[
+        None, None
+    ]
+    rows = torch.arange(q_len)[:, None]
+    layout = replace(every_tile(q_len, kv_len, tile, -2), row_range=by_key)
+    inside = (rows >= by_key[..., None, :, 0]) & (rows < by_key[..., None, :, 1])
+    compare(q, k, v, layout, inside)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_and_single_keys_in_one_list(kernels: str, dtype: torch.dtype) -> None:
+    q_len = kv_len = 300
+    q, k, v = make((1, 4, 2, q_len, kv_len, 64, 64), dtype)
+    tiles = torch.rand(1, 2, 5, 5) < 0.4
+    keys = torch.rand(1, 2, 5, kv_len) < 0.1
+    layout = Layout.from_selection(tiles, keys, q_len, kv_len, 64, within=causal())
+    assert layout.gathered is not None
+    compare(q, k, v, layout, layout.dense())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("repeats", [False, True])
+def test_rows_by_index(kernels: str, dtype: torch.dtype, repeats: bool) -> None:
+    q_len, kv_len = 90, 110
+    q, k, v = make((2, 4, 2, q_len, kv_len, 32, 24), dtype)
+    kv_index = torch.stack([torch.randperm(kv_len) for _ in range(2)])[:, None].int()
+    # Twice as many virtual rows: with repeats, the second half of each query's keys comes later.
+    order = torch.stack([torch.randperm(q_len) for _ in range(2)])[:, None]
+    order[:, :, ::7] = -1
+    q_index = torch.cat((order, order), -1).int() if repeats else order.int()
+    n = q_index.shape[-1]
+    edge = kv_len // 2
+    lo = torch.where(torch.arange(n) < q_len, 0, edge)
+    hi = torch.where(torch.arange(n) < q_len, edge, kv_len)
+    layout = replace(
+        every_tile(n, kv_len, 32, -1),
+        q_len=q_len,
+        q_index=q_index,
+        kv_index=kv_index,
+        key_range=torch.stack((lo, hi), -1).int()[None, None],
+    )
+    allowed = torch.zeros(2, 1, q_len, kv_len, dtype=torch.bool)
+    for b in range(2):
+        for r in range(n):
+            if q_index[b, 0, r] >= 0:
+                allowed[b, 0, q_index[b, 0, r], kv_index[b, 0, lo[r] : hi[r]].long()] = True
+    compare(q, k, v, layout, allowed)
+
+
+def test_keys_that_nobody_sees_are_never_touched(kernels: str) -> None:
+    q, k, v = make((1, 2, 1, 70, 100, 16, 16), torch.float32)
+    k[:, :, 61:] = torch.nan
+    v[:, :, 61:] = torch.nan
+    mask = padding(torch.tensor([61]))
+    out, lse = cpu.forward(q, k, v, mask.layout(70, 100, 64), 0.25, None, None)
+    want, _ = cpu.forward(q, k[:, :, :61], v[:, :, :61], None, 0.25, None, None)
+    torch.testing.assert_close(out, want)
+    assert lse.isfinite().all()
+
+
+def test_empty_rows_and_no_keys(kernels: str) -> None:
+    q, k, v = make((1, 2, 2, 40, 20, 8, 8), torch.float32)
+    mask = causal()
+    out, lse = cpu.forward(q, k, v, mask.layout(40, 20, 16), 0.3, None, None)
+    assert (lse[:, :, :20] == -torch.inf).all()
+    assert (out[:, :, :20] == 0).all()
+    out, lse = cpu.forward(q, k[:, :, :0], v[:, :, :0], None, 0.3, None, None)
+    assert (lse == -torch.inf).all()
+    assert (out == 0).all()
+
+
+def test_threads_change_nothing_but_rounding() -> None:
+    q, k, v = make((1, 2, 2, 300, 900, 64, 64), torch.float32)
+    layout = causal().layout(300, 900, 64)
+    one = cpu.forward(q, k, v, layout, 0.125, None, None)
+    row = cpu.forward(q[:, :, -1:], k, v, None, 0.125, None, None)
+    torch.set_num_threads(3)
+    try:
+        three = cpu.forward(q, k, v, layout, 0.125, None, None)
+        split = cpu.forward(q[:, :, -1:], k, v, None, 0.125, None, None)
+    finally:
+        torch.set_num_threads(1)
+    for a, b in zip((*one, *row), (*three, *split)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
+
+
+def test_error_stays_below_twice_that_of_sdpa() -> None:
+    for dtype, band in ((torch.float32, 2e-7), (torch.bfloat16, 2e-3), (torch.float16, 2e-4)):
+        q, k, v = make((1, 2, 2, 256, 777, 64, 64), dtype)
+        want, want_lse = attend(q, k, v, torch.ones(1, 1, 256, 777, dtype=torch.bool))
+        out, lse = cpu.forward(q, k, v, None, 0.125, None, None)
+        theirs, their_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        for ours, other, right, slack in (
+            (out, theirs, want, band),
+            (lse, their_lse, want_lse, 4e-6),
+        ):
+            error = (ours.double() - right).abs().max().item()
+            assert error <= 2 * (other.double() - right).abs().max().item() + slack
