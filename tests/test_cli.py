@@ -165,3 +165,28 @@ def test_without_the_extra_it_says_what_to_install(missing):
     assert done.stderr.strip() == (
         "The foveate command needs typer and rich: pip install 'foveate[cli]'"
     )
+
+
+@pytest.mark.parametrize("args", [["--version"], ["methods"], ["explain", "--kv-len", "64"]])
+def test_commands_that_need_no_model_run_without_the_hf_extra(args):
+    code = (
+        "import sys\nfor name in ('transformers', 'safetensors', 'matplotlib', 'gguf'):\n"
+        "    sys.modules[name] = None\n"
+        f"from foveate.cli import main\nsys.exit(main({args!r}))"
+    )
+    source = Path(foveate.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=source)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip()
+
+
+def test_compare_without_the_hf_extra_says_what_to_install():
+    code = (
+        "import sys\nsys.modules['transformers'] = None\n"
+        "from foveate.cli import main\nsys.exit(main(['compare']))"
+    )
+    source = Path(foveate.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=source)
+    assert done.returncode == 2
+    assert "pip install 'foveate[hf]'" in done.stderr
+    assert "Traceback" not in done.stderr

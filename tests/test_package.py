@@ -172,3 +172,16 @@ def test_fresh_buffers_are_nan_in_compiled_code_too():
     torch.compiler.reset()
     out = torch.compile(fresh, fullgraph=True, backend="aot_eager")(torch.zeros(2, 3))
     assert out.isnan().all()
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_without_a_working_compiler_the_build_still_succeeds(tmp_path, compiler):
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "-b", tmp_path / "lib", "-t", tmp_path],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"CXX": compiler},
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob("*.so"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import sys
 
 import typer
@@ -12,6 +10,7 @@ from rich.text import Text
 
 import foveate
 from foveate.cli import explain, methods
+from foveate.compare import command as compare
 from foveate.ops.errors import FoveateError
 
 
@@ -39,8 +38,7 @@ def build() -> typer.Typer:
         rich_markup_mode="markdown",
     )
     app.callback()(_root)
-    with contextlib.suppress(ModuleNotFoundError):
-        importlib.import_module("foveate.compare.command").register(app)
+    compare.register(app)
     methods.register(app)
     explain.register(app)
     return app
