@@ -302,9 +302,9 @@ def test_what_cannot_stream_is_refused() -> None:
         streaming_cache(model, attention_mask=torch.ones(1, 1, 3, 3))
     with pytest.raises(ModelError, match="encoder"):
         streaming_cache(tiny("whisper"))
+    windowed = AutoModelForCausalLM.from_config(MistralConfig(**SIZES, sliding_window=8))
     with pytest.raises(ModelError, match="no layer of full attention"):
-        windowed = MistralConfig(**SIZES, sliding_window=8)
-        streaming_cache(AutoModelForCausalLM.from_config(windowed))
+        streaming_cache(windowed)
     parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     config = LlamaConfig(**SIZES, rope_parameters=parameters)
     with pytest.raises(ModelError, match="dynamic"):

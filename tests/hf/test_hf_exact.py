@@ -255,7 +255,7 @@ def test_attention_weights_are_refused() -> None:
 
 def test_compiled_model() -> None:
     """Under torch.compile the graph breaks at attention, and the masks are still there."""
-    model, ids, mask = tiny("llama"), tokens(2, 13), padded(2, 13, "left")
+    model, ids, mask = tiny("llama", num_hidden_layers=1), tokens(2, 13), padded(2, 13, "left")
     eager = logits(model, input_ids=ids, attention_mask=mask)
     with foveate.use(model, "full"):
         compiled = torch.compile(model, backend="eager", dynamic=False)

@@ -54,7 +54,9 @@ def nothing_left() -> Any:
 
 def test_import_registers_nothing() -> None:
     code = (
-        "import sys, foveate; assert 'transformers' not in sys.modules; import foveate.hf;"
+        "import sys, foveate, foveate.hf; assert 'transformers' not in sys.modules;"
+        "from foveate.hf import use, sites, streaming_cache; assert callable(foveate.use);"
+        "import foveate.hf.using; assert foveate.hf.use is foveate.use is use;"
         "from transformers import AttentionInterface as A, AttentionMaskInterface as M;"
         "assert not [k for k in [*A._global_mapping, *M._global_mapping] if 'foveate' in k]"
     )

@@ -1,24 +1,34 @@
 """transformers' models through foveate: `use`, assignments of patterns to heads, bounded caches.
 
-Importing this registers nothing with transformers; `use` does, and undoes it.
+Importing this imports no transformers and registers nothing with it; `use` does, and undoes it.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+from typing import TYPE_CHECKING, Any
 
 from foveate.ops.errors import MissingPackageError
 
-if importlib.util.find_spec("transformers") is None:
-    raise MissingPackageError(
-        "foveate.hf needs transformers 5 or later; install it with: pip install 'foveate[hf]'"
-    )
+if TYPE_CHECKING:
+    from foveate.hf.assignment import Assignment
+    from foveate.hf.cache import streaming_cache
+    from foveate.hf.errors import AssignmentError, InUseError, ModelError
+    from foveate.hf.places import Site, sites
+    from foveate.hf.using import Use, use
 
-from foveate.hf.assignment import Assignment  # noqa: E402
-from foveate.hf.cache import streaming_cache  # noqa: E402
-from foveate.hf.errors import AssignmentError, InUseError, ModelError  # noqa: E402
-from foveate.hf.sites import Site, sites  # noqa: E402
-from foveate.hf.use import Use, use  # noqa: E402
+_HOMES = {
+    "Assignment": "assignment",
+    "AssignmentError": "errors",
+    "InUseError": "errors",
+    "ModelError": "errors",
+    "Site": "places",
+    "Use": "using",
+    "streaming_cache": "cache",
+    "sites": "places",
+    "use": "using",
+}
 
 __all__ = [
     "Assignment",
@@ -31,3 +41,15 @@ __all__ = [
     "streaming_cache",
     "use",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'foveate.hf' has no attribute {name!r}")
+    if importlib.util.find_spec("transformers") is None:
+        raise MissingPackageError(
+            "foveate.hf needs transformers 5 or later; install it with: pip install 'foveate[hf]'"
+        )
+    value = getattr(importlib.import_module(f"foveate.hf.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -23,7 +23,7 @@ from typing import Any
 from torch import nn
 
 from foveate.hf.errors import AssignmentError
-from foveate.hf.sites import Site, self_stacks
+from foveate.hf.places import Site, self_stacks
 from foveate.methods import make
 from foveate.ops.errors import InputError
 from foveate.parts import Attention
@@ -142,7 +142,7 @@ class Assignment:
         """The pattern of every attention module, per group of heads.
 
         Args:
-            found: the model's attention modules (`foveate.hf.sites`).
+            found: the model's attention modules (see `foveate.hf.sites`).
 
         Raises:
             AssignmentError: a layer or a head doesn't exist, or a number is ambiguous.

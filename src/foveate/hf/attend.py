@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from foveate.hf.assignment import HeadGroup
 from foveate.hf.errors import ModelError
-from foveate.hf.sites import Site
+from foveate.hf.places import Site
 from foveate.hf.view import View, view_of
 from foveate.methods import make
 from foveate.ops import AttentionOutput, documents

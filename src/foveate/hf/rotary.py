@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from foveate.hf.errors import ModelError
-from foveate.hf.sites import sites
+from foveate.hf.places import sites
 from foveate.parts.rope import Rope
 
 # These choose their frequencies by the longest position seen, so that keys of one sequence would be

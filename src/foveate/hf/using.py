@@ -20,7 +20,7 @@ from foveate.hf.assignment import Assignment, plan_of
 from foveate.hf.attend import SEATS, Running, Seat, attend
 from foveate.hf.errors import InUseError, ModelError
 from foveate.hf.masks import make_mask
-from foveate.hf.sites import Site, sites
+from foveate.hf.places import Site, sites
 from foveate.parts import Attention
 
 NAME = "foveate_attention"
