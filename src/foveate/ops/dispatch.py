@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 from foveate.ops.backends.base import Backend, Inputs
 from foveate.ops.backends.blocks import Blocks
+from foveate.ops.backends.cpu import Cpu
 from foveate.ops.backends.flex import Flex
 from foveate.ops.backends.reference import Reference
 from foveate.ops.backends.sdpa import Sdpa, is_plain
 from foveate.ops.errors import BackendError, nearest
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (Sdpa(), Blocks(), Flex(), Reference())}
-ORDER = ("sdpa", "blocks", "reference")
+BACKENDS: dict[str, Backend] = {b.name: b for b in (Cpu(), Sdpa(), Blocks(), Flex(), Reference())}
+ORDER = ("cpu", "sdpa", "blocks", "reference")
 
 
 def available() -> list[str]:

@@ -7,6 +7,7 @@ resolved when it runs. Kernels are looked up then, too.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 from weakref import WeakValueDictionary
@@ -105,7 +106,7 @@ def _backward(
     from foveate.ops.types import AttentionOutput
 
     inputs = _inputs(*call[:-1])
-    backend = choose(inputs, call[-1])
+    backend = choose(replace(inputs, needs_grad=True), call[-1])
     got = backend.backward_pass(inputs, AttentionOutput(out, lse), grad_out, grad_lse)
     dbias = call[0].new_empty(0) if got.bias is None else got.bias.contiguous()
     return got.query.contiguous(), got.key.contiguous(), got.value.contiguous(), dbias
