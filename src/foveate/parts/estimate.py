@@ -58,7 +58,7 @@ def last_row_sums(q: Tensor, k: Tensor, ctx: Context, tokens: Tokens, last: int)
         end = int(tokens.q_real[t].nonzero()[-1]) + 1
         rows = torch.arange(max(0, end - count), end, device=q.device)
         for part in rows.split(step):
-            hidden = _hidden(ctx, tokens, part, b, heads)
+            hidden, cut = _hidden(ctx, tokens, part, b, heads)
             for g in range(kv_heads):
                 mine = slice(g * group, (g + 1) * group)
                 weights = (q[b, mine][:, part].to(work) * scale) @ k[b, g].to(work).mT
@@ -66,7 +66,9 @@ def last_row_sums(q: Tensor, k: Tensor, ctx: Context, tokens: Tokens, last: int)
                     weights = weights.div_(ctx.softcap).tanh_().mul_(ctx.softcap)
                 if ctx.bias is not None:
                     weights = weights + _rows_of(ctx.bias, b, mine, part, heads).to(work)
-                weights.masked_fill_(hidden[mine] if len(hidden) > 1 else hidden, -torch.inf)
+                weights[..., cut].masked_fill_(
+                    hidden[mine] if len(hidden) > 1 else hidden, -torch.inf
+                )
                 top = weights.amax(-1, keepdim=True).clamp_min(torch.finfo(work).min)
                 weights = weights.sub_(top).exp_()
                 total = weights.sum(-1, keepdim=True)
@@ -79,8 +81,11 @@ def last_row_sums(q: Tensor, k: Tensor, ctx: Context, tokens: Tokens, last: int)
     return Sums(vertical, torch.stack(found))
 
 
-def _hidden(ctx: Context, tokens: Tokens, rows: Tensor, b: int, heads: int) -> Tensor:
-    """(1 or Hq, n, Lkv): what the rows don't see; rows that aren't real see nothing."""
+def _hidden(ctx: Context, tokens: Tokens, rows: Tensor, b: int, heads: int) -> tuple[Tensor, slice]:
+    """What the rows don't see, (1 or Hq, n, c), and which c keys that tells of.
+
+    Rows that aren't real see nothing. Keys outside the slice are seen by all.
+    """
     mask = EVERYTHING if ctx.mask is None else ctx.mask
     t = b if len(tokens.shift) > 1 else 0
     q = tokens.q_pos[t if len(tokens.q_pos) > 1 else 0][rows][:, None]
@@ -90,7 +95,10 @@ def _hidden(ctx: Context, tokens: Tokens, rows: Tensor, b: int, heads: int) -> T
         [mask._element(q, k, b, h).expand(len(rows), k.shape[1]) for h in range(groups)]
     )
     hidden = ~(seen & tokens.q_real[t][rows][:, None])
-    return hidden if groups == 1 else hidden.repeat_interleave(heads // groups, 0)
+    some = hidden.flatten(0, 1).any(0).nonzero()[:, 0]
+    cut = slice(int(some[0]), int(some[-1]) + 1) if len(some) else slice(0, 0)
+    hidden = hidden[..., cut]
+    return (hidden if groups == 1 else hidden.repeat_interleave(heads // groups, 0)), cut
 
 
 def _rows_of(bias: Tensor, b: int, heads: slice, rows: Tensor, count: int) -> Tensor:

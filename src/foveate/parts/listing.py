@@ -148,24 +148,35 @@ def layout_of_runs(
     list_cols = grid.cols + len(gathered) + torch.arange(len(listed), device=cells.device)
     some = more_kinds != _NONE
 
-    all_cells = torch.cat((cells, list_cells[some]))
-    order = torch.argsort(all_cells, stable=True)
+    list_cells, list_cols, more_kinds = list_cells[some], list_cols[some], more_kinds[some]
+
+    # Both are in order of cells; in each cell the runs come first.
+    size = grid.batches * grid.heads * grid.rows
+    run_counts = torch.bincount(cells, minlength=size)
+    list_counts = torch.bincount(list_cells, minlength=size)
+    run_at = _count(cells) + (list_counts.cumsum(0) - list_counts)[cells]
+    list_at = _count(list_cells) + run_counts.cumsum(0)[list_cells]
     table, index = bitset.distinct(torch.cat((bits, more_bits)))
-    all_kinds = torch.cat((kinds, more_kinds[some]))[order]
-    partial = all_kinds > 0
-    all_kinds[partial] = index[all_kinds[partial] - 1] + 1
-    counts = torch.bincount(all_cells, minlength=grid.batches * grid.heads * grid.rows)
+    index = torch.nn.functional.pad(index + 1, (1, 0)).int()
+    all_cols = torch.zeros(len(cells) + len(list_cells), dtype=torch.int32, device=cells.device)
+    all_kinds = torch.zeros_like(all_cols)
+    all_cols[run_at], all_cols[list_at] = cols.int(), list_cols.int()
+    all_kinds[run_at], all_kinds[list_at] = index[kinds], index[more_kinds]
     return Layout(
         q_len=grid.q_len,
         kv_len=grid.kv_len,
         q_tile=tile,
         kv_tile=tile,
-        ptr=_pointers(counts, grid.batches, grid.heads),
-        cols=torch.cat((cols, list_cols[some]))[order].int(),
-        kinds=all_kinds.int(),
+        ptr=_pointers(run_counts + list_counts, grid.batches, grid.heads),
+        cols=all_cols,
+        kinds=all_kinds,
         bits=table,
         gathered=torch.cat((gathered, listed)).int(),
     )
+
+
+def _count(x: Tensor) -> Tensor:
+    return torch.arange(len(x), device=x.device)
 
 
 def _lists(cells: Tensor, keys: Tensor, tile: int, grid: _Grid) -> tuple[Tensor, Tensor]:

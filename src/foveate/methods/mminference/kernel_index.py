@@ -45,26 +45,38 @@ def kernel_index(
     begin = flat[cell, step]
     runs = Runs(cell // rows, cell % rows, begin)
 
-    # A run lies in the bucket of its first key, and there is at most one in each.
-    spare = kv_len // tile + 3
-    bucket = torch.full((group * rows, spare), -_FAR, device=columns.device)
-    bucket[cell, begin // tile + 1] = begin
-    counts = columns.flatten(0, 1).sum(1)
-    width = int(counts.max()) if group else 0
-    owner, key = columns.flatten(0, 1).nonzero(as_tuple=True)
-    place = torch.arange(len(key), device=key.device) - (counts.cumsum(0) - counts)[owner]
-    keys = key.new_full((group, width), _FAR)
-    keys[owner, place] = key
-    end = torch.arange(0, q_len, tile, device=keys.device) + tile + shift[:, None]
+    end = torch.arange(0, q_len, tile, device=columns.device) + tile + shift[:, None]
     end = end.expand(batch, rows).repeat_interleave(heads, 0)
-    at = (keys.clamp_max(kv_len) // tile)[:, None].expand(-1, rows, -1)
-    bucket = bucket.view(group, rows, spare)
-    wide = keys[:, None]
-    into = wide - bucket.gather(2, at + 1)
-    past = wide - bucket.gather(2, at)
-    alone = (wide < end[..., None]) & ((into < 0) | (into >= tile)) & (past >= tile)
-    g, row, which = alone.nonzero(as_tuple=True)
-    return runs, Singles(g, row, keys[g, which])
+    bucket = torch.full((group * rows, kv_len // tile + 2), _FAR, device=columns.device)
+    bucket[cell, begin // tile + 1] = begin
+    return runs, _singles(columns.flatten(0, 1), bucket.view(group, rows, -1), end, tile)
+
+
+def _singles(columns: Tensor, bucket: Tensor, end: Tensor, tile: int) -> Singles:
+    """Columns (G, Lkv) before `end` (G, rows) that no run holds.
+
+    A run stands in the bucket of its first key, one further on than key // tile; each bucket has
+    one at most. So what is free in a bucket is one interval, from where the last bucket's run ends
+    to where its own begins.
+    """
+    kv_len = columns.shape[1]
+    own, last = bucket[..., 1:], bucket[..., :-1]
+    low = torch.arange(own.shape[-1], device=bucket.device) * tile
+    high = (low + tile).clamp_max(kv_len)
+    start = torch.maximum(low, torch.where(last < _FAR, last + tile, 0)).clamp_max(kv_len)
+    stop = torch.minimum(torch.minimum(own, high), end[..., None])
+    before = torch.nn.functional.pad(columns.cumsum(1), (1, 0))
+    first = before.gather(1, start.flatten(1)).view_as(start)
+    counts = before.gather(1, stop.clamp_min(0).flatten(1)).view_as(start) - first
+    counts = counts.masked_fill(stop <= start, 0)
+    g, row, at = counts.nonzero(as_tuple=True)
+    counts = counts[g, row, at]
+    total = int(counts.sum())
+    cell = torch.repeat_interleave(torch.arange(len(g), device=g.device), counts, output_size=total)
+    base = before[:, -1].cumsum(0) - before[:, -1] if len(before) else before[:, -1]
+    first = first[g, row, at] + base[g] - (counts.cumsum(0) - counts)
+    keys = columns.nonzero()[:, 1]
+    return Singles(g[cell], row[cell], keys[first[cell] + torch.arange(total, device=g.device)])
 
 
 def _walk(offsets: Tensor, shift: Tensor, first: Tensor, q_len: int, tile: int) -> Tensor:
