@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 import foveate
+from foveate.bench import command as bench
 from foveate.cli import explain, methods
 from foveate.compare import command as compare
 from foveate.ops.errors import FoveateError
@@ -39,6 +40,7 @@ def build() -> typer.Typer:
     )
     app.callback()(_root)
     compare.register(app)
+    bench.register(app)
     methods.register(app)
     explain.register(app)
     return app

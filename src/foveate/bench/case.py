@@ -1,0 +1,59 @@
+"""A case: one attention pattern for one length, in the forms that measuring needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foveate.ops import Layout, Mask, causal
+
+
+class Declined(Exception):
+    """A contestant doesn't take part in a cell; the text says why."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One pattern of `length` queries on as many keys.
+
+    Attributes:
+        name: as the command line writes it.
+        length: number of queries and of keys.
+        mask: the mask; None is everything, or a pattern that only a layout tells.
+        build: the layout for tiles of this size, built anew at each call.
+        allowed: for query rows (n,), which keys they see: bool (1, heads or 1, n, length). It
+            doesn't come from the layout, so that it can judge it.
+    """
+
+    name: str
+    length: int
+    mask: Mask | None
+    build: Callable[[int], Layout]
+    allowed: Callable[[Tensor], Tensor]
+
+    @property
+    def dense(self) -> bool:
+        """Whether everyone sees everyone."""
+        return self.name == "full"
+
+    @property
+    def causal(self) -> bool:
+        """Whether it is the causal mask and nothing else."""
+        return self.mask == causal()
+
+
+def from_mask(name: str, length: int, mask: Mask) -> Case:
+    """The case of a mask."""
+    every = torch.arange(length)
+
+    def build(tile: int) -> Layout:
+        # With positions given, nothing is taken from the cache of layouts.
+        return mask.layout(length, length, tile, q_positions=every)
+
+    def allowed(rows: Tensor) -> Tensor:
+        return mask.dense(len(rows), length, q_positions=rows)
+
+    return Case(name, length, mask, build, allowed)

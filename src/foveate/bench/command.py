@@ -1,0 +1,275 @@
+"""`foveate bench kernels` and `foveate bench decode`: options, progress, tables, files."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from foveate.ops.errors import InputError, MissingPackageError
+
+OUT = "foveate-report/bench"
+
+Out = Annotated[str, typer.Option(help="Folder for results.jsonl and the figure.")]
+Repeats = Annotated[int | None, typer.Option(help="Paired rounds of each cell.")]
+Budget = Annotated[
+    float, typer.Option(help="Seconds after which a cell begins no further round (3 are run).")
+]
+Clock = Annotated[
+    str, typer.Option(help="wall, or cpu: processor time, steadier on a busy machine.")
+]
+Threads = Annotated[
+    str | None, typer.Option(help="Threads of torch, such as 1,2. Default: 1 and all.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Put earlier results aside, measure anew.")]
+Seed = Annotated[int, typer.Option(help="Of tensors, documents and random patterns.")]
+Dtypes = Annotated[str | None, typer.Option(help="float32, bfloat16, float16.")]
+Backends = Annotated[
+    str | None, typer.Option(help="Who takes part, such as sdpa,cpu,blocks. Default: these.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    bench = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
+    bench.command("kernels")(kernels)
+    bench.command("decode")(decode)
+    app.add_typer(bench, name="bench", help="How fast the kernels are on this machine.")
+
+
+def kernels(
+    masks: Annotated[
+        str | None,
+        typer.Option(
+            help="Names, or groups: targets, density, catalogue, all. NAME@SHARE sets a density: "
+            "window@0.1, block-random@0.2."
+        ),
+    ] = None,
+    lengths: Annotated[str | None, typer.Option(help="Tokens, such as 2048,4096.")] = None,
+    head_dims: Annotated[str | None, typer.Option(help="Head sizes, such as 64,128.")] = None,
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 2,
+    kv_heads: Annotated[int | None, typer.Option(help="Key heads; default as many.")] = None,
+    dtypes: Dtypes = None,
+    passes: Annotated[str | None, typer.Option(help="forward, backward.")] = None,
+    backends: Backends = None,
+    flex: Annotated[
+        bool, typer.Option("--flex", help="FlexAttention too: it compiles for every mask.")
+    ] = False,
+    threads: Threads = None,
+    tile: Annotated[str | None, typer.Option(help="Sizes of tiles, such as 64,128.")] = None,
+    documents: Annotated[
+        str, typer.Option(help="Document lengths: short, medium, long, mix.")
+    ] = "short",
+    repeats: Repeats = None,
+    budget: Budget = 60.0,
+    clock: Clock = "wall",
+    seed: Seed = 0,
+    out: Out = OUT,
+    as_json: AsJson = False,
+    fresh: Fresh = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few small cells, in a minute; options still count.")
+    ] = False,
+) -> None:
+    """Prefill and training: every backend on every mask, against SDPA and against the ideal.
+
+    The ideal of a sparse mask is the best dense time times the share of tiles that it visits. A
+    speed is printed only if the same run's output and gradients agreed with float64. Stopped at
+    any moment, it goes on from there when it's started again.
+    """
+    from foveate.bench import kernels as job
+    from foveate.bench.figure import kernel_figure
+    from foveate.bench.show import kernel_tables, summary
+
+    base = job.Options()
+    if quick:
+        base = job.Options(
+            masks=("full", "causal", "window@0.2", "block-random@0.2", "vertical-slash@0.2"),
+            lengths=(1024,), head_dims=(64,), dtypes=("float32",), tiles=(64,),
+        )  # fmt: skip
+    options = job.Options(
+        masks=_words(masks) or base.masks,
+        lengths=_numbers("--lengths", lengths) or base.lengths,
+        head_dims=_numbers("--head-dims", head_dims) or base.head_dims,
+        heads=heads,
+        kv_heads=heads if kv_heads is None else kv_heads,
+        dtypes=_words(dtypes) or base.dtypes,
+        passes=_words(passes) or base.passes,
+        backends=_words(backends),
+        flex=flex,
+        threads=_numbers("--threads", threads) or _threads(quick, clock),
+        tiles=_numbers("--tile", tile) or base.tiles,
+        documents=documents,
+        pace=_pace(repeats, budget, clock, quick),
+        seed=seed,
+    )
+    options.check()
+    found = _run(lambda *where: job.run(options, *where), out, fresh)
+    names = [name for name in options.names() if name not in ("sdpa", "flex")]
+    lines = [line for name in names for line in summary(found, name)]
+    path = _draw(kernel_figure, found, Path(out) / "kernels.png")
+    if as_json:
+        _json(found, lines)
+        return
+    console = _console()
+    for table in kernel_tables(found):
+        console.print(table)
+        console.print()
+    _close(console, lines, [Path(out) / "results.jsonl", path])
+
+
+def decode(
+    contexts: Annotated[
+        str | None, typer.Option(help="Keys in the cache, such as 8192,65536.")
+    ] = None,
+    groups: Annotated[
+        str | None, typer.Option(help="Query heads on each key head, such as 1,8,64.")
+    ] = None,
+    kv_heads: Annotated[int, typer.Option(help="Key heads.")] = 2,
+    head_dims: Annotated[str | None, typer.Option(help="Head sizes, such as 64,128.")] = None,
+    mfa: Annotated[
+        bool, typer.Option(help="Also 64 query heads on one key head of size 256.")
+    ] = True,
+    dtypes: Dtypes = None,
+    backends: Backends = None,
+    threads: Threads = None,
+    footprint: Annotated[
+        int, typer.Option(help="MiB of caches gone through in turn: several times the L3.")
+    ] = 256,
+    repeats: Repeats = None,
+    budget: Budget = 60.0,
+    clock: Clock = "wall",
+    seed: Seed = 0,
+    out: Out = OUT,
+    as_json: AsJson = False,
+    fresh: Fresh = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few small cells, in a minute; options still count.")
+    ] = False,
+) -> None:
+    """Decoding one token against a long cache, as a share of what memory and compute allow.
+
+    Both limits are measured in the same rounds: reading the keys and values once, and the fastest
+    square matrix product. "in cache" holds the speed against the engine's own rate on keys that
+    stay in the processor's cache, in place of the matrix product's.
+    """
+    from foveate.bench import decode as job
+    from foveate.bench.figure import decode_figure
+    from foveate.bench.show import decode_summary, decode_table
+
+    base = job.Options()
+    if quick:
+        base = job.Options(
+            contexts=(8192,), groups=(1, 8, 64), head_dims=(64,), dtypes=("float32",)
+        )
+        mfa = False
+    options = job.Options(
+        contexts=_numbers("--contexts", contexts) or base.contexts,
+        groups=_numbers("--groups", groups) or base.groups,
+        kv_heads=kv_heads,
+        head_dims=_numbers("--head-dims", head_dims) or base.head_dims,
+        mfa=mfa,
+        dtypes=_words(dtypes) or base.dtypes,
+        threads=_numbers("--threads", threads) or _threads(quick, clock),
+        backends=_words(backends),
+        footprint=footprint << 20,
+        pace=_pace(repeats, budget, clock, quick),
+        seed=seed,
+    )
+    options.check()
+    found = _run(lambda *where: job.run(options, *where), out, fresh)
+    names = [name for name in options.names() if name not in job.TORCH]
+    lines = [line for name in names for line in decode_summary(found, name)]
+    path = _draw(decode_figure, found, Path(out) / "decode.png")
+    if as_json:
+        _json(found, lines)
+        return
+    console = _console()
+    console.print(decode_table(found))
+    console.print()
+    _close(console, lines, [Path(out) / "results.jsonl", path])
+
+
+def _run(job: Callable[..., list[dict[str, Any]]], out: str, fresh: bool) -> list[dict[str, Any]]:
+    """Run a job with its records and a bar of progress on standard error."""
+    from foveate.compare.records import Records
+
+    screen = Console(stderr=True)
+    with (
+        Records(Path(out), fresh=fresh) as records,
+        Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TimeElapsedColumn(), console=screen, transient=True,
+        ) as progress,
+    ):  # fmt: skip
+        task = progress.add_task("", total=None)
+        for note in records.notes:
+            screen.print(Text(note, style="dim"), soft_wrap=True)
+
+        def begin(label: str, number: int, total: int) -> None:
+            progress.update(task, description=label, completed=number, total=total)
+
+        return job(records, begin)
+
+
+def _draw(
+    figure: Callable[[list[dict[str, Any]], Path], Path], found: list[dict[str, Any]], path: Path
+) -> Path | None:
+    try:
+        return figure(found, path)
+    except MissingPackageError as error:
+        Console(stderr=True).print(Text(str(error), style="dim"), soft_wrap=True)
+        return None
+
+
+def _json(found: list[dict[str, Any]], lines: list[str]) -> None:
+    sys.stdout.write(json.dumps({"cells": found, "summary": lines}, indent=2) + "\n")
+
+
+def _close(console: Console, lines: list[str], paths: list[Path | None]) -> None:
+    for line in lines:
+        console.print(Text(line, style="bold"), soft_wrap=True)
+    for path in paths:
+        if path is not None:
+            console.print(Text(str(path), style="dim"), soft_wrap=True)
+
+
+def _console() -> Console:
+    wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(highlight=False, width=170 if wide else None)
+
+
+def _pace(repeats: int | None, budget: float, clock: str, quick: bool) -> Any:
+    from foveate.bench.timing import Pace
+
+    if repeats is None:
+        repeats = 3 if quick else 7
+    return Pace(repeats=repeats, sample=0.005 if quick else 0.01, budget=budget, clock=clock)
+
+
+def _threads(quick: bool, clock: str) -> tuple[int, ...]:
+    import torch
+
+    return (1,) if quick or clock == "cpu" else tuple(sorted({1, torch.get_num_threads()}))
+
+
+def _words(text: str | None) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(w.strip() for w in (text or "").split(",") if w.strip()))
+
+
+def _numbers(name: str, text: str | None) -> tuple[int, ...]:
+    found = []
+    for word in _words(text):
+        if not word.isdecimal():
+            raise InputError(f"{name} {text!r}: expected whole numbers, such as 64,128.")
+        found.append(int(word))
+    return tuple(found)

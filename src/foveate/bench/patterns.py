@@ -1,0 +1,155 @@
+"""Patterns told by their density, and how the command line names every pattern.
+
+NAME@DENSITY is a pattern that visits about that share of all query-key pairs: `window@0.1`,
+`documents@0.2`, `vertical-slash@0.1`, and the catalogue's `block-random@0.05`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from foveate.bench import catalogue
+from foveate.bench.case import Case, from_mask
+from foveate.bench.catalogue import Settings
+from foveate.ops import Layout, causal, documents, window
+from foveate.ops.errors import InputError, nearest
+
+DENSITIES = (0.05, 0.1, 0.2, 0.5)
+_MOST_CAUSAL = 0.4
+
+
+def window_of(density: float, s: Settings) -> Case:
+    """|i - j| <= w with the w that comes nearest: (2w + 1) L - w (w + 1) = density L^2."""
+    length = s.length
+    # w^2 - (2L - 1) w + (density L^2 - L) = 0, the smaller root
+    half = (2 * length - 1) / 2
+    root = half - math.sqrt(max(0.0, half * half - (density * length * length - length)))
+    wide = min(length - 1, max(0, round(root)))
+    return from_mask(f"window@{density:g}", length, window(wide, wide))
+
+
+def documents_of(density: float, s: Settings) -> Case:
+    """Documents of one length, 1 / density of them, that fit no tile in general."""
+    count = max(1, round(1 / density))
+    bounds = [round(i * s.length / count) for i in range(count + 1)]
+    return from_mask(f"documents@{density:g}", s.length, documents(bounds))
+
+
+def vertical_slash_of(density: float, s: Settings) -> Case:
+    """Causal: half of the pairs in diagonals of tiles, half in single keys that all later rows see.
+
+    The main diagonal is always there; the other diagonals and the keys are drawn.
+    """
+    length, random = s.length, torch.Generator().manual_seed(s.seed)
+    drawn_keys = torch.randperm(length, generator=random)
+    seen = (length - drawn_keys).cumsum(0)
+    verticals = drawn_keys[seen <= density / 2 * length * length]
+
+    def choice(tile: int) -> tuple[Tensor, Tensor]:
+        count = -(-length // tile)
+        drawn = torch.randperm(count - 1, generator=torch.Generator().manual_seed(s.seed + 1))
+        offsets = [0, *(drawn + 1).tolist()]
+        index = torch.arange(count)
+        away = index[:, None] - index
+        tiles = torch.zeros(count, count, dtype=torch.bool)
+        left = density / 2 * length * length
+        for offset in offsets:
+            if left <= 0:
+                break
+            tiles |= away == offset
+            left -= (count - offset) * tile * tile
+        keys = torch.zeros(count, length, dtype=torch.bool)
+        keys[:, verticals] = True
+        keys &= torch.arange(length) < ((index + 1) * tile)[:, None]
+        return tiles[None, None], keys[None, None]
+
+    def build(tile: int) -> Layout:
+        return Layout.from_selection(*choice(tile), length, length, tile, causal())
+
+    def allowed(rows: Tensor) -> Tensor:
+        tiles, keys = choice(s.tile)
+        wide = tiles[0, 0].repeat_interleave(s.tile, 1)[:, :length] | keys[0, 0]
+        return (wide[rows // s.tile] & (torch.arange(length) <= rows[:, None]))[None, None]
+
+    return Case(f"vertical-slash@{density:g}", length, None, build, allowed)
+
+
+_TOLD: dict[str, Callable[[float, Settings], Case]] = {
+    "window": window_of,
+    "documents": documents_of,
+    "vertical-slash": vertical_slash_of,
+}
+
+
+def density_names() -> list[str]:
+    """The patterns of the speed targets: four kinds at 5, 10, 20 and 50 percent."""
+    kinds = ("window", "block-random", "documents", "vertical-slash")
+    return [
+        f"{kind}@{density:g}"
+        for kind in kinds
+        for density in DENSITIES
+        if kind != "vertical-slash" or density <= _MOST_CAUSAL
+    ]
+
+
+GROUPS: dict[str, Callable[[], Iterable[str]]] = {
+    "catalogue": catalogue.names,
+    "density": density_names,
+    "targets": lambda: ["full", "causal", *density_names()],
+    "all": lambda: [*catalogue.names(), *density_names()],
+}
+
+
+def expand(names: Iterable[str]) -> list[str]:
+    """Names with groups (`catalogue`, `density`, `targets`, `all`) written out, each once.
+
+    Raises:
+        InputError: a name is unknown, or its density is not between 0 and 1.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        for one in GROUPS[name]() if name in GROUPS else [name]:
+            kind, density = _parse(one)
+            found[kind if density is None else f"{kind}@{density:g}"] = None
+    return list(found)
+
+
+def make(name: str, s: Settings) -> Case:
+    """The case of a name.
+
+    Raises:
+        InputError: the name is unknown, or its density is not between 0 and 1.
+    """
+    kind, density = _parse(name)
+    if density is None:
+        return catalogue.make(kind, s)
+    if kind in _TOLD:
+        return _TOLD[kind](density, s)
+    return catalogue.make_dynamic(kind, density, s)
+
+
+def _parse(name: str) -> tuple[str, float | None]:
+    kind, at, text = name.partition("@")
+    if not at and (kind in catalogue.FIXED or kind == catalogue.EVICTION):
+        return kind, None
+    if kind not in _TOLD and kind not in catalogue.DYNAMIC:
+        known = [*GROUPS, *catalogue.names(), *density_names()]
+        raise InputError(f"mask {name!r} is not known; {nearest(name, known)}")
+    try:
+        density = float(text)
+    except ValueError:
+        density = math.nan
+    if not 0 < density <= 1:
+        raise InputError(
+            f"mask {name!r}: expected a share of all pairs between 0 and 1, such as {kind}@0.1."
+        )
+    if kind == "vertical-slash" and density > _MOST_CAUSAL:
+        raise InputError(
+            f"mask {name!r}: it is causal, so holds at most half of all pairs; give at most "
+            f"{_MOST_CAUSAL:g}."
+        )
+    return kind, density
