@@ -287,7 +287,8 @@ def test_a_saved_model_knows_nothing_of_it(tmp_path: Path) -> None:
 
 
 def test_assignments_as_files(tmp_path: Path) -> None:
-    one = Assignment({0: "full", 2: {"0-1,3": PATTERN}}, default="a-shape")
+    one = Assignment({0: "full", 2: {"0-1,3": SinkWindow(2, 5)}}, default="a-shape")
+    assert one == Assignment({"0": "full", "2": {"0-1,3": PATTERN}}, "a-shape")
     for place in (tmp_path / "new" / "folder", tmp_path / "mine.json"):
         if place.suffix:
             place.parent.mkdir(exist_ok=True)

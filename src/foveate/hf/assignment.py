@@ -24,7 +24,7 @@ from torch import nn
 
 from foveate.hf.errors import AssignmentError
 from foveate.hf.places import Site, self_stacks
-from foveate.methods import make
+from foveate.methods import make, spec
 from foveate.ops.errors import InputError
 from foveate.parts import Attention
 
@@ -52,29 +52,36 @@ def _heads_of(text: object, where: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
+def _text(pattern: object) -> str:
+    """A pattern as text, checked."""
+    text = pattern if isinstance(pattern, str) else spec(pattern)
+    make(text)
+    return text
+
+
 @dataclass(frozen=True)
 class Assignment:
     """A pattern for each layer and head of a model.
 
     Attributes:
-        layers: layer -> pattern ("key" or "key(field=value)"), or {heads -> pattern} with heads
-            like "0-4,6". A layer is its number, or the path of its module as a string.
+        layers: layer -> pattern ("key", "key(field=value)", or a method of the catalog, which is
+            kept as such a text), or {heads -> pattern} with heads like "0-4,6". A layer is its
+            number, or the path of its module as a string.
         default: the pattern of whatever isn't named.
     """
 
-    layers: Mapping[int | str, str | Mapping[int | str, str]] = field(default_factory=dict)
+    layers: Mapping[int | str, Any] = field(default_factory=dict)
     default: str = "full"
 
     def __post_init__(self) -> None:
-        make(self.default)
+        object.__setattr__(self, "default", _text(self.default))
         clean: dict[str, str | dict[str, str]] = {}
         for layer, what in self.layers.items():
             where, name = f"layer {layer}", str(layer)
             if name in clean:
                 raise AssignmentError(f"{where} is named twice.")
-            if isinstance(what, str):
-                make(what)
-                clean[name] = what
+            if isinstance(what, str | Attention):
+                clean[name] = _text(what)
                 continue
             if not isinstance(what, Mapping):
                 raise AssignmentError(
@@ -82,14 +89,13 @@ class Assignment:
                     f"per heads such as {{'0-4': 'full'}}; got {what!r}."
                 )
             taken: set[int] = set()
-            for heads, pattern in what.items():
-                make(pattern)
+            for heads in what:
                 numbers = _heads_of(heads, where)
                 twice = taken.intersection(numbers) or len(set(numbers)) < len(numbers)
                 if twice:
                     raise AssignmentError(f"{where}: a head of {heads!r} has two patterns.")
                 taken.update(numbers)
-            clean[name] = {str(heads): pattern for heads, pattern in what.items()}
+            clean[name] = {str(heads): _text(pattern) for heads, pattern in what.items()}
         object.__setattr__(self, "layers", clean)
 
     # -- as a file ------------------------------------------------------------------------------
