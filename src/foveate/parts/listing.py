@@ -160,6 +160,7 @@ def layout_of_runs(
     index = torch.nn.functional.pad(index + 1, (1, 0)).int()
     all_cols = torch.zeros(len(cells) + len(list_cells), dtype=torch.int32, device=cells.device)
     all_kinds = torch.zeros_like(all_cols)
+    lists = torch.cat((gathered, listed)).int()
     all_cols[run_at], all_cols[list_at] = cols.int(), list_cols.int()
     all_kinds[run_at], all_kinds[list_at] = index[kinds], index[more_kinds]
     return Layout(
@@ -171,7 +172,7 @@ def layout_of_runs(
         cols=all_cols,
         kinds=all_kinds,
         bits=table,
-        gathered=torch.cat((gathered, listed)).int(),
+        gathered=lists if len(lists) else None,
     )
 
 
