@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,7 +14,9 @@ from rich.syntax import Syntax
 from rich.text import Text
 
 from foveate.compare.options import Options
-from foveate.compare.summary import Row
+
+if TYPE_CHECKING:
+    from foveate.compare.summary import Row
 
 WIDE = 172
 
