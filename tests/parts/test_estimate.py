@@ -81,9 +81,7 @@ def test_padding_counts_nothing(side):
     pads = torch.tensor([0, 11])
     if side == "left":
         places = torch.arange(40) - pads[:, None]
-        ctx = Context(
-            mask=causal() & padding([40, 29]), q_positions=places, kv_positions=places
-        )
+        ctx = Context(mask=causal() & padding([40, 29]), q_positions=places, kv_positions=places)
         real = slice(11, 40)
     else:
         ctx = Context(mask=causal() & padding([40, 29]))
@@ -123,7 +121,9 @@ def test_masks_that_differ_by_head():
     ours = sums(q, k, Context(mask=causal() & blocks(table, 1)), 8)
     allowed = causal().dense(40, 40)[0, 0] & table
     for h in range(4):
-        expected = by_loops(q[0, h : h + 1], k[0, h // 2 : h // 2 + 1], allowed[h // 2], range(32, 40))
+        expected = by_loops(
+            q[0, h : h + 1], k[0, h // 2 : h // 2 + 1], allowed[h // 2], range(32, 40)
+        )
         torch.testing.assert_close(ours.vertical[0, h], expected[0][0])
 
 

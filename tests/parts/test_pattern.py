@@ -97,9 +97,7 @@ def test_layers_of_one_forward_share_layouts_with_positions():
 def test_a_dense_call_with_positions_uses_them():
     q, k, v = qkv()
     places = torch.arange(50) - torch.tensor([[0], [10]])
-    ctx = Context(
-        mask=causal() & padding([50, 40]), q_positions=places, kv_positions=places
-    )
+    ctx = Context(mask=causal() & padding([50, 40]), q_positions=places, kv_positions=places)
     result = Band(dense=True)(q, k, v, ctx)
     alone = attention(q[1:, :, 10:], k[1:, :, 10:], v[1:, :, 10:], causal(), backend="reference")
     torch.testing.assert_close(result.out[1:, :, 10:], alone.out)

@@ -74,7 +74,9 @@ def test_tables_as_transformers_hands_them_over(interleaved):
     rope = Rope.of(16, interleaved=interleaved)
     x, positions = torch.randn(2, 3, 11, 16, dtype=torch.float64), torch.arange(11)
     cos, sin = rope.tables(positions)
-    twice = [t.repeat_interleave(2, -1) if interleaved else torch.cat((t, t), -1) for t in (cos, sin)]
+    twice = [
+        t.repeat_interleave(2, -1) if interleaved else torch.cat((t, t), -1) for t in (cos, sin)
+    ]
     halves = [half_tables(t, interleaved=interleaved) for t in twice]
     turned = rotate(x, *halves, interleaved=interleaved)
     assert torch.equal(turned, rope.rotate(x, positions))

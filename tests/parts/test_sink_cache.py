@@ -217,7 +217,10 @@ def test_evicting_any_token_closes_the_gap(rotated):
         (lambda: SinkWindowCache(4, 0), "window=0"),
         (lambda: SinkWindowCache(4, 8, start=torch.ones(2)), "start"),
         (lambda: SinkWindowCache().query_positions(), "empty"),
-        (lambda: SinkWindowCache().update(torch.zeros(1, 1, 0, 4), torch.zeros(1, 1, 0, 4)), "none"),
+        (
+            lambda: SinkWindowCache().update(torch.zeros(1, 1, 0, 4), torch.zeros(1, 1, 0, 4)),
+            "none",
+        ),
         (lambda: SinkWindowCache().update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 2, 2, 4)), "Dv"),
         (lambda: filled().update(torch.zeros(1, 2, 2, 4), torch.zeros(1, 2, 2, 4)), "continue"),
         (lambda: filled().evict(torch.tensor([2])), "sinks"),

@@ -63,9 +63,7 @@ def test_right_padding(ahead):
 def test_left_padding_with_earlier_keys():
     pads = torch.tensor([[0], [9]])
     kv = torch.arange(40) - pads
-    tokens = told(
-        causal() & padding([40, 31]), q_len=6, q_positions=kv[:, 34:], kv_positions=kv
-    )
+    tokens = told(causal() & padding([40, 31]), q_len=6, q_positions=kv[:, 34:], kv_positions=kv)
     assert tokens.q_real.all()
     assert torch.equal(tokens.k_real, kv >= 0)
     assert tokens.shift.tolist() == [34, 34]

@@ -71,6 +71,8 @@ def _read(spec: str, arguments: str) -> dict[str, Any]:
     for keyword in call.keywords:
         if keyword.arg is None:
             raise InputError(f"{spec!r}: ** isn't allowed; write the hyper-parameters out.")
+        if keyword.arg in values:
+            raise InputError(f"{spec!r}: {keyword.arg} is given twice.")
         try:
             values[keyword.arg] = ast.literal_eval(keyword.value)
         except ValueError as error:
