@@ -1,12 +1,13 @@
-"""The C++ engine as a backend: dense attention and any layout on the CPU."""
+"""The C++ engine as a backend: dense attention and any layout on the CPU, forward and backward."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from typing_extensions import override
 
 from foveate.ops import cpu
-from foveate.ops.backends.base import Backend, Inputs
+from foveate.ops.backends.base import Backend, Gradients, Inputs
 from foveate.ops.types import AttentionOutput
 
 
@@ -16,7 +17,6 @@ class Cpu(Backend):
     name = "cpu"
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     device_types = ("cpu",)
-    backward = False
 
     @override
     def not_supported_reasons(self, inputs: Inputs) -> list[str]:
@@ -33,6 +33,30 @@ class Cpu(Backend):
             call.query, call.key, call.value, call.layout, call.scale, call.softcap, call.bias
         )
         return AttentionOutput(out, lse)
+
+    @override
+    def backward_pass(
+        self,
+        inputs: Inputs,
+        output: AttentionOutput,
+        grad_out: Tensor | None,
+        grad_lse: Tensor | None,
+    ) -> Gradients:
+        call = _resolved(inputs)
+        found = cpu.backward(
+            grad_out,
+            grad_lse,
+            call.query,
+            call.key,
+            call.value,
+            output.out,
+            output.lse,
+            call.layout,
+            call.scale,
+            call.softcap,
+            call.bias,
+        )
+        return Gradients(*found)
 
 
 def _resolved(inputs: Inputs) -> Inputs:

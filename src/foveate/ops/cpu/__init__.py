@@ -18,7 +18,7 @@ from foveate.ops.cpu.binding import Call, isa, use
 if TYPE_CHECKING:
     from foveate.ops.layout import Layout
 
-__all__ = ["available", "forward", "isa", "reason", "supports", "use"]
+__all__ = ["available", "backward", "forward", "isa", "reason", "supports", "use"]
 
 MAX_DIM = 1024
 
@@ -86,6 +86,65 @@ def forward(
     binding.run("foveate_forward", call)
     del kept
     return out, lse
+
+
+def backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: Layout | None,
+    scale: float,
+    softcap: float | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of a loss whose gradients at `out` and `lse` are given (None is zero).
+
+    dV = P^T dO, dS = P * (dO V^T - rowsum(dO * O) + dlse), dQ = scale dS K, dK = scale dS^T Q;
+    deterministic for a given number of threads.
+
+    Args:
+        grad_out: (B, Hq, Lq, Dv).
+        grad_lse: (B, Hq, Lq).
+        query, key, value, layout, scale, softcap, bias: as in `forward`.
+        out, lse: what `forward` gave.
+
+    Returns:
+        Gradients of query, key, value, and of the bias in its shape (None without one).
+    """
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value))
+    dbias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32)
+    if query.numel() == 0 or key.numel() == 0 or value.numel() == 0:
+        dq, dk, dv = dq.zero_(), dk.zero_(), dv.zero_()
+        return dq, dk, dv, None if dbias is None or bias is None else dbias.to(bias.dtype)
+    call, kept = _call(query, key, value, layout, scale, softcap, bias)
+    out = out if out.stride(-1) == 1 else out.contiguous()
+    lse = lse.contiguous()
+    kept += [out, lse]
+    call.out, call.lse = binding.rows(out), lse.data_ptr()
+    if grad_out is not None:
+        grad_out = grad_out.to(query.dtype)
+        # An expanded gradient, as of a sum, has strides of 0.
+        grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
+        kept.append(grad_out)
+        call.grad_out = binding.rows(grad_out)
+    if grad_lse is not None:
+        grad_lse = grad_lse.float().contiguous()
+        kept.append(grad_lse)
+        call.grad_lse = grad_lse.data_ptr()
+    call.grad_query, call.grad_key = binding.rows(dq), binding.rows(dk)
+    call.grad_value = binding.rows(dv)
+    if dbias is not None:
+        call.grad_bias = dbias.data_ptr()
+        call.gbias_b, call.gbias_h, call.gbias_q, call.gbias_k = (
+            stride if size > 1 else 0 for stride, size in zip(dbias.stride(), dbias.shape)
+        )
+    binding.run("foveate_backward", call)
+    del kept
+    return dq, dk, dv, None if dbias is None or bias is None else dbias.to(bias.dtype)
 
 
 def _call(

@@ -75,7 +75,7 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     library.foveate_call_bytes.restype = c_int64
     if library.foveate_call_bytes() != ctypes.sizeof(Call):
         return None, "the C++ engine is of another version: install foveate again"
-    for name in ("foveate_forward",):
+    for name in ("foveate_forward", "foveate_backward"):
         getattr(library, name).argtypes = [POINTER(Call)]
         getattr(library, name).restype = c_int
     library.foveate_isa.restype = c_char_p

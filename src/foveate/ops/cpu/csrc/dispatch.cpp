@@ -1,14 +1,12 @@
 // The exported functions: choose the kernels, cut the call into items, share them out.
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include <algorithm>
 #include <new>
-#include <numeric>
 #include <vector>
 
-#include "kernels.h"
+#include "items.h"
 #include "parallel.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -51,75 +49,6 @@ const Kernels*& chosen() {
   return k;
 }
 
-// Heaviest first in steps of half an octave; in between the given order, which keeps a head's keys
-// in the cache, stays.
-void heavy_first(std::vector<Item>* items) {
-  auto level = [](const Item& it) {
-    return (int)(2 * log2((double)(it.entry1 - it.entry0) * (it.row1 - it.row0) * it.heads + 1));
-  };
-  int most = 0, least = 1 << 20;
-  for (const Item& it : *items) {
-    int l = level(it);
-    most = std::max(most, l);
-    least = std::min(least, l);
-  }
-  if (most == least) return;
-  std::vector<int64_t> start(most - least + 2, 0);
-  for (const Item& it : *items) ++start[most - level(it) + 1];
-  for (size_t i = 1; i < start.size(); ++i) start[i] += start[i - 1];
-  std::vector<Item> sorted(items->size());
-  for (const Item& it : *items) sorted[start[most - level(it)]++] = it;
-  items->swap(sorted);
-}
-
-int64_t query_rows(const Call& c) { return c.q_index.data ? c.q_index.n : c.q_len; }
-
-// Heads that may share an item: one key/value head and one list.
-int64_t heads_together(const Call& c) {
-  return std::gcd(c.heads / c.kv_heads, c.ptr ? c.heads / c.groups_h : c.heads);
-}
-
-// Without a layout: every query tile lists every key tile.
-void make_dense(Call* c, int64_t blocks) {
-  c->groups_b = c->groups_h = 1;
-  int64_t heads = std::min(heads_together(*c), blocks);
-  c->q_tile = ROWS * std::max<int64_t>(1, blocks / heads);
-  c->q_tiles = (c->q_len + c->q_tile - 1) / c->q_tile;
-  c->kv_tile = 256;
-  c->kv_tiles = (c->kv_len + c->kv_tile - 1) / c->kv_tile;
-  c->entries = c->kv_tiles;
-  c->patterns = c->lists = 0;
-}
-
-double work(const Call& c) {
-  double area = c.ptr ? (double)c.entries * c.q_tile * c.kv_tile * (c.batch / c.groups_b) *
-                            (c.heads / c.groups_h)
-                      : (double)c.q_len * c.kv_len * c.batch * c.heads;
-  if (c.ptr && c.q_len < c.q_tile) area *= (double)c.q_len / c.q_tile;
-  return area * (double)(c.dim + c.value_dim);
-}
-
-std::vector<Item> forward_items(const Call& c, int64_t blocks) {
-  std::vector<Item> items;
-  int64_t together = heads_together(c), rows = query_rows(c);
-  for (int64_t b = 0; b < c.batch; ++b)
-    for (int64_t h = 0; h < c.heads; h += together) {
-      const int64_t* ptr = c.ptr ? c.ptr + group_of(c, b, h) * (c.q_tiles + 1) : nullptr;
-      for (int64_t t = c.q_tiles - 1; t >= 0; --t) {
-        int64_t n = std::min(c.q_tile, rows - t * c.q_tile);
-        int64_t e0 = ptr ? ptr[t] : 0, e1 = ptr ? ptr[t + 1] : c.kv_tiles;
-        for (int64_t r = 0; r < n; r += ROWS * blocks) {
-          int64_t m = std::min(n - r, ROWS * blocks);
-          int64_t fit = m <= PACKED ? blocks * (ROWS / m) : std::max<int64_t>(1, blocks / ((m + ROWS - 1) / ROWS));
-          for (int64_t i = 0; i < together; i += fit)
-            items.push_back({(int32_t)b, (int32_t)(h + i), (int32_t)std::min(fit, together - i),
-                             (int32_t)t, (int32_t)r, (int32_t)(r + m), 0, 0, e0, e1});
-        }
-      }
-    }
-  return items;
-}
-
 // Where there are fewer items than threads could use, cut their lists.
 int64_t split(const Call& c, std::vector<Item>* items, int64_t threads) {
   int64_t most = 0;
@@ -141,62 +70,23 @@ int64_t split(const Call& c, std::vector<Item>* items, int64_t threads) {
   return parts;
 }
 
-struct Inverse {
-  std::vector<int32_t> first, rows;
-  int64_t batches = 1, heads = 1;
-  bool repeated = false, missing = false;
-};
-
-// For each group of q_index, the virtual rows of every query.
-Inverse invert(const Call& c) {
-  Inverse v;
-  const Table& t = c.q_index;
-  v.batches = t.b ? c.batch : 1;
-  v.heads = t.h ? c.groups_h : 1;
-  v.first.assign(v.batches * v.heads * (c.q_len + 1), 0);
-  v.rows.assign(v.batches * v.heads * t.n, 0);
-  for (int64_t b = 0; b < v.batches; ++b)
-    for (int64_t h = 0; h < v.heads; ++h) {
-      const int32_t* index = t.data + b * t.b + h * t.h;
-      int32_t* first = v.first.data() + (b * v.heads + h) * (c.q_len + 1);
-      int32_t* rows = v.rows.data() + (b * v.heads + h) * t.n;
-      auto real = [&](int64_t i) { return index[i] >= 0 && index[i] < c.q_len; };
-      for (int64_t i = 0; i < t.n; ++i)
-        if (real(i)) ++first[index[i] + 1];
-      for (int64_t q = 0; q < c.q_len; ++q) {
-        v.repeated |= first[q + 1] > 1;
-        v.missing |= first[q + 1] == 0;
-        first[q + 1] += first[q];
-      }
-      std::vector<int32_t> at(first, first + c.q_len);
-      for (int64_t i = 0; i < t.n; ++i)
-        if (real(i)) rows[at[index[i]]++] = (int32_t)i;
-    }
-  return v;
-}
-
 int forward(const Call& call) {
   Call c = call;
   const Kernels* k = chosen();
   int64_t threads = threads_for(c.threads, work(c));
-  int64_t block_bytes = ROWS * (c.dim + c.value_dim) * 4;
-  int64_t blocks = std::min<int64_t>(BLOCKS, std::max<int64_t>(1, (256 << 10) / block_bytes));
+  int64_t blocks = blocks_for(c, threads, ROWS * (c.dim + c.value_dim) * 4);
   int64_t rows = c.batch * c.heads * c.q_len;
-  while (blocks > 1 && rows / (ROWS * blocks) < 6 * threads && threads > 1) blocks /= 2;
   if (!c.ptr) make_dense(&c, blocks);
   Inverse inverse;
   if (c.q_index.data) inverse = invert(c);
-  std::vector<Item> items = forward_items(c, blocks);
+  std::vector<Item> items;
+  for (int64_t b = 0; b < c.batch; ++b) add_items(c, b, 0, c.heads, blocks, &items);
   int64_t parts = split(c, &items, threads);
   heavy_first(&items);
   bool merged = parts > 1 || inverse.repeated || inverse.missing;
-  std::vector<float> sums;
-  Partial part{};
-  if (merged) {
-    int64_t slots = parts * c.batch * c.heads * query_rows(c);
-    sums.resize(slots * (c.value_dim + 2));
-    part = {sums.data(), sums.data() + slots * c.value_dim, sums.data() + slots * (c.value_dim + 1)};
-  }
+  int64_t slots = merged ? parts * c.batch * c.heads * query_rows(c) : 0;
+  Buffer sums(slots * (c.value_dim + 2));
+  Partial part = {sums.data, sums.data + slots * c.value_dim, sums.data + slots * (c.value_dim + 1)};
   int64_t bytes = k->forward_bytes(c);
   bool ok = for_each((int64_t)items.size(), threads, [&](int64_t i) {
     Arena* arena = thread_arena(bytes);
@@ -220,12 +110,23 @@ int forward(const Call& call) {
 }
 
 }  // namespace
+
+const Kernels* chosen_kernels() { return chosen(); }
+
 }  // namespace foveate
 
 // 0, or 1 when memory ran out.
 EXPORT int foveate_forward(const foveate::Call* call) {
   try {
     return foveate::forward(*call);
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+EXPORT int foveate_backward(const foveate::Call* call) {
+  try {
+    return foveate::backward(*call);
   } catch (const std::bad_alloc&) {
     return 1;
   }

@@ -1,4 +1,5 @@
 // Compiled once for each instruction set; FOVEATE_ISA names it.
+#include "backward.h"
 #include "forward.h"
 #include "kernels.h"
 #include "merge.h"
@@ -18,6 +19,27 @@ static void forward(const Call& c, const Item& it, Arena* arena, const Partial* 
 #endif
 }
 
+static int64_t backward_bytes(const Call& c, int64_t blocks) {
+  return backward_floats(c, blocks) * 4 + 64 * 64;
+}
+
+static void backward(const Call& c, const Item& it, Arena* arena, const Sums& sums) {
+  if (c.dtype == F32) return backward_item<Single, float>(c, it, arena, sums);
+  if (c.dtype == F16) return backward_item<Single, f16>(c, it, arena, sums);
+#if defined(__AVX512BF16__)
+  backward_item<Pair, bf16>(c, it, arena, sums);
+#else
+  backward_item<Single, bf16>(c, it, arena, sums);
+#endif
+}
+
+static void collect(const Call& c, const float* from, int64_t parts, int64_t stride, int64_t n,
+                    void* to) {
+  if (c.dtype == F32) collect_rows(from, parts, stride, n, (float*)to);
+  else if (c.dtype == F16) collect_rows(from, parts, stride, n, (f16*)to);
+  else collect_rows(from, parts, stride, n, (bf16*)to);
+}
+
 static void merge(const Call& c, const Partial& part, const Merge& m, int64_t row) {
   if (c.dtype == F32) merge_row<float>(c, part, m, row);
   else if (c.dtype == F16) merge_row<f16>(c, part, m, row);
@@ -26,7 +48,8 @@ static void merge(const Call& c, const Partial& part, const Merge& m, int64_t ro
 
 #define QUOTE_(x) #x
 #define QUOTE(x) QUOTE_(x)
-static const Kernels table = {QUOTE(FOVEATE_ISA), forward_bytes, forward, merge};
+static const Kernels table = {QUOTE(FOVEATE_ISA), forward_bytes, forward,
+                              backward_bytes, backward, collect, merge};
 
 }  // namespace FOVEATE_ISA
 

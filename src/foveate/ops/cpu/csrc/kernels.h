@@ -8,6 +8,10 @@ struct Kernels {
   const char* name;
   int64_t (*forward_bytes)(const Call&);
   void (*forward)(const Call&, const Item&, Arena*, const Partial*);
+  int64_t (*backward_bytes)(const Call&, int64_t blocks);
+  void (*backward)(const Call&, const Item&, Arena*, const Sums&);
+  // to[i] = sum over parts of from[i + part * stride], rounded to the call's dtype.
+  void (*collect)(const Call&, const float* from, int64_t parts, int64_t stride, int64_t n, void* to);
   // Bring partial sums of query rows from .. to of (batch, head) together.
   void (*merge)(const Call&, const Partial&, const Merge&, int64_t row);
 };

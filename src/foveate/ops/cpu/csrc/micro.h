@@ -91,17 +91,17 @@ INLINE void scores_of(const float* q, const float* const* k, int dim, float* s, 
         acc[j][v] = select((uint32_t)(word >> v * VL), acc[j][v], hidden);
     }
   }
+  UNROLL for (int v = 0; v < NV; ++v)
+    UNROLL for (int j = 0; j < KN; ++j) store(s + j * W + v * VL, acc[j][v]);
+  if (!top) return;
   UNROLL for (int v = 0; v < NV; ++v) {
     vf m = load(top + v * VL);
-    UNROLL for (int j = 0; j < KN; ++j) {
-      m = vmax(m, acc[j][v]);
-      store(s + j * W + v * VL, acc[j][v]);
-    }
+    UNROLL for (int j = 0; j < KN; ++j) m = vmax(m, acc[j][v]);
     store(top + v * VL, m);
   }
 }
 
-// s[j][row] = q[.][row] . k[j], -inf where hidden; top[row] = max of itself and all of them.
+// s[j][row] = q[.][row] . k[j], -inf where hidden; top[row] = max of itself and all of them (null: not wanted).
 template <class P, int W>
 void scores(const float* q, const float* const* k, int keys, int dim, float* s, float* top,
             const uint64_t* seen, Ahead ahead) {
@@ -112,7 +112,7 @@ void scores(const float* q, const float* const* k, int keys, int dim, float* s, 
     int j = 0;
     auto run = [&](auto size) __attribute__((always_inline)) {
       constexpr int KN = decltype(size)::value;
-      scores_of<P, W, KN>(q + r, k + j, dim, s + j * W + r, top + r, seen ? seen + j : nullptr, r,
+      scores_of<P, W, KN>(q + r, k + j, dim, s + j * W + r, top ? top + r : nullptr, seen ? seen + j : nullptr, r,
                           next ? next + j : nullptr, step);
       j += KN;
     };
@@ -172,6 +172,49 @@ void values(const float* p, const float* const* v, int n, int dim, float* o, con
     while (d + 4 <= dim) run(Size<4>{});
     while (d < dim) run(Size<1>{});
   }
+}
+
+// KN rows of `gather_rows`, NV vectors of columns.
+template <class P, int KN, int NV>
+INLINE void gather_rows_of(const float* a, int64_t lda, const float* b, int64_t ldb, int n,
+                           float* const* c, int64_t at) {
+  vf acc[KN][NV];
+  const float* row[KN];
+  UNROLL for (int j = 0; j < KN; ++j) {
+    row[j] = b + j * ldb;
+    UNROLL for (int v = 0; v < NV; ++v) acc[j][v] = vf{};
+  }
+  product<P, KN, NV>(acc, a, lda, row, n, nullptr, 0);
+  UNROLL for (int j = 0; j < KN; ++j) {
+    UNROLL for (int v = 0; v < NV; ++v) {
+      float* to = c[j] + at + v * VL;
+      store(to, load(to) + acc[j][v]);
+    }
+  }
+}
+
+// c[j][d] += sum over t < n of b[j][t] * a[t][d], for `dim` columns, a multiple of 16.
+template <class P>
+void gather_rows(const float* a, int64_t lda, const float* b, int64_t ldb, int n, int keys, int dim,
+                 float* const* c) {
+  int d = 0;
+  auto columns = [&](auto most, auto vectors) __attribute__((always_inline)) {
+    constexpr int KN = decltype(most)::value, NV = decltype(vectors)::value;
+    int j = 0;
+    for (; j + KN <= keys; j += KN) gather_rows_of<P, KN, NV>(a + d, lda, b + j * ldb, ldb, n, c + j, d);
+    for (; j + 4 <= keys; j += 4) gather_rows_of<P, 4, NV>(a + d, lda, b + j * ldb, ldb, n, c + j, d);
+    for (; j < keys; ++j) gather_rows_of<P, 1, NV>(a + d, lda, b + j * ldb, ldb, n, c + j, d);
+    d += NV * VL;
+  };
+#if defined(__AVX512F__)
+  while (d + 64 <= dim) columns(Size<6>{}, Size<4>{});
+  while (d + 32 <= dim) columns(Size<12>{}, Size<2>{});
+  while (d < dim) columns(Size<12>{}, Size<1>{});
+#elif defined(__aarch64__)
+  while (d < dim) columns(Size<6>{}, Size<4>{});
+#else
+  while (d < dim) columns(Size<6>{}, Size<2>{});
+#endif
 }
 
 }  // namespace FOVEATE_ISA

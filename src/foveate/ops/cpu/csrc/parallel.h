@@ -20,6 +20,17 @@ inline Arena* thread_arena(int64_t bytes) {
   return reserve(&arena, bytes) ? &arena : nullptr;
 }
 
+// Likewise for fp32 sums, which live beside the scratch; large ones are not kept.
+inline Arena* thread_sums(int64_t bytes) {
+  static thread_local ThreadArena arena;
+  if (arena.size > (64 << 20) && bytes <= (64 << 20)) {
+    free(arena.data);
+    arena.data = nullptr;
+    arena.size = 0;
+  }
+  return reserve(&arena, bytes) ? &arena : nullptr;
+}
+
 // OpenMP's threads don't survive a fork: a child that inherits a started pool would wait forever.
 inline bool& pool_lost() {
   static bool lost = false;

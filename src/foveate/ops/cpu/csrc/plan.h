@@ -24,6 +24,17 @@ struct Partial {
   float *out, *max, *total;
 };
 
+// Where an item of the backward adds its gradients. Keys: rows of fp32, `key_row` and `value_row`
+// floats apart. Queries: (B, Hq, Lq, D) fp32 sums, or null where each query has one place only and
+// goes straight to its tensor. Bias: head h's elements at bias + h * bias_h + q * bias_q + k * bias_k.
+struct Sums {
+  float *key, *value;
+  int64_t key_row, value_row;
+  float* query;
+  float* bias;
+  int64_t bias_h, bias_q, bias_k;
+};
+
 // Which virtual rows belong to each query, where they aren't the queries themselves.
 struct Merge {
   int64_t parts;

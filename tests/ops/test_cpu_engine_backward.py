@@ -1,0 +1,201 @@
+"""The C++ engine's gradients against autograd through attention in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import attend, masks
+from test_cpu_engine import DTYPES, FUZZ, SHAPES, every_tile, kernels, make  # noqa: F401
+from torch import Tensor
+
+from foveate.ops import Layout, causal, cpu, window
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.reason())
+
+
+def compare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Any,
+    allowed: Tensor | None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    grads: tuple[bool, bool] = (True, True),
+    scale: float | None = None,
+) -> None:
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, lse = cpu.forward(q, k, v, layout, scale, softcap, bias)
+    given = [x for x in (q, k, v, bias) if x is not None]
+    wide = [x.detach().double().requires_grad_() for x in given]
+    if allowed is None:
+        allowed = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool)
+    if allowed.shape[1] > 1:
+        allowed = allowed.repeat_interleave(q.shape[1] // allowed.shape[1], 1)
+    b = None if bias is None else wide[3]
+    want, want_lse = attend(*wide[:3], allowed, scale=scale, softcap=softcap, bias=b)
+    do = torch.randn(out.shape).to(q.dtype) if grads[0] else None
+    dlse = torch.randn(lse.shape) if grads[1] else None
+    loss = want.sum() * 0 + want_lse.masked_fill(want_lse == -torch.inf, 0).sum() * 0
+    if do is not None:
+        loss = loss + (want * do.double()).sum()
+    if dlse is not None:
+        loss = loss + (want_lse * dlse.double()).masked_fill(want_lse == -torch.inf, 0).sum()
+    right = torch.autograd.grad(loss, wide)
+    found = cpu.backward(do, dlse, q, k, v, out, lse, layout, scale, softcap, bias)
+    unit = torch.finfo(q.dtype).eps
+    for name, got, x, good in zip(("q", "k", "v", "bias"), found, given, right):
+        assert got is not None
+        assert got.dtype == x.dtype, name
+        assert got.shape == x.shape, name
+        # Rounding relative to the largest gradient; sums over many pairs carry more of it.
+        size = max(good.abs().max().item(), 0.1) * max(1.0, (q.shape[2] * k.shape[2]) ** 0.25 / 4)
+        size *= (x.numel() and out.numel() / x.numel()) ** 0.5 if name == "bias" else 1.0
+        tolerance = (4 if unit > 1e-5 else 40) * unit * max(1.0, size)
+        torch.testing.assert_close(
+            got.double(), good, rtol=0, atol=tolerance, msg=partial("d{}: {}".format, name)
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dense_on_every_instruction_set(kernels: str, shape: Any, dtype: torch.dtype) -> None:  # noqa: F811
+    compare(*make(shape, dtype), None, None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile", [8, 40, 64, 128, (64, 16), (16, 256)])
+def test_masks_in_tiles_of_any_size(kernels: str, tile: Any, dtype: torch.dtype) -> None:  # noqa: F811
+    q, k, v = make((1, 4, 2, 150, 201, 32, 48), dtype)
+    for mask in (causal(), window(20, 4)):
+        compare(q, k, v, mask.layout(150, 201, tile), mask.dense(150, 201))
+
+
+@given(data=st.data())
+@FUZZ
+def test_fuzz_of_shapes_strides_masks_and_tiles(data: st.DataObject) -> None:
+    draw = data.draw
+    batch, kv_heads, group = (
+        draw(st.integers(1, 2)),
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 5)),
+    )
+    heads, q_len, kv_len = kv_heads * group, draw(st.integers(1, 100)), draw(st.integers(1, 100))
+    shape = (
+        batch,
+        heads,
+        kv_heads,
+        q_len,
+        kv_len,
+        draw(st.integers(1, 70)),
+        draw(st.integers(1, 70)),
+    )
+    q, k, v = make(shape, draw(st.sampled_from(DTYPES)), draw(st.booleans()))
+    mask, _ = draw(masks(kv_len))
+    if mask.groups()[0] not in (1, batch):
+        mask = causal()
+    tile = (8 * draw(st.integers(1, 20)), 8 * draw(st.integers(1, 20)))
+    bias = None
+    if draw(st.booleans()):
+        bias = torch.randn([n if draw(st.booleans()) else 1 for n in (batch, heads, q_len, kv_len)])
+    torch.set_num_threads(draw(st.sampled_from([1, 3])))
+    try:
+        compare(
+            q,
+            k,
+            v,
+            mask.layout(q_len, kv_len, tile),
+            mask.dense(q_len, kv_len),
+            draw(st.sampled_from([None, 3.0])),
+            bias,
+            draw(st.sampled_from([(True, True), (True, False), (False, True)])),
+            draw(st.sampled_from([None, 0.0, -0.3])),
+        )
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_shared_biases_with_threads(dtype: torch.dtype, threads: int) -> None:
+    q, k, v = make((2, 6, 2, 300, 260, 64, 64), dtype)
+    mask = window(90, 30)
+    torch.set_num_threads(threads)
+    try:
+        for shape in ((1, 1, 300, 260), (1, 6, 1, 260), (2, 1, 300, 1), (1, 1, 1, 260)):
+            bias = torch.randn(shape)
+            compare(q, k, v, mask.layout(300, 260, 64), mask.dense(300, 260), bias=bias)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_and_single_keys_in_one_list(kernels: str, dtype: torch.dtype) -> None:  # noqa: F811
+    q, k, v = make((1, 4, 2, 300, 300, 64, 64), dtype)
+    tiles, keys = torch.rand(1, 2, 5, 5) < 0.4, torch.rand(1, 2, 5, 300) < 0.1
+    layout = Layout.from_selection(tiles, keys, 300, 300, 64, within=causal())
+    compare(q, k, v, layout, layout.dense())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("repeats", [False, True])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_rows_by_index(dtype: torch.dtype, repeats: bool, threads: int) -> None:
+    q_len, kv_len = 190, 170
+    q, k, v = make((2, 4, 2, q_len, kv_len, 32, 24), dtype)
+    order = torch.randperm(q_len)
+    q_index = torch.cat((order, order) if repeats else (order,)).int()[None, None]
+    n, edge = q_index.shape[-1], kv_len // 2
+    later = torch.arange(n) >= q_len
+    ends = torch.stack((torch.where(later, edge, 0), torch.where(later, kv_len, edge)), -1).int()
+    layout = replace(
+        every_tile(n, kv_len, 64, -1), q_len=q_len, q_index=q_index, key_range=ends[None, None]
+    )
+    allowed = torch.zeros(1, 1, q_len, kv_len, dtype=torch.bool)
+    allowed[..., : kv_len if repeats else edge] = True
+    torch.set_num_threads(threads)
+    try:
+        compare(q, k, v, layout, allowed)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_every_time(dtype: torch.dtype) -> None:
+    q, k, v = make((1, 4, 1, 400, 400, 64, 64), dtype)
+    layout = causal().layout(400, 400, 64)
+    out, lse = cpu.forward(q, k, v, layout, 0.125, None, None)
+    do = torch.randn_like(out)
+    torch.set_num_threads(3)
+    try:
+        runs = [
+            cpu.backward(do, None, q, k, v, out, lse, layout, 0.125, None, None) for _ in range(4)
+        ]
+    finally:
+        torch.set_num_threads(1)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run[:3], runs[0][:3]))
+
+
+def test_error_stays_below_twice_that_of_sdpa() -> None:
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    for dtype, band in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 5e-4)):
+        q, k, v = make((1, 2, 2, 256, 333, 64, 64), dtype)
+        wide = [x.double().requires_grad_() for x in (q, k, v)]
+        want, _ = attend(*wide, torch.ones(1, 1, 256, 333, dtype=torch.bool))
+        out, lse = flash(q, k, v)
+        do = torch.randn_like(out)
+        right = torch.autograd.grad(want, wide, do.double())
+        theirs = flash_backward(do, q, k, v, out, lse, 0.0, False)
+        out, lse = cpu.forward(q, k, v, None, 0.125, None, None)
+        ours = cpu.backward(do, None, q, k, v, out, lse, None, 0.125, None, None)
+        for a, b, c in zip(ours, theirs, right):
+            error, other = ((x.double() - c).abs().max().item() for x in (a, b))
+            assert error <= 2 * other + band * c.abs().max().item()
