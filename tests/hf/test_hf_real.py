@@ -66,43 +66,30 @@ def test_greedy_generation_is_identical(smollm: tuple[Any, Any, Tensor]) -> None
     assert eager.shape[1] == batch.input_ids.shape[1] + 64
 
 
-def test_streaming_keeps_the_model_sane(smollm: tuple[Any, Any, Tensor]) -> None:
-    """Miniature 2 of the sheet: sinks and a window hold up, the window alone doesn't."""
+def test_streaming_in_bounded_memory(smollm: tuple[Any, Any, Tensor]) -> None:
+    """Of caches of 256 tokens the one with sinks is far better (miniature 2 of the sheet).
+
+    How near it comes to a full cache depends on the text; this one repeats itself over more than
+    256 tokens. Several layers re-indexed and the mask, which isn't, come out alike.
+    """
     model, _, ids = smollm
 
-    def perplexity(pattern: str) -> float:
-        with foveate.use(model, pattern):
-            out = logits(model, ids[:, :1024]).log_softmax(-1)
-        picked = out[0, 511:-1].gather(1, ids[0, 512:1024, None])
-        return float(picked.mean().neg().exp())
+    def surprise(out: Tensor, goal: Tensor) -> Tensor:
+        return -out[0].log_softmax(-1).gather(1, goal[:, None])[:, 0]
 
-    dense = perplexity("full")
-    sparse = perplexity("sink-window(sinks=4, window=252)")
-    alone = perplexity("sink-window(sinks=0, window=256)")
-    assert sparse < 1.3 * dense
-    assert alone > 1.5 * dense
-
-
-def test_streaming_cache_goes_beyond_its_capacity(smollm: tuple[Any, Any, Tensor]) -> None:
-    """Streamed in chunks, the text's perplexity stays with that of a full cache."""
-    model, _, ids = smollm
-
-    def perplexity(cache: Any) -> float:
-        total, count = 0.0, 0
-        for at in range(0, 1024, 64):
-            out = logits(model, ids[:, at : at + 64], past_key_values=cache).log_softmax(-1)
-            if at >= 512:
-                goal = ids[0, at + 1 : at + 65]
-                total -= float(out[0].gather(1, goal[:, None]).sum())
-                count += 64
-        return float(torch.tensor(total / count).exp())
-
-    from transformers import DynamicCache
+    def streamed(sinks: int) -> float:
+        cache = streaming_cache(model, sinks=sinks, window=256 - sinks)
+        lost = []
+        for at in range(0, 768, 64):
+            out = logits(model, ids[:, at : at + 64], past_key_values=cache)
+            lost.append(surprise(out, ids[0, at + 1 : at + 65]))
+        assert len(cache.layers[0].cache) == 256
+        return float(torch.cat(lost[6:]).mean().exp())
 
     model.set_attn_implementation("sdpa")
-    dense = perplexity(DynamicCache(config=model.config))
-    bounded = perplexity(streaming_cache(model, sinks=4, window=252))
-    alone = perplexity(streaming_cache(model, sinks=0, window=256))
+    with_sinks, without = streamed(4), streamed(0)
     model.set_attn_implementation("eager")
-    assert bounded < 1.3 * dense
-    assert alone > 1.5 * dense
+    assert with_sinks < 0.75 * without
+    with foveate.use(model, "sink-window(sinks=4, window=252)"):
+        masked = surprise(logits(model, ids[:, :768]), ids[0, 1:769])[384:]
+    assert abs(float(masked.mean().exp()) / with_sinks - 1) < 0.1
