@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.bench.case import Case, from_mask
+from foveate.bench.case import Case, from_layout, from_mask
 from foveate.ops import Layout, Mask, blocks, causal, documents, prefix, region, sinks, window
 
 KEPT = (0.2, 0.5, 0.8)
@@ -211,11 +211,10 @@ def random_eviction(name: str, s: Settings) -> Case:
     def build(tile: int) -> Layout:
         return Layout.from_column_intervals(evicted, end, zero, keys, s.length, tile)
 
-    def allowed(rows: Tensor) -> Tensor:
-        i = rows[:, None]
-        return ((keys <= i) & (i < evicted))[None, None]
+    def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k <= q) & (q < evicted[k])
 
-    return Case(name, s.length, None, build, allowed)
+    return from_layout(name, s.length, build, seen)
 
 
 def _random(s: Settings) -> torch.Generator:

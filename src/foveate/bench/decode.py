@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from foveate.bench.contestants import own
 from foveate.bench.correct import Call, Judge, Verdict
-from foveate.bench.job import DTYPES, Begin, check_clock, check_known, check_sizes, run_cells
+from foveate.bench.job import DTYPES, Begin, check_clock, check_known, check_sizes, run_cells, told
 from foveate.bench.roofs import Pool, Product
 from foveate.bench.timing import Pace, paired, race, spread
 from foveate.compare.records import Records
@@ -225,7 +225,7 @@ def _judged(judge: Judge, call: Call, result: dict[str, Any]) -> Verdict | None:
         result["declined"] = str(refusal)
         return None
     except Exception as error:  # a contestant that breaks must not end a long job
-        result["failed"] = f"{type(error).__name__}: {error}"
+        result["failed"] = told(error)
         return None
     result["correct"], result["errors"] = verdict.passed, verdict.as_dict()
     if not verdict.passed:

@@ -63,8 +63,9 @@ def _densities(axis: Any, found: list[Found]) -> None:
         axis.scatter(x, y, s=14, alpha=0.7, label=name, color=_COLOURS.get(name, _OTHER))
     axis.axhline(1, color="black", linewidth=0.8)
     if points:
-        axis.set_xscale("log")
         axis.legend()
+    axis.xaxis.set_major_formatter("{x:.0%}")
+    axis.set_xlim(0, None)
     axis.set(xlabel="share of tiles visited", ylabel="share of the ideal speed", ylim=(0, None))
 
 

@@ -6,44 +6,60 @@ users write it (comparisons, document ids), so that it is measured at its best.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.functional import pad
 
-from foveate.bench.case import Case, Declined
+from foveate.bench.case import Case, Seen
 from foveate.ops import Layout, Mask, blocks, documents, region
-from foveate.ops.errors import InputError
 from foveate.ops.masks.algebra import And, Not, Or
-
-Modifier = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def block_mask(case: Case, layout: Layout) -> BlockMask:
     """The block mask of a case.
 
-    Raises:
-        Declined: its layout gathers single keys, which a BlockMask can't.
+    Where the layout gathers single keys, every block that holds one is visited.
     """
-    try:
+    function = case.seen
+    if case.mask is not None:
+        function = modifier(case.mask, case.length)
+    if layout.gathered is None:
         lists = layout.to_block_mask()
-    except InputError as error:
-        raise Declined(str(error)) from None
-    if case.mask is None:
-        return lists
+        counts, columns = lists.kv_num_blocks, lists.kv_indices
+        full_counts, full_columns = lists.full_kv_num_blocks, lists.full_kv_indices
+    else:
+        counts, columns, full_counts, full_columns = _scan(case, layout.q_tile, layout.kv_tile)
     return BlockMask.from_kv_blocks(
-        lists.kv_num_blocks,
-        lists.kv_indices,
-        lists.full_kv_num_blocks,
-        lists.full_kv_indices,
-        BLOCK_SIZE=lists.BLOCK_SIZE,
-        mask_mod=modifier(case.mask, case.length),
-        seq_lengths=lists.seq_lengths,
+        counts,
+        columns,
+        full_counts,
+        full_columns,
+        BLOCK_SIZE=(layout.q_tile, layout.kv_tile),
+        mask_mod=function,
+        seq_lengths=(layout.q_len, layout.kv_len),
     )
 
 
-def modifier(mask: Mask, length: int) -> Modifier:
+def _scan(case: Case, rows: int, cols: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(how many, which) partial blocks and full ones, found element by element."""
+    partial, whole = [], []
+    for part in torch.arange(case.length).split(rows):
+        allowed = case.allowed(part)
+        spare = -case.length % cols
+        some = pad(allowed, (0, spare)).unflatten(-1, (-1, cols)).any(-1).any(-2)
+        every = pad(allowed, (0, spare), value=True).unflatten(-1, (-1, cols)).all(-1).all(-2)
+        partial.append(some & ~every)
+        whole.append(every)
+    return *_lists(torch.stack(partial, 2)), *_lists(torch.stack(whole, 2))
+
+
+def _lists(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    counts = chosen.sum(-1).int()
+    return counts, torch.argsort(chosen.int(), dim=-1, descending=True, stable=True).int()
+
+
+def modifier(mask: Mask, length: int) -> Seen:
     """A function (batch, head, query index, key index) -> bool for as many queries as keys."""
     if isinstance(mask, And | Or):
         left, right = modifier(mask.left, length), modifier(mask.right, length)
@@ -66,7 +82,7 @@ def modifier(mask: Mask, length: int) -> Modifier:
     return lambda b, h, q, k: mask._element(q, k, 0, 0)
 
 
-def _region(mask: region) -> Modifier:
+def _region(mask: region) -> Seen:
     (q0, q1), (k0, k1) = mask.queries, mask.keys
     inner, shift = mask.inner, (k1 - k0) - (q1 - q0)
 

@@ -65,6 +65,12 @@ def _with_threads(cell: Any, measure: Callable[[Any], dict[str, Any]]) -> dict[s
     return {**values, "load": [before, load_average()]}
 
 
+def told(error: Exception) -> str:
+    """What went wrong, on one line of bearable length."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
 def check_known(what: str, given: Iterable[str], known: Iterable[str]) -> None:
     """Refuse names that aren't known.
 

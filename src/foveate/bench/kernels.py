@@ -21,7 +21,7 @@ from foveate.bench.case import Case, Declined
 from foveate.bench.contestants import Contestant, contestant, known, own
 from foveate.bench.correct import Call, Judge, Verdict
 from foveate.bench.ideal import counts, ideal_seconds, useful_flops
-from foveate.bench.job import DTYPES, Begin, check_clock, check_known, check_sizes, run_cells
+from foveate.bench.job import DTYPES, Begin, check_clock, check_known, check_sizes, run_cells, told
 from foveate.bench.lengths import distributions, draw_documents
 from foveate.bench.timing import Pace, Samples, paired, race, spread
 from foveate.compare.records import Records
@@ -252,7 +252,7 @@ class _Entrants:
             result["declined"] = str(refusal)
             return
         except Exception as error:  # a contestant that breaks must not end a long job
-            result["failed"] = f"{type(error).__name__}: {error}"
+            result["failed"] = told(error)
             return
         result["correct"], result["errors"] = verdict.passed, verdict.as_dict()
         result.update(entrant.facts)

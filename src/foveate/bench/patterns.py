@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from foveate.bench import catalogue
-from foveate.bench.case import Case, from_mask
+from foveate.bench.case import Case, from_layout, from_mask
 from foveate.bench.catalogue import Settings
 from foveate.ops import Layout, causal, documents, window
 from foveate.ops.errors import InputError, nearest
@@ -47,35 +47,35 @@ def vertical_slash_of(density: float, s: Settings) -> Case:
     length, random = s.length, torch.Generator().manual_seed(s.seed)
     drawn_keys = torch.randperm(length, generator=random)
     seen = (length - drawn_keys).cumsum(0)
-    verticals = drawn_keys[seen <= density / 2 * length * length]
+    is_vertical = torch.zeros(length, dtype=torch.bool)
+    is_vertical[drawn_keys[seen <= density / 2 * length * length]] = True
 
-    def choice(tile: int) -> tuple[Tensor, Tensor]:
+    def diagonals(tile: int) -> Tensor:
         count = -(-length // tile)
         drawn = torch.randperm(count - 1, generator=torch.Generator().manual_seed(s.seed + 1))
-        offsets = [0, *(drawn + 1).tolist()]
-        index = torch.arange(count)
-        away = index[:, None] - index
+        index, left = torch.arange(count), density / 2 * length * length
         tiles = torch.zeros(count, count, dtype=torch.bool)
-        left = density / 2 * length * length
-        for offset in offsets:
+        for offset in [0, *(drawn + 1).tolist()]:
             if left <= 0:
                 break
-            tiles |= away == offset
+            tiles |= index[:, None] - index == offset
             left -= (count - offset) * tile * tile
-        keys = torch.zeros(count, length, dtype=torch.bool)
-        keys[:, verticals] = True
-        keys &= torch.arange(length) < ((index + 1) * tile)[:, None]
-        return tiles[None, None], keys[None, None]
+        return tiles
 
     def build(tile: int) -> Layout:
-        return Layout.from_selection(*choice(tile), length, length, tile, causal())
+        tiles = diagonals(tile)
+        ends = (torch.arange(len(tiles)) + 1) * tile
+        keys = is_vertical & (torch.arange(length) < ends[:, None])
+        return Layout.from_selection(
+            tiles[None, None], keys[None, None], length, length, tile, causal()
+        )
 
-    def allowed(rows: Tensor) -> Tensor:
-        tiles, keys = choice(s.tile)
-        wide = tiles[0, 0].repeat_interleave(s.tile, 1)[:, :length] | keys[0, 0]
-        return (wide[rows // s.tile] & (torch.arange(length) <= rows[:, None]))[None, None]
+    tiles, size = diagonals(s.tile), s.tile
 
-    return Case(f"vertical-slash@{density:g}", length, None, build, allowed)
+    def seen_at(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k <= q) & (tiles[q // size, k // size] | is_vertical[k])
+
+    return from_layout(f"vertical-slash@{density:g}", length, build, seen_at)
 
 
 _TOLD: dict[str, Callable[[float, Settings], Case]] = {
