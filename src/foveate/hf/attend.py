@@ -125,6 +125,10 @@ def attend(
     running = Running() if seat is None else seat.running
     groups = [HeadGroup(None, make("full"))] if seat is None else seat.groups
     context = Context(
+        mask=view.mask,
+        q_positions=view.q_positions,
+        kv_positions=view.kv_positions,
+        bias=view.bias,
         phase=_phase(module, q_len, view.kv_len),
         layer=seat.site.layer if seat is not None else getattr(module, "layer_idx", None) or 0,
         scale=scaling,
@@ -140,8 +144,8 @@ def attend(
 
 
 def _refuse(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    config = getattr(module, "config", None)
-    if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
+    # A config can't ask for them: `use` has looked, and transformers refuses to set it later.
+    if kwargs.get("output_attentions"):
         raise ModelError(
             "Attention weights were asked for (output_attentions=True), but they are never formed "
             "here. Leave foveate.use and call model.set_attn_implementation('eager') to get them."
@@ -172,13 +176,19 @@ def _by_head(
         index = torch.tensor(group.heads, device=query.device)
         kv_index = _kv_heads(index, shared)
         sinks = ctx.sink_logits
+        theirs = view.heads(index, heads)
         part = _by_document(
             group.method,
             query[:, index],
             key[:, kv_index],
             value[:, kv_index],
-            view.heads(index, heads),
-            replace(ctx, sink_logits=None if sinks is None else sinks[index]),
+            theirs,
+            replace(
+                ctx,
+                mask=theirs.mask,
+                bias=theirs.bias,
+                sink_logits=None if sinks is None else sinks[index],
+            ),
         )
         if out is None:
             out = part.new_empty(part.shape[0], heads, *part.shape[2:])
@@ -201,20 +211,13 @@ def _by_document(
     """One method, on each packed sequence as if it stood alone; (B, Hq, Lq, Dv)."""
     mask, ids = view.mask, view.documents
     if ids is None:
-        ctx = replace(
-            ctx,
-            mask=mask,
-            q_positions=view.q_positions,
-            kv_positions=view.kv_positions,
-            bias=view.bias,
-        )
         return _run(method, query, key, value, ctx)
-    dense = isinstance(method, Pattern) and method.is_dense(query, key, replace(ctx, mask=mask))
+    dense = isinstance(method, Pattern) and method.is_dense(query, key, ctx)
     if dense and bool((ids == ids[:1]).all()):
         counts = torch.unique_consecutive(ids[0], return_counts=True)[1]
         bounds = [0, *counts.cumsum(0).tolist()]
         together = documents(bounds) if mask is None else mask & documents(bounds)
-        return _run(method, query, key, value, replace(ctx, mask=together, bias=view.bias))
+        return _run(method, query, key, value, replace(ctx, mask=together))
     out = value.new_zeros(*query.shape[:3], value.shape[-1])
     for length, rows in _segments(ids).items():
         b = torch.tensor([r for r, _ in rows], device=query.device)[:, None]
@@ -228,7 +231,7 @@ def _by_document(
             bias = whole[b[..., None], :, at[:, :, None], at[:, None, :]].permute(0, 3, 1, 2)
         # Each stands alone, also in what its layers share.
         store = ctx.store.setdefault(("document", length), {})
-        alone = replace(ctx, mask=mask, bias=bias, store=store)
+        alone = replace(ctx, bias=bias, store=store)
         part = _run(method, q, k, v, alone)
         out = out.index_put(
             (b[..., None], torch.arange(out.shape[1], device=b.device), at[..., None]),
