@@ -92,7 +92,7 @@ def test_the_token_mask_is_its_definition():
                 assert bool(table[b, h, i, j]) == (t >= 0 and (j in columns or t in offsets))
 
 
-# -- oracle 1 -----------------------------------------------------------------------------------------
+# -- oracle 1 ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("q_len", [300, 77])
 @pytest.mark.parametrize(
     "method",
@@ -109,7 +109,7 @@ def test_oracle_1_all_columns_or_all_offsets_is_dense(method, q_len):
         torch.testing.assert_close(out, dense, atol=1e-12, rtol=1e-12)
 
 
-# -- oracle 2 -----------------------------------------------------------------------------------------
+# -- oracle 2 ------------------------------------------------------------------------------------
 def walked_by_loops(columns, offsets, rows, tile):
     """Step 4 of the sheet, word for word: for each row block its runs and its single columns."""
     found = []
@@ -230,7 +230,7 @@ def test_oracle_2_running_the_index_is_dense_attention_under_the_mask_it_represe
         assert table.sum() < 0.95 * 8 * length * (length + 1) / 2
 
 
-# -- oracle 6 -----------------------------------------------------------------------------------------
+# -- oracle 6 ------------------------------------------------------------------------------------
 def test_oracle_6_planted_columns_are_recovered_exactly():
     q, k, _ = qkv(q_len=500, kv_len=500)
     generator = torch.Generator().manual_seed(0)
@@ -257,7 +257,7 @@ def test_a_planted_slash_is_recovered():
     assert index.offsets[0, 0].nonzero()[:, 0].tolist() == expected
 
 
-# -- oracle 7 -----------------------------------------------------------------------------------------
+# -- oracle 7 ------------------------------------------------------------------------------------
 def test_oracle_7_causal_with_the_index_held_and_not_when_it_is_estimated_again():
     q, k, v = qkv()
     ctx = Context(mask=causal())

@@ -58,14 +58,14 @@ def last_row_sums(q: Tensor, k: Tensor, ctx: Context, tokens: Tokens, last: int)
         end = int(tokens.q_real[t].nonzero()[-1]) + 1
         rows = torch.arange(max(0, end - count), end, device=q.device)
         for part in rows.split(step):
-            hidden, cut = _hidden(ctx, tokens, part, b, heads)
+            hidden, span, cut = _hidden(ctx, tokens, part, b, heads)
             for g in range(kv_heads):
                 mine = slice(g * group, (g + 1) * group)
-                weights = (q[b, mine][:, part].to(work) * scale) @ k[b, g].to(work).mT
+                weights = (q[b, mine][:, part].to(work) * scale) @ k[b, g, span].to(work).mT
                 if ctx.softcap is not None:
                     weights = weights.div_(ctx.softcap).tanh_().mul_(ctx.softcap)
                 if ctx.bias is not None:
-                    weights = weights + _rows_of(ctx.bias, b, mine, part, heads).to(work)
+                    weights = weights + _rows_of(ctx.bias, b, mine, part, heads, span)
                 weights[..., cut].masked_fill_(
                     hidden[mine] if len(hidden) > 1 else hidden, -torch.inf
                 )
@@ -73,18 +73,22 @@ def last_row_sums(q: Tensor, k: Tensor, ctx: Context, tokens: Tokens, last: int)
                 weights = weights.sub_(top).exp_()
                 total = weights.sum(-1, keepdim=True)
                 weights.div_(total.masked_fill(total == 0, 1.0))
-                vertical[b, mine] += weights.sum(1)
+                vertical[b, mine, span] += weights.sum(1)
                 for r, row in enumerate(part.tolist()):
-                    at = end - 1 - row
-                    slash[b, mine, at : at + kv_len] += weights[:, r]
+                    at = end - 1 - row + span.start
+                    slash[b, mine, at : at + weights.shape[2]] += weights[:, r]
         found.append(_by_distance(slash[b], end - 1 + int(tokens.shift[t]), kv_len))
     return Sums(vertical, torch.stack(found))
 
 
-def _hidden(ctx: Context, tokens: Tokens, rows: Tensor, b: int, heads: int) -> tuple[Tensor, slice]:
-    """What the rows don't see, (1 or Hq, n, c), and which c keys that tells of.
+def _hidden(
+    ctx: Context, tokens: Tokens, rows: Tensor, b: int, heads: int
+) -> tuple[Tensor, slice, slice]:
+    """What the rows don't see; rows that aren't real see nothing.
 
-    Rows that aren't real see nothing. Keys outside the slice are seen by all.
+    Returns:
+        hidden (1 or Hq, n, c); the span of keys outside of which no row sees anything; and which c
+        keys of the span `hidden` tells of, the others being seen by all rows.
     """
     mask = EVERYTHING if ctx.mask is None else ctx.mask
     t = b if len(tokens.shift) > 1 else 0
@@ -94,18 +98,26 @@ def _hidden(ctx: Context, tokens: Tokens, rows: Tensor, b: int, heads: int) -> t
     seen = torch.stack(
         [mask._element(q, k, b, h).expand(len(rows), k.shape[1]) for h in range(groups)]
     )
-    hidden = ~(seen & tokens.q_real[t][rows][:, None])
-    some = hidden.flatten(0, 1).any(0).nonzero()[:, 0]
-    cut = slice(int(some[0]), int(some[-1]) + 1) if len(some) else slice(0, 0)
+    seen &= tokens.q_real[t][rows][:, None]
+    span = _extent(seen.flatten(0, 1).any(0))
+    hidden = ~seen[..., span]
+    cut = _extent(hidden.flatten(0, 1).any(0))
     hidden = hidden[..., cut]
-    return (hidden if groups == 1 else hidden.repeat_interleave(heads // groups, 0)), cut
+    return (hidden if groups == 1 else hidden.repeat_interleave(heads // groups, 0)), span, cut
 
 
-def _rows_of(bias: Tensor, b: int, heads: slice, rows: Tensor, count: int) -> Tensor:
-    """bias, broadcastable to (B, Hq, Lq, Lkv), for some heads and rows of one batch entry."""
+def _extent(flags: Tensor) -> slice:
+    """From the first to the last that is set."""
+    some = flags.nonzero()[:, 0]
+    return slice(int(some[0]), int(some[-1]) + 1) if len(some) else slice(0, 0)
+
+
+def _rows_of(bias: Tensor, b: int, heads: slice, rows: Tensor, count: int, keys: slice) -> Tensor:
+    """Bias, broadcastable to (B, Hq, Lq, Lkv), for some heads, rows and keys of one sequence."""
     bias = bias[(None,) * (4 - bias.dim())]
     one = bias[b if bias.shape[0] > 1 else 0].expand(count, -1, -1)[heads]
-    return one[:, rows] if one.shape[1] > 1 else one
+    one = one[:, rows] if one.shape[1] > 1 else one
+    return one[..., keys] if one.shape[2] > 1 else one
 
 
 def _by_distance(sheared: Tensor, top: int, kv_len: int) -> Tensor:

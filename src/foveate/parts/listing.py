@@ -233,25 +233,20 @@ def _kinds(
     if not n:
         return kinds, bits
     parts = _conjuncts(mask)
-    near = [m for m in parts if is_relative(m)]
-    far = [m for m in parts if not is_relative(m)]
-    shift = tokens.shift[group // grid.heads if len(tokens.shift) > 1 else torch.zeros_like(group)]
-    ask = torch.ones(n, dtype=torch.bool, device=group.device)
-    if steps is not None and near:
-        offset = keys[:, 0] - (row * tile + shift)
-        kinds, bits = _relative_kinds(near, offset, tile)
-        ask = torch.zeros_like(ask)
-        mask_far = far
-    else:
-        mask_far = parts
-    if mask_far:
-        none, full = _certain(mask_far, tokens, grid, group, row, keys, steps)
-        if steps is None or not near:
-            kinds = torch.where(none, _NONE, kinds)
-            ask = ~none & ~full
-        else:
-            ask = (kinds != _NONE) & ~none & ~full
-            kinds = torch.where(none, _NONE, kinds)
+    near = [m for m in parts if steps is not None and is_relative(m)]
+    rest = [m for m in parts if steps is None or not is_relative(m)]
+    ask = torch.zeros(n, dtype=torch.bool, device=group.device)
+    if near:
+        b = group // grid.heads if len(tokens.shift) > 1 else torch.zeros_like(group)
+        kinds, bits = _relative_kinds(near, keys[:, 0] - (row * tile + tokens.shift[b]), tile)
+        # At the edges what is set may lie outside.
+        edge = ((row + 1) * tile > grid.q_len) | (keys[:, 0] + tile > grid.kv_len)
+        ask = edge & (kinds > 0)
+    if rest:
+        none, full = _certain(rest, tokens, grid, group, row, keys, steps)
+        kinds = torch.where(none, _NONE, kinds)
+        ask |= ~full
+    ask &= kinds != _NONE
     at = ask.nonzero()[:, 0]
     if len(at):
         seen = _elements(mask, tokens, grid, group[at], row[at], keys[at], steps)

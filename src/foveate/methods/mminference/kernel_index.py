@@ -17,6 +17,7 @@ from torch import Tensor
 from foveate.parts.listing import Runs, Singles
 
 _FAR = 1 << 40
+_BUDGET = 1 << 21  # row blocks x buckets of heads that are walked together
 
 
 def kernel_index(
@@ -37,19 +38,38 @@ def kernel_index(
         reach beyond a row's own key and beyond the last one; the mask cuts them.
     """
     batch, heads, kv_len = columns.shape
-    starts = _walk(offsets, shift, first, q_len, tile)
-    group = batch * heads
-    rows = starts.shape[1] // group
-    flat = starts.t()  # (group * rows, steps), ascending, then -1
-    cell, step = ((flat >= 0) & (flat < kv_len)).nonzero(as_tuple=True)
-    begin = flat[cell, step]
-    runs = Runs(cell // rows, cell % rows, begin)
+    rows = -(-q_len // tile)
+    own, first = (x.expand(batch).repeat_interleave(heads)[:, None] for x in (shift, first))
+    own = own + torch.arange(0, q_len, tile, device=columns.device)
+    columns, offsets = columns.flatten(0, 1), offsets.flatten(0, 1)
+    found = []
+    step = max(1, _BUDGET // max(1, rows * (kv_len // tile + 2)))
+    for at in range(0, max(1, len(columns)), step):
+        some = slice(at, at + step)
+        runs, singles = _index(columns[some], offsets[some], own[some], first[some], tile)
+        found.append((Runs(runs[0] + at, *runs[1:]), Singles(singles[0] + at, *singles[1:])))
+    return (
+        Runs(*(torch.cat(x) for x in zip(*(f[0] for f in found)))),
+        Singles(*(torch.cat(x) for x in zip(*(f[1] for f in found)))),
+    )
 
-    end = torch.arange(0, q_len, tile, device=columns.device) + tile + shift[:, None]
-    end = end.expand(batch, rows).repeat_interleave(heads, 0)
-    bucket = torch.full((group * rows, kv_len // tile + 2), _FAR, device=columns.device)
-    bucket[cell, begin // tile + 1] = begin
-    return runs, _singles(columns.flatten(0, 1), bucket.view(group, rows, -1), end, tile)
+
+def _index(
+    columns: Tensor, offsets: Tensor, own: Tensor, first: Tensor, tile: int
+) -> tuple[Runs, Singles]:
+    """The same for some heads: columns, offsets (G, Lkv), own (G, rows), first (G, 1).
+
+    own is the key that belongs to each row block's first row.
+    """
+    group, kv_len = columns.shape
+    rows = own.shape[1]
+    starts = _walk(offsets, own, first, tile).t()  # (group * rows, steps), ascending, then -1
+    cell, step = ((starts >= 0) & (starts < kv_len)).nonzero(as_tuple=True)
+    begin = starts[cell, step]
+    bucket = torch.full((group, rows, kv_len // tile + 2), _FAR, device=columns.device)
+    bucket.flatten(0, 1)[cell, begin // tile + 1] = begin
+    runs = Runs(cell // max(1, rows), cell % max(1, rows), begin)
+    return runs, _singles(columns, bucket, own + tile, tile)
 
 
 def _singles(columns: Tensor, bucket: Tensor, end: Tensor, tile: int) -> Singles:
@@ -79,34 +99,30 @@ def _singles(columns: Tensor, bucket: Tensor, end: Tensor, tile: int) -> Singles
     return Singles(g[cell], row[cell], keys[first[cell] + torch.arange(total, device=g.device)])
 
 
-def _walk(offsets: Tensor, shift: Tensor, first: Tensor, q_len: int, tile: int) -> Tensor:
-    """First keys of the runs: (steps, B * H * rows) int64, ascending along steps, then -1."""
-    batch, heads, kv_len = offsets.shape
-    device = offsets.device
+def _walk(offsets: Tensor, own: Tensor, first: Tensor, tile: int) -> Tensor:
+    """First keys of the runs: (steps, G * rows) int64, ascending along steps, then -1."""
+    group, kv_len = offsets.shape
+    rows, device = own.shape[1], offsets.device
     places = torch.arange(kv_len, device=device)
     # below[t]: the largest chosen offset <= t, or -1.
-    below = torch.where(offsets, places, -1).flatten(0, 1).cummax(1).values
+    below = torch.where(offsets, places, -1).cummax(1).values
     # Places u = -tile ... kv_len - 1 of the walk stand at u + tile; -tile itself is the end.
-    after = below.new_full((batch * heads, kv_len + tile), -tile)
+    after = below.new_full((group, kv_len + tile), -tile)
     before = below[:, : kv_len - 1]
     after[:, tile + 1 :] = torch.where(before >= 0, torch.minimum(places[1:] - tile, before), -tile)
-    base = torch.arange(batch * heads, device=device)[:, None] * (kv_len + tile) + tile
+    base = torch.arange(group, device=device)[:, None] * (kv_len + tile) + tile
     after = (after + base).reshape(-1)
 
-    own = torch.arange(0, q_len, tile, device=device) + shift[:, None]  # the first row's own key
-    own = own.expand(batch, -1)
-    rows = own.shape[1]
-    from_first = (own - first[:, None]).repeat_interleave(heads, 0)
+    from_first = own - first
     top = from_first + tile - 1
     largest = below.gather(1, top.clamp(0, kv_len - 1))
     u = torch.minimum(largest, from_first)
     u = torch.where((largest >= 0) & (top >= 0), u, -tile)
     at = (u + base).reshape(-1)
-    steps = max(1, min(int(own.max()) + tile, kv_len + tile) // tile + 2) if rows else 1
-    walked = torch.empty(steps, at.numel(), dtype=torch.int64, device=device)
+    steps = (kv_len + tile) // tile + 1
+    walked = torch.empty(steps, group * rows, dtype=torch.int64, device=device)
     for step in range(steps):
         walked[step] = at
         at = after[at]
     walked = walked - base.expand(-1, rows).reshape(-1)
-    begin = own.repeat_interleave(heads, 0).reshape(-1) - walked
-    return begin.masked_fill(walked == -tile, -1)
+    return (own.reshape(-1) - walked).masked_fill(walked == -tile, -1)
