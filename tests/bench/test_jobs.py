@@ -42,6 +42,9 @@ def steady(monkeypatch, module, seconds):
         return {name: Samples([seconds(name)] * 3, [seconds(name)] * 3) for name in calls}
 
     monkeypatch.setattr(module, "race", fake)
+    if module is kernels:
+        told = lambda calls, clock: {name: seconds(name) for name in calls}  # noqa: E731
+        monkeypatch.setattr(module, "trial", told)
 
 
 # -- arithmetic -----------------------------------------------------------------------------------
@@ -78,6 +81,21 @@ def test_the_best_dense_is_the_faster_of_sdpa_and_the_engine(monkeypatch, pace, 
     steady(monkeypatch, kernels, lambda name: 2.0 if name == "dense cpu" else 4.0)
     (one,) = kernels.run(small(pace))
     assert one["values"]["best_dense"] == {"backend": "cpu", "seconds": 2.0}
+
+
+@pytest.mark.parametrize(("slow", "dropped"), [(2.9, False), (3.1, True)])
+def test_a_dense_base_that_is_far_slower_leaves_the_race(monkeypatch, pace, spoilt, slow, dropped):
+    spoilt(lambda right: right, "cpu")
+    steady(monkeypatch, kernels, lambda name: 2.0 if name == "dense cpu" else slow)
+    (one,) = kernels.run(small(pace))
+    theirs = next(r for r in one["values"]["dense"] if r["backend"] == "sdpa")
+    assert ("dropped" in theirs) == dropped
+    assert ("seconds" in theirs) != dropped
+    assert one["values"]["best_dense"]["backend"] == "cpu"
+    (one,) = kernels.run(small(pace, masks=("full",)))  # there nobody leaves
+    assert {r["backend"] for r in one["values"]["results"] if "seconds" in r} == {
+        "sdpa", "cpu", "blocks"
+    }  # fmt: skip
 
 
 def test_a_wrong_engine_is_no_dense_base(monkeypatch, pace, spoilt):

@@ -23,12 +23,13 @@ from foveate.bench.correct import Call, Judge, Verdict
 from foveate.bench.ideal import counts, ideal_seconds, useful_flops
 from foveate.bench.job import DTYPES, Begin, check_clock, check_known, check_sizes, run_cells, told
 from foveate.bench.lengths import distributions, draw_documents
-from foveate.bench.timing import Pace, Samples, paired, race, spread
+from foveate.bench.timing import Pace, Samples, paired, race, spread, trial
 from foveate.compare.records import Records
 from foveate.ops import Layout
 from foveate.ops.errors import FoveateError, InputError
 
 PASSES = ("forward", "backward")
+_SLOW = 1.5  # so many times slower in a first trial, a dense base isn't the best one
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,7 @@ def measure(cell: Cell, options: Options) -> dict[str, Any]:
     if not case.dense:
         for name in base:
             entrants.enter("dense", name, everything, layout)
+        entrants.drop_slow("dense", options.pace.clock)
     for name in dict.fromkeys([*base, *options.names()] if case.dense else options.names()):
         entrants.enter("pattern", name, case, layout)
     samples = race(entrants.calls, options.pace) if entrants.calls else {}
@@ -260,6 +262,19 @@ class _Entrants:
             result["failed"] = f"wrong: {verdict}"
             return
         self.calls[f"{group} {name}"] = self._timed(entrant)
+
+    def drop_slow(self, group: str, clock: str) -> None:
+        """Take those out of a group that can't be its fastest: the race would wait for them."""
+        mine = {name: run for name, run in self.calls.items() if name.startswith(f"{group} ")}
+        if len(mine) < 2:
+            return
+        seconds = trial(mine, clock)
+        for result in self.results:
+            name = f"{group} {result['backend']}"
+            if result["group"] == group and seconds.get(name, 0) > _SLOW * min(seconds.values()):
+                times = seconds[name] / min(seconds.values())
+                result["dropped"] = f"{times:.1f} times slower than the fastest, in a first trial"
+                del self.calls[name]
 
     def _judge(self, judge: Judge, call: Call) -> Verdict:
         verdict = judge.forward(call)

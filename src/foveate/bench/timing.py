@@ -80,6 +80,18 @@ def race(calls: Mapping[str, Callable[[], object]], pace: Pace) -> dict[str, Sam
     return samples
 
 
+def trial(calls: Mapping[str, Callable[[], object]], clock: str) -> dict[str, float]:
+    """Seconds of each call, the better of two in turn: enough to tell far slower ones."""
+    best = dict.fromkeys(calls, math.inf)
+    now = time.perf_counter if clock == "wall" else time.process_time
+    for _ in range(2):
+        for name, call in calls.items():
+            start = now()
+            call()
+            best[name] = min(best[name], now() - start)
+    return best
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, 0.2 and 0.8 quantiles, as the benchmark reports them."""
     points = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
