@@ -229,7 +229,11 @@ class Layout:
             fast = torch.zeros_like(every, dtype=torch.bool)
             if edges_only and self.q_index is None and self.kv_index is None:
                 inner_row = (self.entry_rows % max(1, self.q_tiles) + 1) * self.q_tile <= self.q_len
-                fast = inner_row & ((self.cols.long() + 1) * self.kv_tile <= self.kv_len)
+                whole = (torch.arange(self.kv_tiles, device=self.device) + 1) * self.kv_tile
+                whole = whole <= self.kv_len
+                if self.gathered is not None:
+                    whole = torch.cat((whole, (self.gathered >= 0).all(1)))
+                fast = inner_row & whole[self.cols.long()]
                 size = self.q_tile * self.kv_tile
                 table = torch.cat((pairs.new_tensor([size]), bitset.count(self.bits)))
                 pairs.index_add_(0, group[fast], table[self.kinds[fast].long()])

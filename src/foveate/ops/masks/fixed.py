@@ -86,7 +86,7 @@ class documents(Mask):  # noqa: N801
         if bounds is None:
             bounds = torch.tensor(self.cu_seqlens, device=position.device)
             self._cached[position.device] = bounds
-        return torch.bucketize(position, bounds, right=True)
+        return torch.bucketize(position.contiguous(), bounds, right=True)
 
     def _element(self, q: Tensor, k: Tensor, b: int, h: int) -> Tensor:
         mine, theirs = self._document(q), self._document(k)
