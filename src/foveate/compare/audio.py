@@ -54,7 +54,9 @@ def read_wav(path: str) -> Tensor:
     except (OSError, EOFError, wave.Error) as error:
         raise InputError(f"--text {path} can't be read as PCM WAV: {error}.") from error
     if width != 2 or not raw:
-        raise InputError(f"--text {path}: expected 16-bit PCM with sound in it, got {8 * width} bit.")
+        raise InputError(
+            f"--text {path}: expected 16-bit PCM with sound in it, got {8 * width} bit."
+        )
     sound = torch.frombuffer(bytearray(raw), dtype=torch.int16).float().reshape(-1, channels)
     mono = sound.mean(1) / 32768
     if rate == RATE:

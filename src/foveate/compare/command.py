@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.syntax import Syntax
 from rich.text import Text
 
+from foveate.compare.listener import Listener
 from foveate.compare.options import Options
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ class _Left(ProgressColumn):
         return Text(f"{left // 60}:{left % 60:02d} left")
 
 
-class Screen:
+class Screen(Listener):
     """The listener that shows a run on a terminal; on a pipe it writes plain lines."""
 
     def __init__(self, console: Console) -> None:

@@ -16,7 +16,7 @@ import foveate
 
 # What the figures depend on; the report's looks are not among it.
 _MEASURING = ("ops", "parts", "methods", "hf")
-_COMPARE = ("needle", "measure", "quality", "memory", "verify", "text", "dense", "audio")
+_COMPARE = ("audio", "dense", "measure", "memory", "needle", "quality", "rounds", "text", "verify")
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -158,11 +158,13 @@ class Machine:
         log = Log(keep=keep)
         watch = Watch(self.synchronise)
         inputs = inputs.to(self.device)
-        with self._running(method, log if inspect else None, watch if inspect else None):
-            with Peak(self.device) as peak:
-                start = Watch(self.synchronise).now()
-                hidden, logits, cache = self._forward(inputs)
-                seconds = Watch(self.synchronise).now() - start
+        with (
+            self._running(method, log if inspect else None, watch if inspect else None),
+            Peak(self.device) as peak,
+        ):
+            start = watch.now()
+            hidden, logits, cache = self._forward(inputs)
+            seconds = watch.now() - start
         attention = None
         if inspect:
             attention = watch.seconds if method is None else log.attend_seconds
@@ -197,18 +199,14 @@ class Machine:
         with self._running(method, None, None):
             for _ in range(steps):
                 start = clock.now()
-                out = self.model(
-                    input_ids=tokens[:, None], past_key_values=cache, use_cache=True
-                )
+                out = self.model(input_ids=tokens[:, None], past_key_values=cache, use_cache=True)
                 tokens = out.logits[:, -1].argmax(-1)
                 seconds.append(clock.now() - start)
                 made.append(tokens)
         return torch.stack(made, 1).cpu(), seconds
 
     @contextmanager
-    def _running(
-        self, method: Any | None, log: Log | None, watch: Watch | None
-    ) -> Iterator[None]:
+    def _running(self, method: Any | None, log: Log | None, watch: Watch | None) -> Iterator[None]:
         if method is None:
             with dense(self.model, watch):
                 yield
@@ -242,5 +240,3 @@ def cache_bytes(cache: Any) -> int:
             if isinstance(value, Tensor):
                 total += value.numel() * value.element_size()
     return total
-
-

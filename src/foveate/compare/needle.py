@@ -117,7 +117,9 @@ class PromptMaker:
         """The end of a sentence nearest to a place in the text, or that very place."""
         low, high = max(1, near - _SEARCH), min(len(text), near + _SEARCH)
         ends = [
-            i for i in range(low, high) if self.tokenizer.decode([text[i - 1]]).endswith((".", "\n"))
+            i
+            for i in range(low, high)
+            if self.tokenizer.decode([text[i - 1]]).endswith((".", "\n"))
         ]
         return min(ends, key=lambda i: abs(i - near), default=max(low, min(near, high)))
 

@@ -8,16 +8,17 @@ order turns round with r. Short lengths come first: useful rows come early.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from foveate.compare.records import digest
 from foveate.methods import make, spec
-from foveate.ops.errors import InputError
 
 DEFAULT_METHODS = (
-    "full,sink-window(window=512),a-shape(sinks=64, local=512),vertical-slash,block-sparse"
+    "full, sink-window(sinks=4, window=1024), a-shape(sinks=128, local=512), "
+    "vertical-slash(verticals=400, slashes=400), block-sparse(fraction=0.5)"
 )
 DEFAULT_LENGTHS = (1024, 2048, 4096)
 # For a budget sweep: the hyper-parameters that say how much is kept, and the factors on them.
@@ -140,16 +141,20 @@ def entries_of(methods: list[str], *, sweep: bool = False) -> tuple[Entry, ...]:
 
     Raises:
         UnknownMethodError: there is no such method; the nearest names are offered.
-        InputError: a hyper-parameter that doesn't exist or doesn't fit, or nothing to measure.
+        InputError: a hyper-parameter that doesn't exist or doesn't fit.
     """
     found: dict[str, Entry] = {}
     for text in methods:
         for method in _budgets(make(text)) if sweep else [make(text)]:
-            name = spec(method)
-            found.setdefault(name, _entry(name, method))
-    if not found:
-        raise InputError("There is no method to compare; name some with --methods.")
+            name = spec(method) if sweep or "(" not in text else _tidy(text)
+            entry = _entry(name, method)
+            found.setdefault(digest([entry.key, entry.parameters]), entry)
     return tuple(found.values())
+
+
+def _tidy(text: str) -> str:
+    """The text of a method, blanks as Python writes them."""
+    return re.sub(r"\s*=\s*", "=", re.sub(r"\s*,\s*", ", ", text.strip()))
 
 
 def _entry(name: str, method: Any) -> Entry:
@@ -162,34 +167,34 @@ def reserved(key: str, parameters: dict[str, Any], method: Any) -> str:
     """What a method keeps whatever it selects: sinks and the local part."""
     if getattr(type(method), "exact", False):
         return "everything"
+    told = getattr(method, "reserved", None)
+    if isinstance(told, str):
+        return told
+    if key == "block-sparse":
+        return f"each query's own block of {parameters['tile']} tokens (no sinks)"
     parts = []
     for name, words in (
         ("sinks", "first {} tokens"),
-        ("first", "first {} tokens"),
-        ("sink", "first {} tokens"),
+        ("forced_verticals", "first {} tokens"),
         ("window", "last {} tokens"),
         ("local", "last {} tokens"),
-        ("forced_verticals", "first {} tokens"),
         ("forced_slashes", "last {} tokens"),
-        ("reserve_sinks", "first {} blocks"),
-        ("reserve_local", "last {} blocks"),
     ):
         value = parameters.get(name)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             parts.append(words.format(f"{value:,}"))
-    told = getattr(method, "reserved", None)
-    if isinstance(told, str):
-        return told
     return ", ".join(parts) or "nothing"
 
 
 def _budgets(method: Any) -> list[Any]:
     key = spec(method).partition("(")[0]
-    names = [n for n in BUDGETS.get(key, ()) if isinstance(getattr(method, n, None), int)]
-    if not names:
-        return [method]
+    share = getattr(method, "fraction", None)
     made = []
     for factor in FACTORS:
-        values = {name: max(1, round(getattr(method, name) * factor)) for name in names}
+        values: dict[str, Any]
+        if share is not None:
+            values = {"fraction": min(1.0, share * factor)}
+        else:
+            values = {n: max(1, round(getattr(method, n) * factor)) for n in BUDGETS.get(key, ())}
         made.append(dataclasses.replace(method, **values))
     return made

@@ -102,7 +102,7 @@ def recommend(
         )
     limits += ", prefill faster than dense in every pair"
     return Recommendation(
-        last.use, tuple(verdicts), _sentence(verdicts), _code(last, loading), limits
+        last.use, tuple(verdicts), _sentence(verdicts, rows), _code(last, loading), limits
     )
 
 
@@ -117,7 +117,10 @@ def _at(rows: list[Row], length: int, max_loss: float, max_needle_loss: float) -
     near = max(fast, key=lambda row: -(row.quality_loss if row.quality_loss is not None else 9e9))
     reasons = "; ".join(faults(near, max_loss, max_needle_loss))
     return Verdict(
-        length, DENSE, None, f"the nearest is {near.entry.name}, prefill {_times(near)}, but {reasons}"
+        length,
+        DENSE,
+        None,
+        f"the nearest is {near.entry.name}, prefill {_times(near)}, but {reasons}",
     )
 
 
@@ -135,13 +138,17 @@ def describe(row: Row) -> str:
     return ", ".join(parts) + f"; always keeps {row.entry.reserved}"
 
 
-def _sentence(verdicts: list[Verdict]) -> str:
+def _sentence(verdicts: list[Verdict], rows: list[Row]) -> str:
     last = verdicts[-1]
     if last.row is None:
         text = f"At {last.length:,} tokens stay dense: {last.why}."
     else:
         text = f"Use {last.use} at {last.length:,} tokens: {last.why}."
     others = [v for v in verdicts[:-1] if v.use != last.use]
+    if any(row.hidden and not row.dense_found for row in rows):
+        blind = sorted({row.length for row in rows if row.hidden and not row.dense_found})
+        where = " and ".join(f"{n:,}" for n in blind)
+        text += f" (Dense itself finds no key at {where} tokens: the keys say nothing there.)"
     if others:
         told = "; ".join(
             f"at {v.length:,} "

@@ -121,9 +121,9 @@ class Records:
             self.path.rename(kept)
             self.path.with_suffix(".new").rename(self.path)
             raise InputError(
-                f"{self.path}: line {damaged[0]} is damaged ({len(damaged)} of {len(lines)} lines). "
-                f"The file was kept as {kept.name}; its {len(good)} good records stay in {FILE}. "
-                "Run again to go on from these, or with --fresh to begin anew."
+                f"{self.path}: line {damaged[0]} is damaged ({len(damaged)} of {len(lines)} "
+                f"lines). The file was kept as {kept.name}; its {len(good)} good records stay in "
+                f"{FILE}. Run again to go on from these, or with --fresh to begin anew."
             )
         if tail:
             # A write that was cut off: the cell is measured again, what was written is kept.
@@ -189,4 +189,6 @@ def writable_folder(folder: Path) -> None:
     except NotADirectoryError:
         raise InputError(f"--out {folder} lies under a file; {advice}.") from None
     except OSError as error:
-        raise InputError(f"--out {folder} can't be written ({error.strerror}); {advice}.") from error
+        raise InputError(
+            f"--out {folder} can't be written ({error.strerror}); {advice}."
+        ) from error

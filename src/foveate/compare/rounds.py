@@ -171,9 +171,7 @@ class Bench:
             }
         return results
 
-    def _answers(
-        self, decoded: dict[str, Any] | None, prompts: Prompts | None
-    ) -> dict[str, Any]:
+    def _answers(self, decoded: dict[str, Any] | None, prompts: Prompts | None) -> dict[str, Any]:
         if decoded is None:
             return {}
         values = {name: decoded[name] for name in ("decode_seconds", "dense_decode_seconds")}

@@ -13,32 +13,17 @@ from typing import Any
 import torch
 
 from foveate.compare.environment import environment
-from foveate.compare.memory import how
+from foveate.compare.listener import Listener
 from foveate.compare.options import Options
 from foveate.compare.plan import Cell, Entry, Plan
 from foveate.compare.recommend import Recommendation, recommend
 from foveate.compare.records import Records
+from foveate.compare.report import need_matplotlib, write
 from foveate.compare.rounds import Bench
 from foveate.compare.summary import Row, summarise
 from foveate.compare.validate import Job, validate
 from foveate.hf.demo_models import DEMOS
 from foveate.hf.load import load_weights
-
-
-class Listener:
-    """Hears how a run goes on; this one says nothing."""
-
-    def say(self, text: str) -> None:
-        """A step begins, or something is worth knowing."""
-
-    def begin(self, total: float, done: float) -> None:
-        """Measuring begins: all work, and what was measured before, in the same unit."""
-
-    def advance(self, work: float, doing: str) -> None:
-        """Some work is done, and what comes next."""
-
-    def row(self, row: Row) -> None:
-        """A method is through at a length."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +38,7 @@ class Result:
         environment: of the run.
         measured: cells measured now; found: cells that were there already.
         files: what was written, by kind.
+        raw: the records behind the rows, each with its cell and values.
     """
 
     job: Job
@@ -63,6 +49,7 @@ class Result:
     measured: int
     found: int
     files: dict[str, Path]
+    raw: list[dict[str, Any]]
 
     def as_dict(self) -> dict[str, Any]:
         """As plain data, for --json."""
@@ -98,6 +85,7 @@ def compare(options: Options, listener: Listener | None = None) -> Result:
 
 
 def _compare(options: Options, listener: Listener) -> Result:
+    need_matplotlib()
     job = validate(options, listener.say)
     where = environment(job.device) | {"threads": torch.get_num_threads()}
     plan = Plan(job.entries, job.lengths, job.passes, fingerprint(job, where))
@@ -109,7 +97,9 @@ def _compare(options: Options, listener: Listener) -> Result:
         total, had = sum(map(_work, cells)), sum(map(_work, done))
         found = len(done)
         if done:
-            listener.say(f"{found} of {len(cells)} cells were measured before; going on from there.")
+            listener.say(
+                f"{found} of {len(cells)} cells were measured before; going on from there."
+            )
         for entry, length in _complete(plan, done):
             listener.row(_row(job, plan, records, entry, length))
         if len(done) < len(cells):
@@ -130,9 +120,10 @@ def _compare(options: Options, listener: Listener) -> Result:
             loading=loading(job),
         )
         files = {"results": records.path}
-    result = Result(job, plan, rows, answer, where, len(cells) - found, found, files)
-    from foveate.compare.report import write
-
+        raw = [
+            {"cell": cell.as_dict(), "values": records.get(plan.key(cell)) or {}} for cell in cells
+        ]
+    result = Result(job, plan, rows, answer, where, len(cells) - found, found, files, raw)
     files |= write(result)
     return result
 
@@ -172,11 +163,6 @@ def fingerprint(job: Job, where: dict[str, Any]) -> dict[str, Any]:
         "decode_tokens": options.decode_tokens if job.info.kind == "causal-lm" else 0,
         "versions": {name: where[name] for name in ("foveate", "code", "torch", "transformers")},
     }
-
-
-def how_memory(job: Job) -> str:
-    """How memory was measured, as a sentence."""
-    return how(job.device) or "Memory can't be measured on this system."
 
 
 def loading(job: Job) -> str:
@@ -224,5 +210,3 @@ def _work(cell: Cell) -> float:
 
 def _count(model: Any) -> int:
     return sum(p.numel() for p in model.parameters())
-
-

@@ -51,7 +51,8 @@ class Row:
         passed: whether the outputs passed their check; said: in a sentence how.
         prefill: dense's time over the method's. decode: likewise per token.
         prefill_seconds, dense_prefill_seconds, decode_seconds, dense_decode_seconds: medians.
-        attention: dense's attention time over the method's, layouts apart.
+        attention: dense's attention time over the method's, layouts apart; attention_seconds,
+            dense_attention_seconds: medians.
         ideal_attention, ideal_prefill: what these ratios would be at dense's speed per tile area.
         realised: attained share of the ideal, in attention; realised_prefill: end to end, with
             layout building.
@@ -76,6 +77,8 @@ class Row:
     decode_seconds: float | None = None
     dense_decode_seconds: float | None = None
     attention: Spread | None = None
+    attention_seconds: float | None = None
+    dense_attention_seconds: float | None = None
     ideal_attention: float | None = None
     ideal_prefill: float | None = None
     realised: Spread | None = None
@@ -169,12 +172,16 @@ def _speeds(found: list[dict[str, Any]]) -> dict[str, Any]:
     }
     timed = [v for v in found if v.get("decode_seconds")]
     if timed:
-        values["decode"] = Spread.of([v["dense_decode_seconds"] / v["decode_seconds"] for v in timed])
+        values["decode"] = Spread.of(
+            [v["dense_decode_seconds"] / v["decode_seconds"] for v in timed]
+        )
         values["decode_seconds"] = median(v["decode_seconds"] for v in timed)
         values["dense_decode_seconds"] = median(v["dense_decode_seconds"] for v in timed)
     inside = [v for v in found if v.get("attention_seconds") and v.get("dense_attention_seconds")]
     ratios = [v["dense_attention_seconds"] / v["attention_seconds"] for v in inside]
     values["attention"] = Spread.of(ratios)
+    for name in ("attention_seconds", "dense_attention_seconds") if inside else ():
+        values[name] = median(v[name] for v in inside)
     tiled = [v for v in inside if v.get("mask_area")]
     if tiled:
         ideals = [v["dense_attention_seconds"] * v["area"] / v["mask_area"] for v in tiled]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -36,23 +38,27 @@ COLUMNS = {
     "realised": Column(
         "realised", "attained share of that ideal in attention alone, layouts apart; median"
     ),
-    "layouts": Column("layouts", "time for building layouts in a pass, all layers; first pass / median"),
+    "layouts": Column(
+        "layouts", "time for building layouts in a pass, all layers: median (first pass)"
+    ),
     "decode": Column(
         "decode ×", "seconds per token of dense over the method's, greedy, from the filled cache"
     ),
-    "memory": Column(
-        "peak MB", "peak memory of the pass beyond what was held before it (dense's)"
-    ),
+    "memory": Column("peak MB", "peak memory of the pass beyond what was held before it (dense's)"),
     "cache": Column("cache MB", "bytes of the key/value cache after prefill (dense's)", True),
     "visited": Column("tiles", "visited tile area, of dense's"),
     "pairs": Column("pairs", "query-key pairs that attend, of dense's", True),
-    "kl": Column("KL", "mean KL(dense || method) of the next-token distribution, in nats per token"),
+    "kl": Column(
+        "KL", "mean KL(dense || method) of the next-token distribution, in nats per token"
+    ),
     "agreement": Column("top-1", "tokens whose most likely next token is dense's"),
     "loss": Column(
         "perplexity", "change of perplexity against dense on the same tokens, ± one standard error"
     ),
     "needle": Column("keys", "hidden pass keys found, of all (dense's)"),
-    "cosine": Column("cosine", "mean cosine of final hidden states with dense's (worst position's)"),
+    "cosine": Column(
+        "cosine", "mean cosine of final hidden states with dense's (worst position's)"
+    ),
     "error": Column("error", "relative error of all final hidden states"),
     "check": Column("check", "of the outputs in this run; without it no speed is shown"),
 }
@@ -85,7 +91,7 @@ def cells(row: Row, names: list[str]) -> list[str]:
         "prefill": times(row.prefill),
         "ideal": NONE if row.ideal_prefill is None else f"{row.ideal_prefill:.2f}",
         "realised": NONE if row.realised is None else f"{100 * row.realised.middle:.0f}%",
-        "layouts": _pair(_duration(row.build_first), _duration(row.build_seconds), " / "),
+        "layouts": _pair(_duration(row.build_seconds), _duration(row.build_first)),
         "decode": times(row.decode),
         "memory": _pair(_mega(row.peak_bytes), _mega(row.dense_peak_bytes)),
         "cache": _pair(_mega(row.cache_bytes), _mega(row.dense_cache_bytes)),
@@ -112,16 +118,20 @@ def times(spread: Spread | None) -> str:
 def screen_table(rows: list[Row]) -> Table:
     """The table for a terminal."""
     names = columns_for(rows, full=False)
-    table = Table(pad_edge=False, header_style="bold", expand=False)
+    table = Table(pad_edge=False, header_style="bold", expand=False, box=box.SIMPLE_HEAD)
     for name in names:
-        justify = "left" if name in ("method", "check") else "right"
-        table.add_column(COLUMNS[name].heading, justify=justify, overflow="fold")
+        justify: Any = "left" if name in ("method", "check") else "right"
+        wide = min(34, max(len(row.entry.name) for row in rows)) if name == "method" else None
+        table.add_column(COLUMNS[name].heading, justify=justify, overflow="fold", min_width=wide)
     last = None
     for row in rows:
         if last is not None and row.length != last:
             table.add_section()
         last = row.length
-        texts = [Text(text) for text in cells(row, names)]
+        texts = [
+            Text(text if name == "method" else text.replace(" (", "\n("))
+            for name, text in zip(names, cells(row, names))
+        ]
         if not row.passed:
             texts[-1].stylize("bold red")
         table.add_row(*texts)
@@ -151,7 +161,9 @@ def markdown(rows: list[Row], title: str, notes: list[str]) -> str:
     names = columns_for(rows, full=True)
     out = [f"# {title}", ""]
     out.append("| " + " | ".join(COLUMNS[name].heading for name in names) + " |")
-    out.append("|" + "".join(" --- |" if name in ("method", "check") else " ---: |" for name in names))
+    out.append(
+        "|" + "".join(" --- |" if name in ("method", "check") else " ---: |" for name in names)
+    )
     for row in rows:
         texts = cells(row, names)
         at = names.index("method")
@@ -170,13 +182,11 @@ def _loss(row: Row) -> str:
         return NONE
     if row.loss_error is None or row.loss_error < 5e-7:
         return f"{100 * row.loss:+.2f}%"
-    return f"{100 * row.loss:+.2f}% ±{100 * row.loss_error:.2f}"
+    return f"{100 * row.loss:+.2f}% (±{100 * row.loss_error:.2f})"
 
 
-def _pair(value: str, other: str, mark: str = "") -> str:
-    if value == NONE:
-        return NONE
-    return f"{value}{mark}{other}" if mark else f"{value} ({other})"
+def _pair(value: str, other: str) -> str:
+    return NONE if value == NONE else f"{value} ({other})"
 
 
 def _mega(count: int | None) -> str:

@@ -84,8 +84,9 @@ def _one(sample: Sample, layout: Layout, batch: int, head: int) -> tuple[float, 
     allowed = own.dense()[0, 0][rows]
     outside = 0
     if ctx.mask is not None:
-        positions = {"q_positions": ctx.q_positions, "kv_positions": ctx.kv_positions}
-        seen = ctx.mask.dense(q_len, kv_len, **positions).to(rows.device)
+        seen = ctx.mask.dense(
+            q_len, kv_len, q_positions=ctx.q_positions, kv_positions=ctx.kv_positions
+        ).to(rows.device)
         seen = seen[min(batch, seen.shape[0] - 1), min(head, seen.shape[1] - 1)]
         outside = int((allowed & ~seen[rows]).sum())
     kv = head * sample.k.shape[1] // sample.q.shape[1]
