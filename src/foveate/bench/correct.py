@@ -144,8 +144,19 @@ class Judge:
         return [x.detach().double() for x in (query[:, :, self.rows], key, value)]
 
     def _exact(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        scale = query.shape[-1] ** -0.5
-        return reference_attention(query, key, value, self.allowed, scale=scale)
+        """The reference, the heads of one key/value head as rows: keys aren't repeated."""
+        scale, heads, rows = query.shape[-1] ** -0.5, query.shape[1], query.shape[2]
+        kv_heads = key.shape[1]
+        folded = query.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+        allowed = self.allowed
+        if allowed is not None:
+            allowed = allowed.expand(-1, heads, -1, -1)
+            allowed = allowed.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+        out, lse = reference_attention(folded, key, value, allowed, scale=scale)
+        return (
+            out.unflatten(2, (-1, rows)).flatten(1, 2),
+            lse.unflatten(2, (-1, rows)).flatten(1, 2),
+        )
 
     def _torch(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return scaled_dot_product_attention(

@@ -164,6 +164,7 @@ def measure(cell: Cell, options: Options) -> dict[str, Any]:
     product, near = Product(dtype, options.seed), _Near(cell, query, pool)
     calls: dict[str, Callable[[], object]] = {"read": pool.read, "product": product.run}
     results: list[dict[str, Any]] = []
+    in_cache_result: dict[str, Any] = {}
     for name in options.names():
         result: dict[str, Any] = {"backend": name}
         results.append(result)
@@ -172,7 +173,7 @@ def measure(cell: Cell, options: Options) -> dict[str, Any]:
         if verdict is None:
             continue
         calls[f"run {name}"] = _step(call, query, pool)
-        if name == "cpu" and _judged(near.judge, call, {}) is not None:
+        if name == "cpu" and _judged(near.judge, call, in_cache_result) is not None:
             calls["near"] = _bound_to(call, near.tensors)
     samples = race(calls, options.pace)
     seconds = {name: sample.by(options.pace.clock) for name, sample in samples.items()}
@@ -194,6 +195,8 @@ def measure(cell: Cell, options: Options) -> dict[str, Any]:
         values["near_gflops"] = near.flops / spread(in_cache)["median"] / 1e9
         by_near = [t * cell.flops / near.flops for t in in_cache]
         values["near_bound"] = _bound(by_memory, by_near)
+    elif in_cache_result:
+        values["near_failed"] = in_cache_result
     for result in results:
         mine = seconds.get(f"run {result['backend']}")
         if mine is None:
