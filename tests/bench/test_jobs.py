@@ -130,6 +130,7 @@ def test_a_short_call_is_repeated_and_the_budget_ends_rounds():
 
 
 def test_decode_roofs(monkeypatch, pace):
+    monkeypatch.setattr("foveate.bench.roofs._SIZES", (64,))
     cell = decode.Cell(256, 4, 2, 16, "float32", 1)
     seconds = {"read": 1.0, "product": 3.0, "run sdpa": 4.0, "run matmul": 2.0}
     steady(monkeypatch, decode, seconds.get)
@@ -139,6 +140,7 @@ def test_decode_roofs(monkeypatch, pace):
     assert values["flops"] == cell.flops == 4 * 8 * 256 * 16
     assert values["read_gbps"] == pytest.approx(values["bytes"] / 1e9)
     size = values["product_size"]
+    assert size == 64
     assert values["product_gflops"] == pytest.approx(2 * size**3 / 3.0 / 1e9)
     assert values["bound"] == "memory"  # the product would need far less than a second
     one, two = values["results"]
