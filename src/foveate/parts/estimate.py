@@ -51,17 +51,20 @@ def last_row_sums(q: Tensor, k: Tensor, ctx: Context, tokens: Tokens, last: int)
     vertical = torch.zeros(batch, heads, kv_len, dtype=work, device=q.device)
     # Places in the sheared sum: distance t stands at `top - t`.
     slash = torch.zeros(batch, heads, kv_len + count - 1, dtype=work, device=q.device)
-    step = max(1, _BUDGET // max(1, group * kv_len))
+    row_step = max(1, _BUDGET // max(1, group * kv_len))
+    head_step = max(1, _BUDGET // max(1, group * kv_len * count))
     found = []
     for b in range(batch):
         t = b if len(tokens.shift) > 1 else 0
         end = int(tokens.q_real[t].nonzero()[-1]) + 1
         rows = torch.arange(max(0, end - count), end, device=q.device)
-        for part in rows.split(step):
+        for part in rows.split(row_step):
             hidden, span, cut = _hidden(ctx, tokens, part, b, heads)
-            for g in range(kv_heads):
-                mine = slice(g * group, (g + 1) * group)
-                weights = (q[b, mine][:, part].to(work) * scale) @ k[b, g, span].to(work).mT
+            for g in range(0, kv_heads, head_step):
+                mine = slice(g * group, min(g + head_step, kv_heads) * group)
+                some = (q[b, mine][:, part].to(work) * scale).reshape(-1, group * len(part), dim)
+                weights = some @ k[b, g : g + head_step, span].to(work).mT
+                weights = weights.reshape(-1, len(part), weights.shape[-1])
                 if ctx.softcap is not None:
                     weights = weights.div_(ctx.softcap).tanh_().mul_(ctx.softcap)
                 if ctx.bias is not None:
@@ -74,9 +77,9 @@ def last_row_sums(q: Tensor, k: Tensor, ctx: Context, tokens: Tokens, last: int)
                 total = weights.sum(-1, keepdim=True)
                 weights.div_(total.masked_fill(total == 0, 1.0))
                 vertical[b, mine, span] += weights.sum(1)
-                for r, row in enumerate(part.tolist()):
-                    at = end - 1 - row + span.start
-                    slash[b, mine, at : at + weights.shape[2]] += weights[:, r]
+                at = end - 1 - int(part[0]) + span.start
+                for r, row in enumerate(weights.unbind(1)):
+                    slash[b, mine, at - r : at - r + row.shape[1]] += row
         found.append(_by_distance(slash[b], end - 1 + int(tokens.shift[t]), kv_len))
     return Sums(vertical, torch.stack(found))
 
