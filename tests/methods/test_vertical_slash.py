@@ -362,6 +362,18 @@ def test_it_stays_within_the_mask(mask):
     torch.testing.assert_close(SMALL(q, k, v, ctx).out, by_definition(q, k, v, table))
 
 
+def test_queries_that_see_nothing_get_nothing():
+    q, k, v = qkv(batch=2)
+    mask = causal() & blocks(
+        torch.tensor([True, False])[:, None, None, None].expand(2, 1, 300, 300), 1
+    )
+    ours = SMALL(q, k, v, Context(mask=mask))
+    assert not ours.out[1].any()
+    assert (ours.lse[1] == -torch.inf).all()
+    alone = SMALL(q[:1], k[:1], v[:1], Context(mask=causal()))
+    torch.testing.assert_close(ours.out[:1], alone.out)
+
+
 def test_backward_is_that_of_the_mask_it_represents():
     q, k, v = (x.requires_grad_() for x in qkv(q_len=150, kv_len=150))
     ctx = Context(mask=causal(), phase="train")

@@ -60,6 +60,8 @@ def last_row_sums(q: Tensor, k: Tensor, ctx: Context, tokens: Tokens, last: int)
         rows = torch.arange(max(0, end - count), end, device=q.device)
         for part in rows.split(row_step):
             hidden, span, cut = _hidden(ctx, tokens, part, b, heads)
+            if span.start == span.stop:
+                continue
             for g in range(0, kv_heads, head_step):
                 mine = slice(g * group, min(g + head_step, kv_heads) * group)
                 some = (q[b, mine][:, part].to(work) * scale).reshape(-1, group * len(part), dim)
@@ -80,6 +82,7 @@ def last_row_sums(q: Tensor, k: Tensor, ctx: Context, tokens: Tokens, last: int)
                 at = end - 1 - int(part[0]) + span.start
                 for r, row in enumerate(weights.unbind(1)):
                     slash[b, mine, at - r : at - r + row.shape[1]] += row
+                del weights, row  # so that the next ones take their memory
         found.append(_by_distance(slash[b], end - 1 + int(tokens.shift[t]), kv_len))
     return Sums(vertical, torch.stack(found))
 
