@@ -11,6 +11,10 @@ namespace FOVEATE_ISA {
 // nothing ends with a total of 0.
 constexpr float LOWEST = -1e30f;
 
+// 2^(old - now), and exactly 1 where the maximum stayed: the polynomial's 1.00000007 at 0 would grow
+// with the number of steps, and with it the lse of long rows.
+INLINE vf decay(vf old, vf now) { return old == now ? set1(1.0f) : exp2v<5>(old - now); }
+
 // p = 2^(c s - max) in place of s, with the running max, total and alpha = 2^(old max - max).
 // `top` is the largest s of this step; c > 0.
 template <int W, int DEG>
@@ -19,7 +23,7 @@ INLINE void soften(float* s, int keys, const float* top, float c, float* max, fl
   for (int r = 0; r < W; r += VL) {
     vf old = load(max + r);
     vf now = vmax(old, load(top + r) * c);
-    vf a = exp2v<DEG>(old - now);
+    vf a = decay(old, now);
     vf t0 = vf{}, t1 = vf{};
     int j = 0;
     for (; j + 2 <= keys; j += 2) {
@@ -57,7 +61,7 @@ INLINE void soften_pairs(const float* s, int keys, const float* top, float c, fl
   for (int r = 0; r < W; r += VL) {
     vf old = load(max + r);
     vf now = vmax(old, load(top + r) * c);
-    vf a = exp2v<4>(old - now);
+    vf a = decay(old, now);
     vf t0 = vf{}, t1 = vf{};
     int j = 0;
     for (; j + 2 <= keys; j += 2) {
