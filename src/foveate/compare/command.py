@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -127,16 +128,15 @@ def _console(*, stderr: bool) -> Console:
 
 
 class _Left(ProgressColumn):
-    """Time left, by the work that was done in this run."""
+    """The time left, from the screen's own reckoning."""
+
+    def __init__(self, screen: Screen) -> None:
+        super().__init__()
+        self.screen = screen
 
     def render(self, task: Task) -> Text:
-        """The column's text for a task."""
-        done = task.completed - float(task.fields.get("before", 0.0))
-        elapsed = task.finished_time or task.elapsed or 0.0
-        if done <= 0 or task.total is None:
-            return Text("time left: measuring")
-        left = max(0, round((task.total - task.completed) * elapsed / done))
-        return Text(f"{left // 60}:{left % 60:02d} left")
+        """The column's text."""
+        return Text(self.screen.left() or "time left: measuring")
 
 
 class Screen(Listener):
@@ -145,7 +145,7 @@ class Screen(Listener):
     def __init__(self, console: Console) -> None:
         self.console = console
         self._progress: Progress | None = None
-        self._task: int | None = None
+        self._total = self._before = self._done = self._start = 0.0
 
     def __enter__(self) -> Screen:
         return self
@@ -160,28 +160,41 @@ class Screen(Listener):
 
     def begin(self, total: float, done: float) -> None:
         """Show the bar."""
+        self._total, self._before, self._done = total, done, done
+        self._start = perf_counter()
         if not self.console.is_terminal:
             return
         self._progress = Progress(
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
-            _Left(),
+            _Left(self),
             TextColumn("{task.description}", markup=False),
             console=self.console,
             transient=True,
         )
         self._progress.start()
-        self._task = self._progress.add_task("", total=total, completed=done, before=done)  # type: ignore[arg-type]
+        self._progress.add_task("", total=total, completed=done)  # type: ignore[arg-type]
 
     def advance(self, work: float, doing: str) -> None:
         """Move the bar and say what comes."""
-        if self._progress is None or self._task is None:
-            return
-        task = self._progress.tasks[0]
-        self._progress.update(task.id, advance=work, description=doing or task.description)
+        self._done += work
+        if self._progress is not None:
+            task = self._progress.tasks[0]
+            self._progress.update(task.id, advance=work, description=doing or task.description)
+
+    def left(self) -> str:
+        """The time left, by what this run has done so far; empty while that is nothing."""
+        done = self._done - self._before
+        if done <= 0:
+            return ""
+        seconds = round((self._total - self._done) * (perf_counter() - self._start) / done)
+        return f"{seconds // 60}:{seconds % 60:02d} left"
 
     def row(self, row: Row) -> None:
         """A finished row."""
         from foveate.compare.table import line
 
-        self.console.print(Text(line(row)), soft_wrap=True)
+        text = line(row)
+        if self._progress is None and self._total:
+            text += f"  [{100 * self._done / self._total:.0f}%, {self.left()}]"
+        self.console.print(Text(text), soft_wrap=True)

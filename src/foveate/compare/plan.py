@@ -154,7 +154,8 @@ def entries_of(methods: list[str], *, sweep: bool = False) -> tuple[Entry, ...]:
 
 def _tidy(text: str) -> str:
     """The text of a method, blanks as Python writes them."""
-    return re.sub(r"\s*=\s*", "=", re.sub(r"\s*,\s*", ", ", text.strip()))
+    text = re.sub(r"\s*([=()])\s*", r"\1", text.strip())
+    return re.sub(r"\s*,\s*", ", ", text)
 
 
 def _entry(name: str, method: Any) -> Entry:

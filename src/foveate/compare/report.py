@@ -103,10 +103,10 @@ def _answer(result: Result) -> str:
 def _table(result: Result) -> str:
     return (
         '<h2 id="table">What was measured</h2>\n'
-        "<p>Every figure is against dense, transformers' own sdpa attention, on the same prompts "
-        "in the same run. Speeds are ratios of paired passes: the median, and in parentheses the "
-        "smallest and the largest. The shaded row is the choice at its length.</p>\n"
-        + _html_table(result.rows, columns_for(result.rows, full=False), result)
+        f"<p>Every figure is against dense, transformers' own {words.dense_name(result)} "
+        "attention, on the same prompts in the same run. Speeds are ratios of paired passes: the "
+        "median, and in parentheses the smallest and the largest. The shaded row is the choice at "
+        "its length.</p>\n" + _html_table(result.rows, columns_for(result.rows, full=False), result)
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate.compare import audio, picture, quality, verify
+from foveate.compare.dense import baseline
 from foveate.compare.environment import load_average
 from foveate.compare.measure import Machine, Pass, cache_bytes
 from foveate.compare.needle import Prompts, found
@@ -104,7 +105,10 @@ class Bench:
     def _values(
         self, cell: Cell, dense: Pass, done: Pass, inputs: Tensor, prompts: Prompts | None
     ) -> dict[str, Any]:
-        values: dict[str, Any] = {"load": load_average()}
+        values: dict[str, Any] = {
+            "load": load_average(),
+            "baseline": baseline(self.machine.model),
+        }
         for name, of in (("dense_", dense), ("", done)):
             values[name + "seconds"] = of.seconds
             values[name + "attention_seconds"] = of.attention_seconds

@@ -28,8 +28,8 @@ COLUMNS = {
     "method": Column("method", "as `foveate.use` takes it"),
     "prefill": Column(
         "prefill ×",
-        "time of dense (transformers' sdpa) over the method's, for the whole model, end to end: "
-        "median of the paired passes (smallest–largest). Above 1 is faster.",
+        "time of dense (transformers' own attention) over the method's, for the whole model, end "
+        "to end: median of the paired passes (smallest–largest). Above 1 is faster.",
     ),
     "ideal": Column(
         "ideal ×",

@@ -39,14 +39,20 @@ def summary_lines(result: Result) -> list[str]:
     return lines + [f"`{e.name}` always keeps: {e.reserved}." for e in result.plan.entries]
 
 
+def dense_name(result: Result) -> str:
+    """Which attention of transformers' dense is: sdpa, or eager for models that have no sdpa."""
+    names = [record["values"].get("baseline") for record in result.raw]
+    return next((name for name in names if name), "sdpa")
+
+
 def how_taken(result: Result) -> list[str]:
     """The protocol, sentence by sentence."""
     job, run = result.job, result.plan.fingerprint
     lines = [
-        "Dense is transformers' own sdpa attention in the same model, process and run. In each "
-        "round dense and the methods next to it (at most two, one before and one after) read the "
-        "same prompts one right after the other; the order turns round from pass to pass. Only the "
-        "ratio within a round counts.",
+        f"Dense is transformers' own {dense_name(result)} attention in the same model, process "
+        "and run. In each round dense and the methods next to it (at most two, one before and one "
+        "after) read the same prompts one right after the other; the order turns round from pass "
+        "to pass. Only the ratio within a round counts.",
         f"There are {run['passes']} passes per method and length, each on another window of "
         f"the text, spread over all of it, {run['batch']} prompt{'s' * (run['batch'] > 1)} at a "
         "time. A short pass of each warms up before; every pass is timed, none is left out.",

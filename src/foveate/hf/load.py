@@ -133,16 +133,14 @@ def load_tokenizer(info: ModelInfo) -> Any:
 def load_weights(
     info: ModelInfo, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> Any:
-    """The model itself, in evaluation mode, attention by transformers' sdpa."""
+    """The model itself, in evaluation mode, with transformers' own attention."""
     import transformers
 
     auto = transformers.AutoModelForCausalLM if info.kind == "causal-lm" else transformers.AutoModel
     dtype = default_dtype(device) if dtype is None else dtype
     try:
         with demo_models.quiet():
-            model = auto.from_pretrained(
-                info.address, dtype=dtype, use_safetensors=True, attn_implementation="sdpa"
-            )
+            model = auto.from_pretrained(info.address, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise InputError(
             f"The weights of {info.name} can't be read: {_first_line(error)} "
@@ -159,9 +157,7 @@ def load_weights(
 def _need_transformers() -> None:
     for module in ("transformers", "safetensors"):
         if importlib.util.find_spec(module) is None:
-            raise MissingPackageError(
-                f"Loading a model needs {module}: pip install 'foveate[hf]'"
-            )
+            raise MissingPackageError(f"Loading a model needs {module}: pip install 'foveate[hf]'")
 
 
 def _looks_like_path(name: str) -> bool:
