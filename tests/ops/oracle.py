@@ -77,7 +77,7 @@ def leaves(kv_len: int) -> st.SearchStrategy[tuple[Mask, Predicate]]:
     def packed(cuts: list[int]) -> tuple[Mask, Predicate]:
         bounds = [0, *sorted(cuts), kv_len]
         which = [sum(c <= p for c in bounds) for p in range(kv_len)]
-        return documents(bounds), lambda i, j, _: which[i] == which[j]
+        return documents(bounds), lambda i, j, _: i >= 0 and which[i] == which[j]
 
     def lines(stride: int, phase: int, axis: str) -> tuple[Mask, Predicate]:
         at = {"key": lambda i, j: j, "query": lambda i, j: i, "offset": lambda i, j: i - j}[axis]
@@ -101,7 +101,7 @@ def leaves(kv_len: int) -> st.SearchStrategy[tuple[Mask, Predicate]]:
         st.tuples(side, side).map(lambda t: (window(*t), near(*t, 1))),
         st.tuples(side, side, block).map(lambda t: (window(*t), near(*t))),
         n.map(lambda s: (sinks(s), lambda i, j, _: j < s)),
-        n.map(lambda s: (prefix(s), lambda i, j, _: i < s and j < s)),
+        n.map(lambda s: (prefix(s), lambda i, j, _: 0 <= i < s and j < s)),
         st.lists(st.integers(0, kv_len), max_size=4).map(packed),
         st.tuples(block, n, st.sampled_from(["key", "query", "offset"])).map(lambda t: lines(*t)),
         st.tuples(pair, pair, st.booleans()).map(lambda t: box(*t)),

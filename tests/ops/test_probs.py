@@ -69,3 +69,17 @@ def test_blind_rows_weigh_nothing_and_shapes_are_checked():
     assert not probs(q, q, lse).any()
     with pytest.raises(InputError, match=r"lse must be \(1, 2, 4\)"):
         probs(q, q, lse[:, :, :3])
+
+
+def test_a_hidden_score_may_be_any_size_and_bias_counts():
+    q = torch.randn(1, 2, 6, 8, requires_grad=True)
+    k = torch.randn(1, 2, 6, 8)
+    k[..., -1, :] *= 4000
+    bias = torch.randn(2, 6, 6)
+    lse = attention(q, k, k, causal(), bias=bias, backend="reference").lse
+    weights = probs(q, k, lse, mask=causal(), bias=bias)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 2, 6))
+    (grad,) = torch.autograd.grad(weights[:, :, :5].square().sum(), q)
+    assert torch.isfinite(grad).all()
+    some = probs(q, k, lse, torch.tensor([4, 1]), causal(), bias=bias)
+    torch.testing.assert_close(some, weights[:, :, [4, 1]])

@@ -38,6 +38,8 @@ Q, K, V = qkv()
         (lambda: attention(Q, K, V, layout=padding([1, 2, 3]).layout(8, 8)), "batch of 3"),
         (lambda: attention(Q, K, V, scale=float("nan")), "finite"),
         (lambda: attention(Q, K, V, softcap=0.0), "positive number"),
+        (lambda: attention(Q, K, V, softcap="a"), "softcap must be a number"),
+        (lambda: attention([1.0], K, V), "query must be a tensor, got list"),
         (lambda: attention(Q, K, V, dropout=1.0), "probability"),
         (lambda: attention(Q, K, V, sink_logits=torch.zeros(2)), r"must be \(4,\)"),
         (lambda: attention(Q, K, V, bias=torch.zeros(3, 8, 8)), "does not broadcast"),

@@ -84,10 +84,12 @@ def with_sinks(result: AttentionOutput, sink_logits: Tensor) -> AttentionOutput:
 
     out' = out * sigmoid(lse - b), lse' = log(exp(lse) + exp(b)), b (Hq,) one for each query head.
     """
-    b = sink_logits.to(result.lse.dtype)[None, :, None]
-    share = torch.sigmoid(result.lse - b)
+    b = sink_logits.to(result.lse.dtype)[None, :, None].expand_as(result.lse)
+    empty = result.lse == -torch.inf
+    lse = result.lse.masked_fill(empty, 0.0)
+    share = torch.sigmoid(lse - b).masked_fill(empty, 0.0)
     out = (result.out * share[..., None]).to(result.out.dtype)
-    return AttentionOutput(out, torch.logaddexp(result.lse, b.expand_as(result.lse)))
+    return AttentionOutput(out, torch.where(empty, b, torch.logaddexp(lse, b)))
 
 
 def explain(
@@ -123,7 +125,7 @@ def _checked(
 ) -> Inputs:
     check_tensors(query, key, value)
     mask = check_mask(mask, layout)
-    scale = query.shape[3] ** -0.5 if scale is None else float(scale)
+    scale = query.shape[3] ** -0.5 if scale is None else scale
     check_numbers(scale, softcap, dropout)
     if layout is not None:
         layout.check(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
@@ -131,6 +133,8 @@ def _checked(
             layout = layout.to(query.device)
     if mask is not None:
         _check_fit(mask, query, key)
+        if query.shape[2] == 1 and mask.spec == "causal()":
+            mask = None  # the last query sees every key
     if sink_logits is not None:
         check_sinks(sink_logits, query)
     if bias is not None:

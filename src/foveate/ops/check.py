@@ -17,6 +17,8 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Shapes, dtypes and devices of query, key and value."""
     for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, Tensor):
+            raise InputError(f"{name} must be a tensor, got {type(x).__name__}.")
         if x.dim() != 4:
             raise InputError(
                 f"{name} must be (batch, heads, length, head size), got shape {tuple(x.shape)}."
@@ -74,6 +76,9 @@ def check_mask(mask: Mask | Tensor | None, layout: Layout | None) -> Mask | None
 
 def check_numbers(scale: float, softcap: float | None, dropout: float) -> None:
     """scale, softcap and dropout in their ranges."""
+    for name, x in (("scale", scale), ("softcap", softcap or 1.0), ("dropout", dropout)):
+        if isinstance(x, str | Tensor):
+            raise InputError(f"{name} must be a number, got {type(x).__name__}.")
     if not -math.inf < scale < math.inf:
         raise InputError(f"scale={scale}: expected a finite number.")
     if softcap is not None and not 0 < softcap < math.inf:

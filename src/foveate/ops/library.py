@@ -83,7 +83,7 @@ def _inputs(
     if lists:
         # The very object, if it still lives, keeps what was derived from it.
         layout = _layouts.get(id(lists[0]))
-        if layout is None or layout.ptr is not lists[0]:
+        if layout is None or any(getattr(layout, n) is not x for n, x in zip(_LISTS, lists)):
             layout = Layout(*sizes, *lists)  # type: ignore[arg-type]
     return Inputs(query, key, value, mask, layout, bias, scale, softcap)
 

@@ -7,10 +7,12 @@ held, and everything is differentiable by torch.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from foveate.ops.check import check_bias
 from foveate.ops.errors import InputError
 from foveate.ops.masks import Mask
 
@@ -26,6 +28,7 @@ def probs(
     *,
     scale: float | None = None,
     softcap: float | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention weights of chosen queries: (B, Hq, n, Lkv) in fp32.
 
@@ -37,6 +40,7 @@ def probs(
         mask: the mask of that call.
         scale: as in that call; None is D ** -0.5.
         softcap: as in that call.
+        bias: as in that call.
     """
     q_len, kv_len = query.shape[2], key.shape[2]
     if lse.shape != query.shape[:3]:
@@ -50,33 +54,45 @@ def probs(
     scores = (q @ key.to(work)[:, :, None].mT).flatten(1, 2) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        part = check_bias(bias, query, key).to(work)
+        scores = scores + (part[:, :, rows] if part.shape[2] > 1 else part)
     own = lse[:, :, rows]
-    weights = torch.exp(scores - own.masked_fill(own == -torch.inf, 0.0)[..., None])
-    weights = weights.masked_fill((own == -torch.inf)[..., None], 0.0)
-    if mask is None:
-        return weights
-    allowed = mask.dense(
-        len(rows), kv_len, q_positions=rows + (kv_len - q_len), device=query.device
-    )
+    blind = own == -torch.inf
+    # Hidden scores go before the exponential: above the lse they could overflow.
+    hidden = blind[..., None]
+    if mask is not None:
+        hidden = hidden | ~_allowed(mask, query, kv_len, rows)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    return torch.exp(scores - own.masked_fill(blind, 0.0)[..., None])
+
+
+def _allowed(mask: Mask, query: Tensor, kv_len: int, rows: Tensor) -> Tensor:
+    """The mask's rows for some queries: bool (1 or B, 1 or Hq, n, Lkv)."""
+    q_len = query.shape[2]
+    at = rows + (kv_len - q_len)
+    allowed = mask.dense(len(rows), kv_len, q_positions=at, device=query.device)
     if allowed.shape[1] not in (1, query.shape[1]):
         allowed = allowed.repeat_interleave(query.shape[1] // allowed.shape[1], 1)
-    return weights.masked_fill(~allowed, 0.0)
+    return allowed
 
 
-def _blocks(query: Tensor, key: Tensor, lse: Tensor, mask: Mask | None, options: dict) -> Iterator:
+def _blocks(
+    query: Tensor, key: Tensor, lse: Tensor, mask: Mask | None, options: dict[str, Any]
+) -> Iterator:
     for rows in torch.arange(query.shape[2], device=query.device).split(_ROWS):
         yield rows, probs(query, key, lse, rows, mask, **options)
 
 
 def column_sums(
-    query: Tensor, key: Tensor, lse: Tensor, mask: Mask | None = None, **options: float | None
+    query: Tensor, key: Tensor, lse: Tensor, mask: Mask | None = None, **options: Any
 ) -> Tensor:
     """Weight that each key receives from all queries: (B, Hq, Lkv)."""
     return sum(p.sum(2) for _, p in _blocks(query, key, lse, mask, options))
 
 
 def diagonal_sums(
-    query: Tensor, key: Tensor, lse: Tensor, mask: Mask | None = None, **options: float | None
+    query: Tensor, key: Tensor, lse: Tensor, mask: Mask | None = None, **options: Any
 ) -> Tensor:
     """Weight at each distance: (B, Hq, Lkv), entry t sums P_ij over i - j = t >= 0.
 
@@ -98,7 +114,7 @@ def block_sums(
     lse: Tensor,
     tile: int,
     mask: Mask | None = None,
-    **options: float | None,
+    **options: Any,
 ) -> Tensor:
     """Weight in each tile: (B, Hq, ceil(Lq / tile), ceil(Lkv / tile))."""
     q_len, kv_len = query.shape[2], key.shape[2]
@@ -115,7 +131,7 @@ def apply_probs(
     lse: Tensor,
     values: Tensor,
     mask: Mask | None = None,
-    **options: float | None,
+    **options: Any,
 ) -> Tensor:
     """The same weights on other values: values (B, Hkv, Lkv, C) to (B, Hq, Lq, C)."""
     group = query.shape[1] // values.shape[1]

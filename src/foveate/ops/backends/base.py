@@ -37,7 +37,9 @@ class Inputs:
         if self.mask is None:
             return self
         q_len, kv_len = self.query.shape[2], self.key.shape[2]
-        layout = self.mask.layout(q_len, kv_len, tile, device=self.query.device)
+        rows, cols = tile if isinstance(tile, tuple) else (tile, tile)
+        rows = min(rows, max(8, -(-q_len // 8) * 8))  # no empty rows for a few queries
+        layout = self.mask.layout(q_len, kv_len, (rows, cols), device=self.query.device)
         return replace(self, mask=None, layout=layout)
 
     def allowed(self) -> Tensor | None:

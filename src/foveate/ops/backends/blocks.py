@@ -2,7 +2,8 @@
 
 Query tiles with lists of like length are taken together; their keys are gathered, and one softmax
 runs over each tile's whole list. Work and memory follow the visited tiles: the largest temporary
-holds `_BUDGET` scores. The backward recomputes them from the lse.
+holds `_BUDGET` scores, or those of one tile's list for one key/value head if they are more. The
+backward recomputes them from the lse.
 """
 
 from __future__ import annotations
@@ -212,9 +213,26 @@ def _chunks(inputs: Inputs, layout: Layout, work: torch.dtype) -> Iterator[_Chun
             heads = torch.arange(h * size, (h + 1) * size, device=layout.device)
             pack = group if size % group == 0 else size if group % size == 0 else 1
             heads = heads.reshape(-1, pack)
-            yield from _group_chunks(
-                inputs, layout, work, batches, heads, group, b * layout_heads + h
-            )
+            index = b * layout_heads + h
+            for some_batches, some_heads in _pieces(layout, batches, heads, index):
+                yield from _group_chunks(
+                    inputs, layout, work, some_batches, some_heads, group, index
+                )
+
+
+def _pieces(
+    layout: Layout, batches: Tensor, heads: Tensor, index: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """All batch entries and heads at once, or one by one where the longest list is too long."""
+    ptr = layout.ptr.reshape(-1, layout.q_tiles + 1)[index]
+    longest = int((ptr[1:] - ptr[:-1]).max()) if layout.q_tiles else 0
+    area = longest * layout.q_tile * layout.kv_tile
+    if len(batches) * heads.numel() * area <= _BUDGET:
+        yield batches, heads
+        return
+    for batch in batches.split(1):
+        for some in heads.split(1):
+            yield batch, some
 
 
 def _group_chunks(

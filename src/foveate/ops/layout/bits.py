@@ -38,8 +38,9 @@ def distinct(bits: Tensor) -> tuple[Tensor, Tensor]:
     if n == 0:
         return bits, torch.zeros(0, dtype=torch.int64, device=bits.device)
     words = _words(bits)
-    generator = torch.Generator().manual_seed(0x5EED)
-    factors = torch.randint(-(2**62), 2**62, (words.shape[1],), generator=generator) | 1
+    generator = torch.Generator("cpu").manual_seed(0x5EED)
+    size = (words.shape[1],)
+    factors = torch.randint(-(2**62), 2**62, size, generator=generator, device="cpu") | 1
     hashes = (words * factors.to(words.device)).sum(1)
     _, index = torch.unique(hashes, return_inverse=True)
     first = torch.full((int(index.max()) + 1,), n, device=bits.device)

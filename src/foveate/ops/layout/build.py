@@ -38,16 +38,17 @@ def layout_of_mask(
     device: torch.device | str | None,
 ) -> Layout:
     """`Mask.layout`, cached where nothing but the mask and the lengths decides it."""
+    sizes = tile_sizes(tile)
     key = None
     if q_positions is None and kv_positions is None and not mask.tensors:
-        key = (mask.spec, q_len, kv_len, tile, str(device))
+        key = (mask.spec, q_len, kv_len, sizes, str(device))
         if key in _cache:
             _cache.move_to_end(key)
             return _cache[key]
-    sizes = tile_sizes(tile)
     mask._check(q_len, kv_len)
-    q_pos, k_pos = positions(q_len, kv_len, q_positions, kv_positions, device)
-    layout = build(mask, q_pos, k_pos, sizes, None)
+    with torch.inference_mode(False):  # what is kept must serve training, too
+        q_pos, k_pos = positions(q_len, kv_len, q_positions, kv_positions, device)
+        layout = build(mask, q_pos, k_pos, sizes, None)
     if key is not None:
         _cache[key] = layout
         if len(_cache) > _KEPT:

@@ -150,7 +150,7 @@ def picture(layout: Layout, size: int, group: tuple[int, int]) -> Tensor:
 
     Exact: each partial tile's elements are counted in the cells that they fall in.
     """
-    cell_q, cell_k = (-(-n // size) for n in (layout.q_len, layout.kv_len))
+    cell_q, cell_k = (max(1, -(-n // size)) for n in (layout.q_len, layout.kv_len))
     rows, cols = -(-layout.q_len // cell_q), -(-layout.kv_len // cell_k)
     flat = group[0] * layout.groups[1] + group[1]
     counts = torch.zeros(rows + 1, cols + 1, device=layout.device)

@@ -25,6 +25,8 @@ def to_block_mask(layout: Layout) -> BlockMask:
                 f"A BlockMask can't gather {what}; run this layout on another backend, or build it "
                 "from a mask."
             )
+    if not layout.q_len or not layout.kv_len:
+        raise InputError("A BlockMask needs at least one query and one key.")
     batches, heads = layout.groups
     shape = (batches * heads * layout.q_tiles, layout.kv_tiles)
     entry = torch.full(shape, -1, device=layout.device)

@@ -20,64 +20,84 @@ def _renumber(spec: str, count: int, start: int) -> str:
     return spec
 
 
-class _Pair(Mask):
-    __slots__ = ("left", "right")
+class _Chain(Mask):
+    """Several masks under one sign; a chain of chains of the same sign is one chain."""
+
+    __slots__ = ("_groups", "parts")
     sign = ""
 
     def __init__(self, left: Mask, right: Mask) -> None:
-        tail = _renumber(right.spec, len(right.tensors), len(left.tensors))
-        super().__init__(f"({left.spec} {self.sign} {tail})", left.tensors + right.tensors)
-        self.left, self.right = left, right
-        self.groups()
+        same = type(self)
+        head, tail = (x.parts if isinstance(x, same) else (x,) for x in (left, right))
+        self.parts: tuple[Mask, ...] = (*head, *tail)
+        self._groups = _common(left.groups(), right.groups())
+        specs = (left.spec, _renumber(right.spec, len(right.tensors), len(left.tensors)))
+        one, two = (
+            spec[1:-1] if isinstance(x, same) else spec for spec, x in zip(specs, (left, right))
+        )
+        super().__init__(f"({one} {self.sign} {two})", left.tensors + right.tensors)
 
     @override
     def groups(self) -> tuple[int, int]:
-        (lb, lh), (rb, rh) = self.left.groups(), self.right.groups()
-        for what, one, two in (("batch entries", lb, rb), ("heads", lh, rh)):
-            if one != two and 1 not in (one, two):
-                raise InputError(
-                    f"Masks that differ over {one} and over {two} {what} can't be combined; "
-                    "make them for the same number, or for 1."
-                )
-        return max(lb, rb), max(lh, rh)
+        return self._groups
 
     def _check(self, q_len: int, kv_len: int) -> None:
-        self.left._check(q_len, kv_len)
-        self.right._check(q_len, kv_len)
+        for part in self.parts:
+            part._check(q_len, kv_len)
 
 
-class And(_Pair):
-    """Visible in both."""
+def _common(one: tuple[int, int], two: tuple[int, int]) -> tuple[int, int]:
+    for what, a, b in zip(("batch entries", "heads"), one, two):
+        if a != b and 1 not in (a, b):
+            raise InputError(
+                f"Masks that differ over {a} and over {b} {what} can't be combined; "
+                "make them for the same number, or for 1."
+            )
+    return max(one[0], two[0]), max(one[1], two[1])
+
+
+class And(_Chain):
+    """Visible in all."""
 
     __slots__ = ()
     sign = "&"
 
     def _element(self, q: Tensor, k: Tensor, b: int, h: int) -> Tensor:
-        return self.left._element(q, k, b, h) & self.right._element(q, k, b, h)
+        seen = self.parts[0]._element(q, k, b, h)
+        for part in self.parts[1:]:
+            seen = seen & part._element(q, k, b, h)
+        return seen
 
     def _tiles(
         self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor, b: int, h: int
     ) -> Certainty:
-        one = self.left._tiles(q_lo, q_hi, k_lo, k_hi, b, h)
-        two = self.right._tiles(q_lo, q_hi, k_lo, k_hi, b, h)
-        return Certainty(one.none | two.none, one.full & two.full)
+        none, full = self.parts[0]._tiles(q_lo, q_hi, k_lo, k_hi, b, h)
+        for part in self.parts[1:]:
+            more = part._tiles(q_lo, q_hi, k_lo, k_hi, b, h)
+            none, full = none | more.none, full & more.full
+        return Certainty(none, full)
 
 
-class Or(_Pair):
-    """Visible in either."""
+class Or(_Chain):
+    """Visible in any."""
 
     __slots__ = ()
     sign = "|"
 
     def _element(self, q: Tensor, k: Tensor, b: int, h: int) -> Tensor:
-        return self.left._element(q, k, b, h) | self.right._element(q, k, b, h)
+        seen = self.parts[0]._element(q, k, b, h)
+        for part in self.parts[1:]:
+            seen = seen | part._element(q, k, b, h)
+        return seen
 
     def _tiles(
         self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor, b: int, h: int
     ) -> Certainty:
-        one = self.left._tiles(q_lo, q_hi, k_lo, k_hi, b, h)
-        two = self.right._tiles(q_lo, q_hi, k_lo, k_hi, b, h)
-        return Certainty(one.none & two.none, one.full | two.full)
+        none, full = self.parts[0]._tiles(q_lo, q_hi, k_lo, k_hi, b, h)
+        for part in self.parts[1:]:
+            more = part._tiles(q_lo, q_hi, k_lo, k_hi, b, h)
+            none, full = none & more.none, full | more.full
+        return Certainty(none, full)
 
 
 class Not(Mask):

@@ -187,7 +187,7 @@ def _positions(
     name: str, given: Tensor | None, length: int, start: int, device: torch.device | str | None
 ) -> Tensor:
     if given is None:
-        return torch.arange(start, start + length, device=device)[None]
+        return torch.arange(start, start + length, device=device or "cpu")[None]
     if given.is_floating_point() or given.dtype == torch.bool:
         raise InputError(f"{name} must be integers, got {given.dtype}.")
     if given.dim() not in (1, 2) or given.shape[-1] != length:

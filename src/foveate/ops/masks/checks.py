@@ -10,14 +10,16 @@ from torch import Tensor
 
 from foveate.ops.errors import InputError
 
+MOST = 2**48  # positions add up to less than an int64 holds
+
 
 def whole(mask: str, name: str, value: object, *, least: int) -> int:
     """`value` as an int of at least `least`."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise InputError(f"{mask}({name}={value!r}): expected an integer.")
     number = operator.index(value)
-    if number < least:
-        raise InputError(f"{mask}({name}={number}): expected at least {least}.")
+    if not least <= number <= MOST:
+        raise InputError(f"{mask}({name}={number}): expected at least {least}, at most {MOST}.")
     return number
 
 

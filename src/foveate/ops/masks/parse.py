@@ -49,10 +49,7 @@ def _named(text: str, count: int) -> str:
 
 def _value(node: ast.expr, tensors: Sequence[Tensor]) -> object:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitAnd | ast.BitOr):
-        left, right = _value(node.left, tensors), _value(node.right, tensors)
-        if isinstance(left, Mask) and isinstance(right, Mask):
-            return left & right if isinstance(node.op, ast.BitAnd) else left | right
-        raise InputError(f"{ast.unparse(node)!r}: both sides must be masks.")
+        return _chain(node, tensors)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
         inner = _value(node.operand, tensors)
         if isinstance(inner, Mask):
@@ -71,6 +68,22 @@ def _value(node: ast.expr, tensors: Sequence[Tensor]) -> object:
         raise InputError(
             f"{ast.unparse(node)!r} is neither a mask, a number nor a tensor name."
         ) from error
+
+
+def _chain(node: ast.BinOp, tensors: Sequence[Tensor]) -> Mask:
+    """`a & b & c ...`, as long as it may be: the left side is followed in a loop."""
+    rest, first = [node], node.left
+    while isinstance(first, ast.BinOp) and isinstance(first.op, ast.BitAnd | ast.BitOr):
+        rest.append(first)
+        first = first.left
+    mask = _value(first, tensors)
+    for step in reversed(rest):
+        other = _value(step.right, tensors)
+        if not isinstance(mask, Mask) or not isinstance(other, Mask):
+            raise InputError(f"{ast.unparse(step)!r}: both sides must be masks.")
+        mask = mask & other if isinstance(step.op, ast.BitAnd) else mask | other
+    assert isinstance(mask, Mask)
+    return mask
 
 
 def _call(node: ast.Call, tensors: Sequence[Tensor]) -> Mask:

@@ -41,7 +41,7 @@ class blocks(Mask):  # noqa: N801 - masks read as words
         self.tile = tuple(whole("blocks", "tile", t, least=1) for t in pair)
         rows, cols = self.table.shape[2:]
         self._skipped = cols - rows if self.tile[0] == self.tile[1] else 0
-        self._sums: dict[tuple[int, int], Tensor] = {}
+        self._sums: tuple[tuple[object, ...], Tensor] | None = None
         size = self.tile[0] if self.tile[0] == self.tile[1] else self.tile
         super().__init__(f"blocks($0$, {size})", (tensor,))
 
@@ -76,15 +76,23 @@ class blocks(Mask):  # noqa: N801 - masks read as words
         rows, cols = rows.clamp(0, table.shape[0] - 1), cols.clamp(0, table.shape[1] - 1)
         return table.to(q.device)[rows, cols] & inside
 
+    def _counted(self, b: int, h: int, device: torch.device) -> Tensor:
+        """Sums of the table over everything above and left; the last one asked for is kept."""
+        version = None if self.table.is_inference() else self.table._version
+        key = (b, h, version, device)
+        if version is None or self._sums is None or self._sums[0] != key:
+            table = self._pick(b, h)
+            small = torch.int32 if table.numel() < 2**31 else torch.int64
+            sums = torch.zeros(table.shape[0] + 1, table.shape[1] + 1, dtype=small, device=device)
+            sums[1:, 1:] = table.to(device).cumsum(0, dtype=small).cumsum(1, dtype=small)
+            self._sums = (key, sums)
+        return self._sums[1]
+
     def _tiles(
         self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor, b: int, h: int
     ) -> Certainty:
         table = self._pick(b, h)
-        sums = self._sums.get((b, h))
-        if sums is None or sums.device != q_lo.device:
-            sums = torch.zeros(table.shape[0] + 1, table.shape[1] + 1, dtype=torch.int64)
-            sums[1:, 1:] = table.cpu().cumsum(0, dtype=torch.int64).cumsum(1)
-            sums = self._sums[(b, h)] = sums.to(q_lo.device)
+        sums = self._counted(b, h, q_lo.device)
         r0, r1 = (x // self.tile[0] - self._skipped for x in (q_lo, q_hi))
         c0, c1 = (x // self.tile[1] for x in (k_lo, k_hi))
         area = (r1 - r0 + 1) * (c1 - c0 + 1)
