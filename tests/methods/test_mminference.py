@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from foveate.methods.mminference import AShape, BlockSparse
-from foveate.ops import causal, padding, window
+from foveate.methods.mminference import AShape, BlockSparse, VerticalSlash
+from foveate.ops import blocks, causal, padding, window
 from foveate.parts import Context
 
 
@@ -104,6 +104,67 @@ def test_oracle_1_all_blocks_is_dense(method):
     torch.testing.assert_close(ours, by_definition(q, k, v, dense), atol=1e-12, rtol=1e-12)
 
 
+def alone_and_padded(method, length, pads, **sizes):
+    """Outputs of sequences run one by one and as one padded batch: [(alone, in the batch)]."""
+    most = length + max(pads)
+    q, k, v = qkv(batch=len(pads), q_len=most, kv_len=most, **sizes)
+    places = torch.arange(most) - torch.tensor(pads)[:, None]
+    mask = causal() & padding([most - p for p in pads])
+    for x in (q, k):
+        for b, p in enumerate(pads):
+            x[b, :, :p] = 1e3
+    ctx = Context(mask=mask, q_positions=places, kv_positions=places)
+    together = method(q, k, v, ctx).out
+    found = []
+    for b, p in enumerate(pads):
+        one = method(*(x[b : b + 1, :, p:] for x in (q, k, v)), Context(mask=causal()))
+        found.append((one.out[0], together[b, :, p:]))
+    return found
+
+
+@pytest.mark.parametrize("pads", [[11], [0, 11], [3, 8, 29, 53], [64, 1]], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [
+        BlockSparse(2, 8),
+        BlockSparse(2, 16),
+        BlockSparse(tile=8, fraction=0.2),
+        VerticalSlash(5, 50, last=8, forced_verticals=2, forced_slashes=3),
+        AShape(3, 17),
+    ],
+    ids=repr,
+)
+def test_left_padding_changes_nothing(method, pads):
+    for alone, padded in alone_and_padded(method, 145, pads):
+        torch.testing.assert_close(padded, alone, atol=1e-12, rtol=0)
+
+
+def test_left_padding_changes_nothing_where_a_table_tells_of_it():
+    """The mask as a boolean table by index, as transformers hands it over, without positions."""
+    q, k, v = qkv(q_len=96, kv_len=96)
+    table = causal().dense(96, 96)[0, 0].clone()
+    table[:, :11] = False
+    method = BlockSparse(2, 8)
+    ours = method(q, k, v, Context(mask=blocks(table, 1))).out[:, :, 11:]
+    alone = method(*(x[:, :, 11:] for x in (q, k, v)), Context(mask=causal())).out
+    torch.testing.assert_close(ours, alone, atol=1e-12, rtol=0)
+
+
+def test_gradients_pass_where_blocks_are_moved():
+    q, k, v = (x.requires_grad_() for x in qkv(batch=2, q_len=75, kv_len=75))
+    places = torch.arange(75) - torch.tensor([[11], [0]])
+    mask = causal() & padding([64, 75])
+    ctx = Context(mask=mask, q_positions=places, kv_positions=places)
+    method = BlockSparse(2, 8)
+    table = method.layout(q, k, v, ctx).dense()
+    grads = torch.autograd.grad(method(q, k, v, ctx).out.square().sum(), (q, k, v))
+    # A row that sees nothing is 0 whatever it holds.
+    seen = table.any(-1)[..., None]
+    expected = by_definition(q, k, v, table | ~seen) * seen
+    for ours, theirs in zip(grads, torch.autograd.grad(expected.square().sum(), (q, k, v))):
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_left_out_of_the_means(side):
     q, k, v = qkv(batch=2)
@@ -118,25 +179,15 @@ def test_padding_is_left_out_of_the_means(side):
     q[1, :, ~torch.tensor(real)] = 1e3
     k[1, :, ~torch.tensor(real)] = -1e3
     chosen = BlockSparse(2, 16).choose(q, k, ctx)
-    first = 0 if side == "right" else 53 // 16
-    last = 149 // 16 if side == "right" else 202 // 16
-    for h in range(4):
-        mine = tiles_of(chosen, 1, h)
-        for m in range(first, last + 1):
-            # Among the blocks that hold real keys, the two best and the diagonal.
-            part = slice(m * 16, m * 16 + 16)
-            own = q[1, h, part][torch.tensor(real)[part]].mean(0)
-            scores = {
-                n: float(
-                    own
-                    @ k[1, h // 2, n * 16 : n * 16 + 16][
-                        torch.tensor(real)[n * 16 : n * 16 + 16]
-                    ].mean(0)
-                )
-                for n in range(first, m + 1)
-            }
-            best = set(sorted(scores, key=lambda n: -scores[n])[:2]) | {m}
-            assert mine[m] == best
+    start = int(torch.tensor(real).int().argmax())
+    alone = [x[1:, :, start : start + 150] for x in (q, k)]
+    expected = BlockSparse(2, 16).choose(*alone, Context(mask=causal()))
+    # Blocks are counted from the first real token, behind those that hold only padding.
+    skip, count = -(-start // 16), -(-150 // 16)
+    theirs = chosen[1:, :, skip : skip + count]
+    assert torch.equal(theirs[..., skip : skip + count], expected)
+    assert not theirs[..., :skip].any()
+    assert not theirs[..., skip + count :].any()
 
 
 def test_fraction_is_a_share_of_each_sequences_blocks():

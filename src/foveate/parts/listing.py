@@ -195,7 +195,7 @@ def _lists(cells: Tensor, keys: Tensor, tile: int, grid: _Grid) -> tuple[Tensor,
 # -- what the mask says of each tile -----------------------------------------------------------
 def _conjuncts(mask: Mask) -> list[Mask]:
     if isinstance(mask, And):
-        return _conjuncts(mask.left) + _conjuncts(mask.right)
+        return [part for one in mask.parts for part in _conjuncts(one)]
     return [mask]
 
 

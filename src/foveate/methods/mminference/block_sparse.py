@@ -12,6 +12,7 @@ from foveate.methods.mminference.prefill import PrefillPattern, budget, check_fr
 from foveate.ops import Layout
 from foveate.ops.errors import InputError
 from foveate.ops.masks.checks import whole
+from foveate.parts.anchor import Places, mask_by_places, placed
 from foveate.parts.attention import mask_layout
 from foveate.parts.context import Context
 from foveate.parts.listing import kind_table, restrict
@@ -23,8 +24,9 @@ from foveate.parts.tokens import Tokens, tokens_of
 class BlockSparse(PrefillPattern):
     """Row block m sees the `blocks` key blocks with the highest mean(q_m) . mean(k_n).
 
-    Within `ctx.mask`, and always with the blocks on its own diagonal. Means are over the real
-    tokens of a block, in fp32; the choice is per sequence and query head. Decoding is dense.
+    Within `ctx.mask`, and always with the blocks on its own diagonal. Blocks are cut from each
+    sequence's first real token, so padding changes nothing. Means are over the real tokens of a
+    block, in fp32; the choice is per sequence and query head. Decoding is dense.
     A block's mean holds its later tokens, so the choice isn't causal though the outputs are.
     arXiv 2407.02490, algorithm 3.
 
@@ -56,21 +58,37 @@ class BlockSparse(PrefillPattern):
 
     @override
     def layout(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Layout:
-        base = mask_layout(ctx.mask, q, k, ctx, self.tile)
-        return restrict(base, self.choose(q, k, ctx))
+        rows, cols, base = self._blocks(q, k, ctx, tokens_of(q, k, ctx))
+        chosen = restrict(base, self.choose(q, k, ctx))
+        if not (rows.moved or cols.moved):
+            return chosen
+        return placed(chosen, (q.shape[2], k.shape[2]), rows, cols)
 
     def choose(self, q: Tensor, k: Tensor, ctx: Context) -> Tensor:
-        """The blocks that are visited: bool (B, Hq, Tq, Tk); shapes of q and k as in a call."""
+        """The blocks that are visited: bool (B, Hq, Tq, Tk); shapes of q and k as in a call.
+
+        A block that holds padding in front holds no real token: the next begins at the first one.
+        """
         tokens = tokens_of(q, k, ctx)
-        allowed = kind_table(mask_layout(ctx.mask, q, k, ctx, self.tile)) >= 0
+        rows, cols, base = self._blocks(q, k, ctx, tokens)
+        allowed = kind_table(base) >= 0
         if allowed.shape[1] > 1:
             allowed = allowed.repeat_interleave(q.shape[1] // allowed.shape[1], 1)
-        mean_q = _pool(q, tokens.q_real, self.tile)
-        mean_k = _pool(k, tokens.k_real, self.tile)
+        mean_q = _pool(q, tokens.q_real, rows, self.tile)
+        mean_k = _pool(k, tokens.k_real, cols, self.tile)
         grouped = mean_q.unflatten(1, (k.shape[1], -1))
         scores = (grouped @ mean_k[:, :, None].mT).flatten(1, 2)
         best = self._best(scores, allowed, tokens)
-        return (best | self._diagonal(q.shape[2], k.shape[2], tokens)) & allowed
+        return (best | self._diagonal(rows, cols, tokens)) & allowed
+
+    def _blocks(
+        self, q: Tensor, k: Tensor, ctx: Context, tokens: Tokens
+    ) -> tuple[Places, Places, Layout]:
+        """Where rows and keys stand, and the mask's layout over those places."""
+        rows, cols = Places.of(tokens.q_real, self.tile), Places.of(tokens.k_real, self.tile)
+        if rows.moved or cols.moved:
+            return rows, cols, mask_by_places(ctx, tokens, rows, cols, self.tile)
+        return rows, cols, mask_layout(ctx.mask, q, k, ctx, self.tile)
 
     def _best(self, scores: Tensor, allowed: Tensor, tokens: Tokens) -> Tensor:
         if self.fraction is None:
@@ -87,22 +105,30 @@ class BlockSparse(PrefillPattern):
             ]
         )
 
-    def _diagonal(self, q_len: int, kv_len: int, tokens: Tokens) -> Tensor:
+    def _diagonal(self, rows: Places, cols: Places, tokens: Tokens) -> Tensor:
         """(B', 1, Tq, Tk): blocks that hold a row's own key, one per row block, or two."""
-        first = torch.arange(0, q_len, self.tile, device=tokens.shift.device)
-        last = (first + self.tile - 1).clamp_max(q_len - 1)
-        cols = torch.arange(-(-kv_len // self.tile), device=first.device)
-        low, high = ((at + tokens.shift[:, None]) // self.tile for at in (first, last))
-        return ((cols >= low[..., None]) & (cols <= high[..., None]))[:, None]
+        count, device = rows.index.shape[1], rows.front.device
+        places = torch.arange(count, device=device)
+        end = (tokens.q_real * (places[: tokens.q_real.shape[1]] + 1)).amax(1) + rows.front
+        first = torch.arange(0, count, self.tile, device=device)
+        last = torch.minimum(first + self.tile, end[:, None]) - 1
+        move = (tokens.shift - rows.front + cols.front)[:, None]
+        low, high = ((first + move) // self.tile, (last + move) // self.tile)
+        at = torch.arange(-(-cols.index.shape[1] // self.tile), device=device)
+        return ((at >= low[..., None]) & (at <= high[..., None]))[:, None]
 
 
-def _pool(x: Tensor, real: Tensor, tile: int) -> Tensor:
+def _pool(x: Tensor, real: Tensor, places: Places, tile: int) -> Tensor:
     """Means over the real tokens of each block, in fp32 or wider: (B, H, T, D)."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    spare = -x.shape[2] % tile
     weight = real.to(x.dtype)[:, None, :, None]
     if not bool(real.all()):
         x = torch.where(real[:, None, :, None], x, 0.0)
+    if places.moved:
+        there = places.index.clamp_min(0)[:, None, :, None]
+        weight = weight.gather(2, there) * (places.index >= 0)[:, None, :, None]
+        x = x.gather(2, there.expand(x.shape[0], x.shape[1], -1, x.shape[3])) * (weight > 0)
+    spare = -x.shape[2] % tile
     x = torch.nn.functional.pad(x, (0, 0, 0, spare)).unflatten(2, (-1, tile)).sum(3)
     weight = torch.nn.functional.pad(weight, (0, 0, 0, spare)).unflatten(2, (-1, tile)).sum(3)
     return x / weight.clamp_min(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from foveate.methods.mminference.prefill import PrefillPattern, budget, check_fr
 from foveate.ops import Layout
 from foveate.ops.errors import InputError
 from foveate.ops.masks.checks import whole
+from foveate.parts.anchor import Places, placed
 from foveate.parts.attention import TILE
 from foveate.parts.context import Context
 from foveate.parts.estimate import last_row_sums
@@ -56,8 +57,9 @@ class VerticalSlash(PrefillPattern):
     Ahat, the attention of the last `last` real queries, is summed over rows per key and per
     distance; V are the `verticals` best keys, T the `slashes` best distances, with the first keys
     and the shortest distances forced in and counted. The kernel then visits, for each block of 64
-    rows, 64-wide runs of keys that cover T and single keys for the rest of V, all it finds there
-    included: a superset of the mask above. Within `ctx.mask`, which must be causal.
+    rows (the first begins at the first real one), 64-wide runs of keys that cover T and single keys
+    for the rest of V, all it finds there included: a superset of the mask above. Within `ctx.mask`,
+    which must be causal.
 
     The last queries choose for all, so the choice isn't causal, though the outputs are once it is
     held fixed (`index`, then `layout_from`). A chunk of a prompt chooses by its own last queries
@@ -137,11 +139,18 @@ class VerticalSlash(PrefillPattern):
         """The layout of a choice that is held fixed; q and k give only their shapes."""
         assert ctx.mask is not None
         tokens = index.tokens
+        rows = Places.of(tokens.q_real, TILE)
+        count = rows.index.shape[1]
+        if rows.moved:
+            at = tokens.q_pos[:, :1] - rows.front[:, None]
+            steps = torch.arange(count, device=q.device)
+            tokens = replace(tokens, q_pos=at + steps, shift=tokens.shift - rows.front)
         runs, singles = kernel_index(
-            index.columns, index.offsets, tokens.shift, _first(tokens), q.shape[2], TILE
+            index.columns, index.offsets, tokens.shift, _first(tokens), count, TILE
         )
-        sizes = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-        return layout_of_runs(runs, singles, ctx.mask, tokens, sizes, TILE)
+        sizes = (q.shape[0], q.shape[1], count, k.shape[2])
+        found = layout_of_runs(runs, singles, ctx.mask, tokens, sizes, TILE)
+        return placed(found, (q.shape[2], k.shape[2]), rows, None) if rows.moved else found
 
     @override
     def layout(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Layout:
