@@ -176,7 +176,7 @@ def _local(folder: Path, source: str | None, name: str) -> ModelInfo:
         _hash_file(file, digest)
     tokenizer = folder / "tokenizer.json"
     if tokenizer.is_file():
-        _hash_file(tokenizer, digest)
+        digest.update(tokenizer.read_bytes())
     return ModelInfo(
         name, source, folder, _kind(config, name), digest.hexdigest(), _positions(config), config
     )
