@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
+import pickle
 import subprocess
 import sys
 import weakref
@@ -212,14 +214,95 @@ def test_image_tokens_see_each_other() -> None:
     assert (eager - causal)[mask.bool()].abs().max() > 1e-4
 
 
-def test_modules_are_held_weakly() -> None:
+@pytest.mark.parametrize("kept", [False, True])
+def test_modules_are_held_weakly(kept: bool) -> None:
+    """A model that goes away takes its use with it, undone or not, even if the Use is kept."""
     model = tiny("llama")
-    run = foveate.use(model, "full")
-    run.undo()
-    gone = weakref.ref(model.model.layers[0].self_attn)
-    del model, run
+    run = foveate.use(model, PATTERN)
+    logits(model, tokens(1, 20))
+    gone = [weakref.ref(m) for m in model.modules()]
+    config = model.config
+    if not kept:
+        del run
+    del model
     gc.collect()
-    assert gone() is None
+    assert not [ref() for ref in gone if ref() is not None]
+    assert registered() == BEFORE
+    assert config._attn_implementation == "eager"
+    assert not kept or not run.active
+
+
+def test_a_part_that_lives_on_stays_in_use() -> None:
+    model = tiny("llama")
+    ids = tokens(1, 20)
+    foveate.use(model, PATTERN)
+    with torch.no_grad():
+        before = model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+        part = model.model
+        del model
+        gc.collect()
+        assert torch.equal(part(input_ids=ids).last_hidden_state, before)
+    del part
+    gc.collect()
+
+
+def test_a_copy_says_what_is_wrong() -> None:
+    model, ids = tiny("llama"), tokens(1, 20)
+    plain = logits(model, ids)
+    run = foveate.use(model, PATTERN)
+    sparse = logits(model, ids)
+    copied, other = copy.deepcopy(model), copy.deepcopy(model)
+    with pytest.raises(ModelError, match=r"foveate\.use\(copy"):
+        logits(copied, ids)
+    run.undo()
+    with pytest.raises(ModelError, match=r"foveate\.use\(copy"):
+        logits(copied, ids)
+    assert torch.equal(logits(model, ids), plain)
+    with foveate.use(copied, PATTERN):
+        assert torch.equal(logits(copied, ids), sparse)
+    assert copied.config._attn_implementation == "eager"
+    assert torch.equal(logits(copied, ids), plain)
+    other.set_attn_implementation("eager")
+    assert torch.equal(logits(other, ids), plain)
+
+
+def test_a_pickled_model_knows_nothing_of_it() -> None:
+    model, ids = tiny("llama"), tokens(1, 20)
+    plain = logits(model, ids)
+    with foveate.use(model, PATTERN):
+        again = pickle.loads(pickle.dumps(model))
+    assert type(again.config._attn_implementation) is str
+    assert torch.equal(logits(again, ids), plain)
+
+
+def test_the_users_own_choice_stays() -> None:
+    model = tiny("llama")
+    run = foveate.use(model, PATTERN)
+    model.set_attn_implementation("sdpa")
+    assert not run.active
+    run.undo()
+    assert model.config._attn_implementation == "sdpa"
+    with foveate.use(model, PATTERN) as run:
+        assert run.active
+
+
+def test_inference_mode_leaves_nothing_that_training_trips_over() -> None:
+    model, ids = tiny("llama"), tokens(1, 20)
+    with foveate.use(model, "sink-window(window=16)"):
+        with torch.inference_mode():
+            model(input_ids=ids)
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0
+
+
+def test_inference_mode_then_training_on_a_padded_batch() -> None:
+    model, ids = tiny("llama"), tokens(2, 90)
+    mask = padded(2, 90, "left")
+    for pattern in ("block-sparse(blocks=2, tile=8)", "a-shape(sinks=2, local=5)"):
+        with foveate.use(model, pattern):
+            with torch.inference_mode():
+                model(input_ids=ids, attention_mask=mask)
+            model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
 
 
 def test_an_instance_is_a_pattern() -> None:

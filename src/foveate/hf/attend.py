@@ -66,6 +66,9 @@ class Seat:
 
 SEATS: WeakKeyDictionary[nn.Module, Seat] = WeakKeyDictionary()
 
+# Configs that a use has pointed at us, by id; whoever enters one keeps it alive.
+HELD: dict[int, Any] = {}
+
 
 @torch.compiler.disable
 def attend(
@@ -97,7 +100,8 @@ def attend(
         The output, (B, Lq, Hq, Dv) contiguous, and None.
 
     Raises:
-        ModelError: the call asks for something that can't be honoured.
+        ModelError: the call asks for something that can't be honoured, or comes from a copy of a
+            model in use.
     """
     _refuse(module, kwargs)
     batch = max(query.shape[0], key.shape[0])
@@ -121,7 +125,7 @@ def attend(
     if view.bias is not None:
         view = replace(view, bias=view.bias.expand(-1, -1, q_len, view.kv_len))
 
-    seat = SEATS.get(module)
+    seat = _seat(module)
     running = Running() if seat is None else seat.running
     groups = [HeadGroup(None, make("full"))] if seat is None else seat.groups
     context = Context(
@@ -141,6 +145,18 @@ def attend(
     )
     out = _by_head(groups, query, key, value, view, context)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _seat(module: nn.Module) -> Seat | None:
+    """What a module runs; None for one that only shares its config with a model in use."""
+    seat = SEATS.get(module)
+    if seat is None and id(getattr(module, "config", None)) not in HELD:
+        raise ModelError(
+            f"This {type(module).__name__} belongs to a copy of a model that was in use: its "
+            "config says so, but no pattern was given for the copy. Call foveate.use(copy, "
+            "pattern), or copy.set_attn_implementation('sdpa') to run it without foveate."
+        )
+    return seat
 
 
 def _refuse(module: nn.Module, kwargs: dict[str, Any]) -> None:

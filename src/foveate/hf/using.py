@@ -8,22 +8,21 @@ runs what is held beside them, weakly.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from foveate.hf.assignment import Assignment, plan_of
-from foveate.hf.attend import SEATS, Running, Seat, attend
+from foveate.hf.attend import HELD, SEATS, Running, Seat
 from foveate.hf.errors import InUseError, ModelError
-from foveate.hf.masks import make_mask
 from foveate.hf.places import Site, sites
+from foveate.hf.pointer import NAME, Pointer, register, release
 from foveate.parts import Attention
-
-NAME = "foveate_attention"
 
 
 @dataclass
@@ -31,12 +30,8 @@ class _Held:
     """A config that points at us, what it pointed at before, and for how many uses."""
 
     config: Any
-    before: str | None
+    pointer: Pointer
     count: int
-
-
-_HELD: dict[int, _Held] = {}
-_ACTIVE: set[Use] = set()
 
 
 def use(
@@ -109,7 +104,8 @@ class Use:
                     "The model's config asks for attention weights (output_attentions=True), which "
                     "are never formed here; set it to False first."
                 )
-        self._modules = list(found)
+        # A use keeps nothing of its model alive, and ends with the last of its modules.
+        self._modules = [weakref.ref(module) for module in found]
         self._configs = configs
         self._active = False
         running = Running(backend, stats)
@@ -118,20 +114,24 @@ class Use:
             for module, site in found.items():
                 SEATS[module] = Seat(site, plan[module], running)
                 self.sites[site.name] = site
+                weakref.finalize(module, self._lost).atexit = False
         except BaseException:
             self.undo()
             raise
 
     def _point(self, model: PreTrainedModel, found: dict[nn.Module, Site]) -> None:
-        """Register our name if nobody has yet, and point the model's configs at it."""
-        AttentionInterface.register(NAME, attend)
-        AttentionMaskInterface.register(NAME, make_mask)
-        _ACTIVE.add(self)
+        """Register our name and point the model's configs at it."""
+        register()
         self._active = True
         for config in self._configs:
-            held = _HELD.setdefault(id(config), _Held(config, config._attn_implementation, 0))
+            now = config._attn_implementation
+            before = now.before if isinstance(now, Pointer) else now
+            held = HELD.setdefault(id(config), _Held(config, Pointer(before), 0))
             held.count += 1
         model.set_attn_implementation(NAME)
+        for config in self._configs:
+            if config._attn_implementation == NAME:
+                config._attn_implementation_internal = HELD[id(config)].pointer
         for module, site in found.items():
             config = getattr(module, "config", None)
             if config is not None and config._attn_implementation != NAME:
@@ -141,30 +141,41 @@ class Use:
                 )
 
     def undo(self) -> None:
-        """Put the model back as it was; a second call does nothing."""
+        """Put the model back as it was; a second call does nothing.
+
+        A config that somebody has pointed elsewhere since is left there.
+        """
         if not self._active:
             return
         self._active = False
-        for module in self._modules:
-            SEATS.pop(module, None)
+        for ref in self._modules:
+            module = ref()
+            if module is not None:
+                SEATS.pop(module, None)
         for config in self._configs:
-            held = _HELD[id(config)]
+            held = HELD[id(config)]
             held.count -= 1
             if not held.count:
-                del _HELD[id(config)]
-                config._attn_implementation_internal = held.before
-        _ACTIVE.discard(self)
-        if not _ACTIVE:
-            for registry in (AttentionInterface, AttentionMaskInterface):
-                registry._global_mapping.pop(NAME, None)
+                del HELD[id(config)]
+                if isinstance(config._attn_implementation, Pointer):
+                    config._attn_implementation_internal = held.pointer.before
+        self._modules, self._configs = [], []
+        release()
+
+    def _lost(self) -> None:
+        """A module is gone: without any left, the use is over."""
+        if not any(ref() is not None for ref in self._modules):
+            self.undo()
 
     @property
     def active(self) -> bool:
         """Whether the model still runs through this use."""
-        return self._active
+        return self._active and any(
+            isinstance(config._attn_implementation, Pointer) for config in self._configs
+        )
 
     def __enter__(self) -> Use:
-        if not self._active:
+        if not self.active:
             raise InUseError("This use was undone; call foveate.use again.")
         return self
 
@@ -177,7 +188,7 @@ class Use:
         self.undo()
 
     def __repr__(self) -> str:
-        state = "active" if self._active else "undone"
+        state = "active" if self.active else "undone"
         return f"Use({self.pattern!r}, {len(self.sites)} attention modules, {state})"
 
 
