@@ -88,10 +88,12 @@ int forward(const Call& call) {
   Buffer sums(slots * (c.value_dim + 2));
   Partial part = {sums.data, sums.data + slots * c.value_dim, sums.data + slots * (c.value_dim + 1)};
   int64_t bytes = k->forward_bytes(c);
-  bool ok = for_each((int64_t)items.size(), threads, [&](int64_t i) {
+  large_pages(c.out.data, rows * c.value_dim * (c.dtype == F32 ? 4 : 2));
+  large_pages(sums.data, slots * (c.value_dim + 2) * 4);
+  bool ok = for_each((int64_t)items.size(), threads, [&](int64_t i, int64_t after) {
     Arena* arena = thread_arena(bytes);
     if (!arena) return false;
-    k->forward(c, items[i], arena, merged ? &part : nullptr);
+    k->forward(c, items[i], after < 0 ? nullptr : &items[after], arena, merged ? &part : nullptr);
     return true;
   });
   if (ok && merged) {
@@ -101,7 +103,7 @@ int forward(const Call& call) {
     m.heads = inverse.heads;
     if (c.q_index.data) m.first = inverse.first.data(), m.rows = inverse.rows.data();
     int64_t piece = std::max<int64_t>(1, 4096 / std::max<int64_t>(1, c.value_dim));
-    for_each((rows + piece - 1) / piece, threads, [&](int64_t i) {
+    for_each((rows + piece - 1) / piece, threads, [&](int64_t i, int64_t) {
       for (int64_t r = i * piece; r < std::min(rows, (i + 1) * piece); ++r) k->merge(c, part, m, r);
       return true;
     });

@@ -17,6 +17,27 @@ template <class T> INLINE void point(const Rows& x, int64_t b, int64_t h, const 
   for (int j = 0; j < s.n; ++j) row[j] = base + s.key[j] * x.l;
 }
 
+// Fetch rows that nothing has fetched ahead.
+template <class T> INLINE void fetch(const T* const* row, int n, int64_t dim) {
+  for (int j = 0; j < n; ++j)
+    for (int64_t e = 0; e < dim; e += 64 / (int64_t)sizeof(T)) prefetch((const char*)(row[j] + e));
+}
+
+// Fetch the queries of an item that this thread takes next.
+template <class T> INLINE void fetch_queries(const Call& c, const Item& it) {
+  Block block[BLOCKS];
+  int32_t query[ROWS];
+  int blocks = make_blocks(c, it, block);
+  for (int i = 0; i < blocks; ++i) {
+    block_rows(c, it, &block[i], query);
+    for (int r = 0; r < block[i].heads * block[i].rows; ++r) {
+      if (query[r] < 0) continue;
+      const T* row = row_at<T>(c.query, it.batch, block[i].head0 + r / block[i].rows, query[r]);
+      fetch(&row, 1, c.dim);
+    }
+  }
+}
+
 // A block with its running state, all in scratch: [element or value][width lanes].
 struct Running {
   float *q, *o, *max, *total;
@@ -104,7 +125,8 @@ INLINE void finish(const Call& c, const Item& it, const Block& b, Running& run, 
 }
 
 template <class P, class T>
-void forward_item(const Call& c, const Item& it, Arena* arena, const Partial* part) {
+void forward_item(const Call& c, const Item& it, const Item* following, Arena* arena,
+                  const Partial* part) {
   int64_t d = padded(c.dim, 2 * MAX_DIM_PAD), dv = padded(c.value_dim, 2 * MAX_DIM_PAD);
   arena->used = 0;
   auto floats = [&](int64_t n) { return (float*)take_bytes(arena, n * 4); };
@@ -117,6 +139,21 @@ void forward_item(const Call& c, const Item& it, Arena* arena, const Partial* pa
   if (adjusted) sign = 1, scale = 1;
   if (c.scale == 0 && !adjusted) sign = 0, scale = 1;
   for (int i = 0; i < blocks; ++i) {
+    run[i].query = (int32_t*)floats(ROWS);
+    block_rows(c, it, &block[i], run[i].query);
+  }
+  Stream stream;
+  stream.start(c, it, block, blocks);
+  Step step[2];
+  const T *k_row[2][KEYS], *v_row[2][KEYS];
+  int now = 0;
+  bool more = stream.next(&step[0]);
+  if (more) {
+    point(c.key, it.batch, kv_head, step[0], k_row[0]);
+    point(c.value, it.batch, kv_head, step[0], v_row[0]);
+    fetch(k_row[0], step[0].n, c.dim);
+  }
+  for (int i = 0; i < blocks; ++i) {
     Block& b = block[i];
     Running& r = run[i];
     int used = b.heads * b.rows;
@@ -125,15 +162,18 @@ void forward_item(const Call& c, const Item& it, Arena* arena, const Partial* pa
     r.o = floats(r.width * dv);
     r.max = floats(r.width);
     r.total = floats(r.width);
-    r.query = (int32_t*)floats(ROWS);
     r.first = true;
-    block_rows(c, it, &b, r.query);
     const T* row[ROWS];
     for (int j = 0; j < r.width; ++j) {
       r.max[j] = LOWEST;
       r.total[j] = 0;
-      row[j] = j < used && r.query[j] >= 0
-                   ? row_at<T>(c.query, it.batch, b.head0 + j / b.rows, r.query[j]) : nullptr;
+      row[j] = nullptr;
+      if (j >= used || r.query[j] < 0) continue;
+      int64_t head = b.head0 + j / b.rows;
+      row[j] = row_at<T>(c.query, it.batch, head, r.query[j]);
+      if (part) continue;
+      const T* out = row_at<T>(c.out, it.batch, head, r.query[j]);
+      for (int64_t e = 0; e < c.value_dim; e += 64 / (int64_t)sizeof(T)) __builtin_prefetch(out + e, 1, 2);
     }
     rows_to_lanes<P>(row, r.width, (int)c.dim, r.q);
     if (sign != 1) {
@@ -152,18 +192,8 @@ void forward_item(const Call& c, const Item& it, Arena* arena, const Partial* pa
   float* score = floats(KEYS * ROWS);
   float* weight = P::PAIR == 2 ? floats(KEYS / 2 * ROWS) : nullptr;
   float* biases = c.bias ? floats(KEYS * ROWS) : nullptr;
-
-  Stream stream;
-  stream.start(c, it, block, blocks);
-  Step step[2];
-  const T *k_row[2][KEYS], *v_row[2][KEYS];
   const float *k[KEYS], *v[KEYS];
-  int now = 0;
-  bool more = stream.next(&step[0]);
-  if (more) {
-    point(c.key, it.batch, kv_head, step[0], k_row[0]);
-    point(c.value, it.batch, kv_head, step[0], v_row[0]);
-  }
+  if (more) fetch(v_row[0], step[0].n, c.value_dim);
   while (more) {
     const Step& s = step[now];
     int then = 1 - now;
@@ -179,6 +209,7 @@ void forward_item(const Call& c, const Item& it, Arena* arena, const Partial* pa
       ahead_k = {(const char* const*)k_row[then], (int)(c.dim * sizeof(T))};
       ahead_v = {(const char* const*)v_row[then], (int)(c.value_dim * sizeof(T))};
     }
+    if (!more && following) fetch_queries<T>(c, *following);
     if (copy_k) {
       copy_rows<P>(k_row[now], s.n, (int)c.dim, d, keys);
       for (int j = 0; j < s.n; ++j) k[j] = keys + j * d;

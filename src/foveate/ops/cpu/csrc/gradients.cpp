@@ -104,7 +104,7 @@ std::vector<std::vector<int64_t>> chains(const Call& c, const Plan& plan, int64_
 template <class F> void collect_all(const Call& c, const Rows& to, int64_t rows, int64_t dim, int64_t heads,
                                     int64_t threads, F run) {
   int64_t piece = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, dim)), n = (rows + piece - 1) / piece;
-  for_each(c.batch * heads * n, threads, [&](int64_t i) {
+  for_each(c.batch * heads * n, threads, [&](int64_t i, int64_t) {
     int64_t bh = i / n, first = i % n * piece;
     for (int64_t r = first; r < std::min(rows, first + piece); ++r)
       run(bh, r, (char*)to.data + (bh / heads * to.b + bh % heads * to.h + r * to.l) * (c.dtype == F32 ? 4 : 2));
@@ -143,7 +143,11 @@ int backward(const Call& call) {
   int64_t bytes = k->backward_bytes(c, blocks);
   auto all = chains(c, plan, parts);
   int64_t item_size = c.dtype == F32 ? 4 : 2;
-  bool ok = for_each((int64_t)all.size(), threads, [&](int64_t i) {
+  large_pages(c.grad_query.data, c.batch * c.heads * c.q_len * c.dim * item_size);
+  large_pages(c.grad_key.data, c.batch * c.kv_heads * c.kv_len * c.dim * item_size);
+  large_pages(c.grad_value.data, c.batch * c.kv_heads * c.kv_len * c.value_dim * item_size);
+  if (parts > 1) large_pages(shared.data, units * c.kv_len * (kd + vd) * 4);
+  bool ok = for_each((int64_t)all.size(), threads, [&](int64_t i, int64_t) {
     for (int64_t n : all[i]) {
       const Unit& u = plan.units[n];
       Arena* arena = thread_arena(bytes);

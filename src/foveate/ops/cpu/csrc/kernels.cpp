@@ -9,13 +9,14 @@ namespace FOVEATE_ISA {
 
 static int64_t forward_bytes(const Call& c) { return forward_floats(c) * 4 + 64 * 64; }
 
-static void forward(const Call& c, const Item& it, Arena* arena, const Partial* part) {
-  if (c.dtype == F32) return forward_item<Single, float>(c, it, arena, part);
-  if (c.dtype == F16) return forward_item<Single, f16>(c, it, arena, part);
+static void forward(const Call& c, const Item& it, const Item* following, Arena* arena,
+                    const Partial* part) {
+  if (c.dtype == F32) return forward_item<Single, float>(c, it, following, arena, part);
+  if (c.dtype == F16) return forward_item<Single, f16>(c, it, following, arena, part);
 #if defined(__AVX512BF16__)
-  forward_item<Pair, bf16>(c, it, arena, part);
+  forward_item<Pair, bf16>(c, it, following, arena, part);
 #else
-  forward_item<Single, bf16>(c, it, arena, part);
+  forward_item<Single, bf16>(c, it, following, arena, part);
 #endif
 }
 

@@ -7,7 +7,8 @@ namespace foveate {
 struct Kernels {
   const char* name;
   int64_t (*forward_bytes)(const Call&);
-  void (*forward)(const Call&, const Item&, Arena*, const Partial*);
+  // `following`: the item that this thread takes next, or null.
+  void (*forward)(const Call&, const Item&, const Item* following, Arena*, const Partial*);
   int64_t (*backward_bytes)(const Call&, int64_t blocks);
   void (*backward)(const Call&, const Item&, Arena*, const Sums&);
   // to[i] = sum over parts of from[i + part * stride], rounded to the call's dtype.

@@ -3,6 +3,9 @@
 #pragma once
 #include <pthread.h>
 #include <stdlib.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <atomic>
 
@@ -51,7 +54,8 @@ inline int64_t threads_for(int64_t threads, double multiplications) {
   return most < threads ? (most < 2 ? 1 : (int64_t)most) : threads;
 }
 
-// run(i) for every i < n, taken in order from one counter; false if any run was.
+// run(i, following) for every i < n, taken in order from one counter; false if any run was.
+// `following` is what the thread will run next, or -1; it is known only where there is plenty.
 template <class F> bool for_each(int64_t n, int64_t threads, F run) {
   if (threads > n) threads = n;
 #if defined(_OPENMP)
@@ -61,17 +65,35 @@ template <class F> bool for_each(int64_t n, int64_t threads, F run) {
     pool_used() = true;
     std::atomic<int64_t> counter{0};
     std::atomic<bool> ok{true};
+    bool plenty = n >= 16 * threads;
 #pragma omp parallel num_threads((int)threads)
     {
-      for (int64_t i; (i = counter.fetch_add(1, std::memory_order_relaxed)) < n;)
-        if (!run(i)) ok = false;
+      int64_t i = counter.fetch_add(1, std::memory_order_relaxed);
+      while (i < n) {
+        int64_t after = plenty ? counter.fetch_add(1, std::memory_order_relaxed) : -1;
+        if (!run(i, after < n ? after : -1)) ok = false;
+        i = plenty ? after : counter.fetch_add(1, std::memory_order_relaxed);
+      }
     }
     return ok;
   }
 #endif
   bool ok = true;
-  for (int64_t i = 0; i < n; ++i) ok &= run(i);
+  for (int64_t i = 0; i < n; ++i) ok &= run(i, i + 1 < n ? i + 1 : -1);
   return ok;
+}
+
+// Let large buffers come in large pages: a small page costs a fault for each 4 KiB of output.
+inline void large_pages(const void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const int64_t huge = 2 << 20;
+  if (bytes < 2 * huge) return;
+  uintptr_t from = ((uintptr_t)data + huge - 1) / huge * huge, to = ((uintptr_t)data + bytes) / huge * huge;
+  if (to > from) madvise((void*)from, to - from, MADV_HUGEPAGE);
+#else
+  (void)data;
+  (void)bytes;
+#endif
 }
 
 }  // namespace foveate

@@ -62,8 +62,19 @@ struct Stream {
   // The next step; false when the list is at its end.
   bool next(Step* s) {
     s->n = 0;
+    bool plain = true;  // whole tiles only: `seen` is not filled in
     while (s->n < KEYS) {
-      if (!left && !fill()) break;
+      if (!left) {
+        int run = whole_tile(s);
+        if (run) {
+          if (!plain) show_all(s, s->n, s->n + run);
+          s->n += run;
+          continue;
+        }
+        if (!fill()) break;
+      }
+      if (plain) show_all(s, 0, s->n);
+      plain = false;
       int first = held - left;
       while (left && s->n < KEYS) {
         uint64_t any = 0;
@@ -74,21 +85,45 @@ struct Stream {
         --left;
       }
     }
-    if (!s->n) return false;
     for (int b = 0; b < blocks; ++b) {
       int lo = 0, hi = s->n;
-      while (lo < hi && !s->seen[b][lo]) ++lo;
-      while (hi > lo && !s->seen[b][hi - 1]) --hi;
-      uint64_t all = ~0ull;
-      for (int j = lo; j < hi; ++j) all &= s->seen[b][j];
+      uint64_t all = ~0ull, real = block[b].real;
+      if (!plain) {
+        while (lo < hi && !s->seen[b][lo]) ++lo;
+        while (hi > lo && !s->seen[b][hi - 1]) --hi;
+        for (int j = lo; j < hi; ++j) all &= s->seen[b][j];
+      }
       s->lo[b] = lo;
       s->hi[b] = hi;
-      s->whole[b] = all == block[b].real || (all & block[b].real) == block[b].real;
+      s->whole[b] = (all & real) == real;
     }
-    return true;
+    return s->n > 0;
   }
 
  private:
+  void show_all(Step* s, int from, int to) {
+    for (int b = 0; b < blocks; ++b)
+      for (int j = from; j < to; ++j) s->seen[b][j] = block[b].real;
+  }
+
+  // Keys of the current tile, as many as the step has room for, if all of it is to be seen.
+  int whole_tile(Step* s) {
+    if (entry >= it->entry1 || kv_index) return 0;
+    int32_t col = c->ptr ? c->cols[entry] : (int32_t)entry;
+    if (col < 0 || col >= c->kv_tiles || (c->ptr && c->kinds[entry] != FULL)) return 0;
+    int64_t first = (int64_t)col * slots + at, limit = slots - at;
+    if (limit > virtuals - first) limit = virtuals - first;
+    if (limit <= 0) return 0;
+    int n = (int)(limit < KEYS - s->n ? limit : KEYS - s->n);
+    for (int j = 0; j < n; ++j) s->key[s->n + j] = (int32_t)first + j;
+    at += n;
+    if (n == limit) {
+      ++entry;
+      at = 0;
+    }
+    return n;
+  }
+
   // Look into the next slots of the list.
   bool fill() {
     int32_t col, kind;
