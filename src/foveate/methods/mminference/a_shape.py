@@ -39,7 +39,9 @@ class AShape(PrefillPattern):
 
     @override
     def _keeps_all(self, q: Tensor, k: Tensor, ctx: Context) -> bool:
-        return self.local >= k.shape[2] and ctx.q_positions is None and ctx.kv_positions is None
+        # With more queries than keys, the first ones stand before them and look to the right.
+        reach = max(q.shape[2], k.shape[2])
+        return self.local >= reach and ctx.q_positions is None and ctx.kv_positions is None
 
     @override
     def layout(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Layout:
