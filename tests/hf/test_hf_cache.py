@@ -334,3 +334,19 @@ def test_making_one_leaves_the_model_as_it_was() -> None:
     cache = DynamicCache(config=model.config)
     model(input_ids=ids, past_key_values=cache)
     assert cache.get_seq_length() == 9
+
+
+def test_crop_counts_as_transformers_own_layers_do() -> None:
+    model, ids = tiny("llama"), tokens(1, 10)
+    for cache in (DynamicCache(config=model.config), streaming_cache(model, 2, 20)):
+        with torch.no_grad():
+            model(input_ids=ids, past_key_values=cache)
+            layer = cache.layers[0]
+            with pytest.raises(ValueError, match="positive"):
+                layer.crop(4)
+            layer.crop(0)
+            assert layer.get_seq_length() == 10
+            layer.crop(-4)
+            assert layer.get_seq_length() == 6
+    with pytest.raises(InputError, match="only 6 tokens"):
+        layer.crop(-7)

@@ -9,7 +9,17 @@ import torch
 
 from foveate.methods.attention_sink import SinkWindow
 from foveate.methods.full import Full
-from foveate.ops import AttentionOutput, attention, blocks, causal, documents, padding, window
+from foveate.methods.mminference import AShape
+from foveate.ops import (
+    AttentionOutput,
+    attention,
+    blocks,
+    causal,
+    documents,
+    merge,
+    padding,
+    window,
+)
 from foveate.parts import Context, Rope
 
 
@@ -71,6 +81,54 @@ def test_oracle_1_the_sink_is_a_column_that_is_dropped_and_a_sigmoid_of_the_lse(
     torch.testing.assert_close(
         sunk.out, weights @ v.repeat_interleave(2, 1), atol=1e-14, rtol=1e-14
     )
+
+
+@pytest.mark.parametrize("mask", [causal(), window(9, 0)], ids=repr)
+def test_oracle_2_a_key_without_a_value_is_a_sink_of_its_score(mask):
+    """One more key k' that all see, with v' = 0: a sink of b_i = q_i . k' / sqrt(d) per query."""
+    q, k, v = qkv()
+    extra = torch.randn(2, 2, 1, 16, dtype=q.dtype)
+    nothing = torch.zeros(2, 2, 1, 24, dtype=q.dtype)
+    table = torch.cat((torch.ones(61, 1, dtype=torch.bool), mask.dense(61, 61)[0, 0]), 1)
+    wider = torch.cat((extra, k), 2), torch.cat((nothing, v), 2)
+    with_key = attention(q, *wider, blocks(table, 1))
+    plain = attention(q, k, v, mask)
+    b = (q @ extra.repeat_interleave(2, 1).mT)[..., 0] / math.sqrt(16)
+    scaled = plain.out * torch.sigmoid(plain.lse - b)[..., None]
+    torch.testing.assert_close(with_key.out, scaled, atol=1e-12, rtol=0)
+    parts = [plain, attention(q, extra, nothing)]
+    torch.testing.assert_close(merge(parts).out, scaled, atol=1e-12, rtol=0)
+    torch.testing.assert_close(merge(parts).lse, with_key.lse, atol=1e-12, rtol=0)
+    exact = by_definition(q, *wider, table)
+    torch.testing.assert_close(with_key.out, exact.out, atol=1e-12, rtol=0)
+
+
+def test_oracle_2_a_key_that_scores_alike_with_all_queries_is_a_sink_per_head():
+    q, k, v = qkv()
+    b = torch.randn(4, dtype=q.dtype)
+    # A dimension that is 1 in all queries and 0 in all keys but k'; so k' has a score per head.
+    k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+    q, k = torch.cat((q, torch.ones_like(q[..., :1])), -1), torch.nn.functional.pad(k, (0, 1))
+    extra = torch.nn.functional.pad(b[None, :, None, None].expand(2, 4, 1, 1), (16, 0))
+    keys, values = torch.cat((extra, k), 2), torch.nn.functional.pad(v, (0, 0, 1, 0))
+    table = torch.nn.functional.pad(causal().dense(61, 61)[0, 0], (1, 0), value=True)
+    with_key = attention(q, keys, values, blocks(table, 1), scale=1.0)
+    sunk = attention(q, k, v, causal(), scale=1.0, sink_logits=b)
+    torch.testing.assert_close(with_key.out, sunk.out, atol=1e-12, rtol=0)
+    torch.testing.assert_close(with_key.lse, sunk.lse, atol=1e-12, rtol=0)
+
+
+def test_oracle_2_gpt_oss_eager():
+    """transformers' own eager function of the model with sink logits."""
+    gpt_oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+    q, k, v = qkv()
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    module.sinks = torch.nn.Parameter(torch.randn(4, dtype=q.dtype))
+    hidden = torch.zeros(61, 61, dtype=q.dtype).masked_fill(~causal().dense(61, 61), -torch.inf)
+    theirs, _ = gpt_oss.eager_attention_forward(module, q, k, v, hidden, scaling=0.3)
+    ours = attention(q, k, v, causal(), scale=0.3, sink_logits=module.sinks)
+    torch.testing.assert_close(ours.out.transpose(1, 2), theirs, atol=1e-12, rtol=0)
 
 
 def test_oracle_3_shifting_all_logits_is_lowering_the_sink():
@@ -171,6 +229,16 @@ def test_both_ways_the_window_reaches_as_far_ahead():
     ours = SinkWindow(3, 8)(q, k, v, Context())
     table = torch.tensor([[j < 3 or abs(i - j) < 8 for j in range(61)] for i in range(61)])
     torch.testing.assert_close(ours.out, by_definition(q, k, v, table).out)
+
+
+@pytest.mark.parametrize(
+    "method", [SinkWindow(0, 10), SinkWindow(0, 100), AShape(0, 10), AShape(0, 100)], ids=repr
+)
+def test_more_queries_than_keys_run_what_the_layout_says(method):
+    q, k, v = qkv(q_len=100, kv_len=10)
+    ctx = Context()
+    table = method.layout(q, k, v, ctx).dense()
+    torch.testing.assert_close(method(q, k, v, ctx).out, by_definition(q, k, v, table).out)
 
 
 @pytest.mark.parametrize("mask", [causal(), None, causal() & window(7, 0)], ids=repr)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from foveate.methods.attention_sink import SinkWindow
 from foveate.methods.mminference import AShape, BlockSparse, VerticalSlash
 from foveate.ops import blocks, causal, padding, window
 from foveate.parts import Context
@@ -222,3 +225,35 @@ def test_oracle_7_block_sparse_outputs_are_causal_with_the_choice_held():
     after = attention(*other, layout=layout).out
     assert torch.equal(before[:, :, :cut], after[:, :, :cut])
     assert not torch.equal(layout.dense(), method.layout(*other, ctx).dense())
+
+
+@pytest.mark.parametrize(
+    "method",
+    [BlockSparse(2, 8), AShape(2, 9), VerticalSlash(5, 50, forced_verticals=2, forced_slashes=3)],
+    ids=repr,
+)
+def test_an_empty_batch_gives_an_empty_output(method):
+    q, k, v = qkv(batch=0)
+    out = method(q, k, v, Context(mask=causal()))
+    assert out.out.shape == (0, 4, 203, 8)
+    assert out.lse.shape == (0, 4, 203)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        BlockSparse(2, 8),
+        AShape(2, 9),
+        SinkWindow(2, 9),
+        VerticalSlash(5, 50, last=8, forced_verticals=2, forced_slashes=3),
+    ],
+    ids=repr,
+)
+def test_the_default_device_changes_nothing(method):
+    q, k, v = qkv(batch=2, q_len=96, kv_len=96)
+    places = torch.arange(96) - torch.tensor([[0], [11]])
+    ctx = Context(mask=causal() & padding([96, 85]), q_positions=places, kv_positions=places)
+    here = method(q, k, v, ctx).out
+    with torch.device("meta"):
+        there = method(q, k, v, replace(ctx, store={})).out
+    assert torch.equal(here, there)

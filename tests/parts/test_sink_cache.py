@@ -238,3 +238,24 @@ def filled(**options):
     cache = SinkWindowCache(SINKS, WINDOW, **options)
     cache.update(torch.zeros(1, 1, 6, 4), torch.zeros(1, 1, 6, 4))
     return cache
+
+
+@ROTATED
+def test_the_default_device_changes_nothing(rotated):
+    def run():
+        rope = Rope.of(DIM)
+        cache = SinkWindowCache(SINKS, WINDOW, rope, rotated=rotated, start=start)
+        found = []
+        for at in range(0, LENGTH, 5):
+            found += cache.update(k[:, :, at : at + 5], v[:, :, at : at + 5])
+        found += [cache.query_positions(), cache.evicted]
+        cache.evict(evicted)
+        cache.reorder(rows)
+        return [*found, *cache.update(k[:, :, :1], v[:, :, :1])]
+
+    _, k, v = tokens()
+    start, evicted, rows = torch.tensor([0, 3]), torch.tensor([9]), torch.tensor([1, 0])
+    here = run()
+    with torch.device("meta"):
+        there = run()
+    assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))

@@ -92,13 +92,23 @@ class SinkWindowLayer(CacheLayerMixin):
         self.cache, self.is_initialized = None, False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last `-tokens_to_remove` tokens.
+        """Take back the last `-tokens_to_remove` tokens, as transformers' own layers do.
 
         Raises:
-            InputError: tokens were dropped, that would have to return.
+            ValueError: a positive number, which once meant a length to cut to.
+            InputError: tokens were dropped, that would have to return, or there are too few.
         """
-        if self.cache is not None:
-            self.cache.truncate(self.cache.seen - abs(tokens_to_remove))
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}): a positive value isn't supported, here as in "
+                "transformers' own layers; give minus the number of tokens to take back."
+            )
+        if self.cache is not None and tokens_to_remove:
+            if -tokens_to_remove > self.cache.seen:
+                raise InputError(
+                    f"crop({tokens_to_remove}): only {self.cache.seen} tokens were seen."
+                )
+            self.cache.truncate(self.cache.seen + tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row b go on from what row beam_idx[b] holds."""
@@ -108,13 +118,13 @@ class SinkWindowLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only some rows of the batch."""
         if self.cache is not None:
-            rows = torch.arange(self.cache.evicted.shape[0])
+            rows = torch.arange(self.cache.evicted.shape[0], device="cpu")
             self.cache.reorder(rows[indices.cpu()])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Hold each row `repeats` times."""
         if self.cache is not None:
-            rows = torch.arange(self.cache.evicted.shape[0])
+            rows = torch.arange(self.cache.evicted.shape[0], device="cpu")
             self.cache.reorder(rows.repeat_interleave(repeats))
 
     def offload(self) -> None:

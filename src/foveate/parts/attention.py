@@ -60,6 +60,8 @@ class Pattern(Attention):
     ) -> AttentionOutput:
         """Build the layout, then run the core op over it; `ctx.stats` hears of both times."""
         ctx = Context() if ctx is None else ctx
+        if not q.shape[0]:  # nothing to choose for; the op checks the rest
+            return attention(q, k, v, **ctx.options)
         start = _clock(q, ctx)
         layout = None
         if not self.is_dense(q, k, ctx):

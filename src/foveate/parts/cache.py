@@ -73,10 +73,14 @@ class SinkWindowCache:
         self.rope, self.rotated = rope, rotated
         self.seen = 0
         self._start = start
-        self._first = torch.zeros(0, dtype=torch.int64)  # (B,) padding that came in
-        self._pads = torch.zeros(0, dtype=torch.int64)  # (B,) padding still kept, in front
-        self._at = torch.zeros(0, 0, dtype=torch.int64)  # (B, n) positions in the sequence
-        self._last = torch.zeros(0, dtype=torch.int64)
+        self._first = torch.zeros(0, dtype=torch.int64, device="cpu")  # (B,) padding that came in
+        self._pads = torch.zeros(
+            0, dtype=torch.int64, device="cpu"
+        )  # (B,) padding still kept, in front
+        self._at = torch.zeros(
+            0, 0, dtype=torch.int64, device="cpu"
+        )  # (B, n) positions in the sequence
+        self._last = torch.zeros(0, dtype=torch.int64, device="cpu")
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
 
@@ -94,7 +98,7 @@ class SinkWindowCache:
     def evicted(self) -> Tensor:
         """(B,) int64: real tokens dropped so far, for each row."""
         if not len(self):
-            return torch.zeros(len(self._pads), dtype=torch.int64)
+            return torch.zeros_like(self._pads)
         return self._at[:, -1] - self._places(len(self))[:, -1]
 
     @property
@@ -131,7 +135,7 @@ class SinkWindowCache:
         assert self._keys is not None and self._values is not None
         keys = torch.cat((self._keys, key), 2)
         values = torch.cat((self._values, value), 2)
-        at = torch.arange(self.seen, self.seen + new) - self._first[:, None]
+        at = _count(self.seen, self.seen + new) - self._first[:, None]
         self._keys, self._values, self._at = keys, values, torch.cat((self._at, at), 1)
         self.seen += new
         places = self._places(keys.shape[2])
@@ -148,7 +152,7 @@ class SinkWindowCache:
 
     def _places(self, length: int) -> Tensor:
         """(B, length): positions in the cache, counted from each row's first real token."""
-        return torch.arange(length) - self._pads[:, None]
+        return _count(0, length) - self._pads[:, None]
 
     def _placed(self, keys: Tensor, places: Tensor) -> Tensor:
         if self.rope is None:
@@ -170,7 +174,7 @@ class SinkWindowCache:
         if excess <= 0:
             return
         pads = self._pads.clamp_max(excess)
-        index = torch.arange(size)
+        index = _count(0, size)
         keep = torch.where(index < self.sinks, index + pads[:, None], index + excess)
         self._pads = self._pads - pads
         self._gather(keep)
@@ -204,7 +208,7 @@ class SinkWindowCache:
                     f"The cache was made for {len(start)} rows of padding, but the batch has "
                     f"{key.shape[0]}."
                 )
-            zero = torch.zeros(key.shape[0], dtype=torch.int64)
+            zero = torch.zeros(key.shape[0], dtype=torch.int64, device="cpu")
             self._first = zero if start is None else start.to("cpu", torch.int64)
             self._pads, self._at = self._first, zero[:, None][:, :0]
             self._keys, self._values = key[:, :, :0], value[:, :, :0]
@@ -258,6 +262,11 @@ class SinkWindowCache:
                 f"evict: places {floor} to {len(self) - 1} can be dropped (those before are sinks "
                 f"or padding), got {places[0]} to {places[-1]}."
             )
-        keep = torch.ones(len(self), dtype=torch.bool)
+        keep = torch.ones(len(self), dtype=torch.bool, device="cpu")
         keep[places] = False
         self._gather(keep.nonzero()[:, 0].expand(len(self._pads), -1))
+
+
+def _count(start: int, stop: int) -> Tensor:
+    """What the cache knows of its tokens is kept on the CPU, whatever the default device."""
+    return torch.arange(start, stop, device="cpu")

@@ -94,7 +94,7 @@ class Rope:
         """The usual frequencies, theta ** (-2 i / dim), for `dim` turning dimensions."""
         if dim % 2 or dim < 2:
             raise InputError(f"Rope.of(dim={dim}): expected an even number of dimensions.")
-        steps = torch.arange(0, dim, 2, dtype=torch.float64) / dim
+        steps = torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim
         return Rope(theta**-steps, **options)  # type: ignore[arg-type]
 
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
