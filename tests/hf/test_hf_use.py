@@ -369,6 +369,56 @@ def test_a_saved_model_knows_nothing_of_it(tmp_path: Path) -> None:
         assert (logits(again, ids) - ours).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        Assignment({1: {"0-1": PATTERN}}, "a-shape(sinks=2, local=4)"),
+        PATTERN,
+        SinkWindow(2, 5),
+    ],
+    ids=["assignment", "text", "instance"],
+)
+def test_a_model_is_saved_and_loaded_with_its_assignment(tmp_path: Path, pattern: Any) -> None:
+    model, ids = tiny("llama"), tokens(1, 20)
+    folder = tmp_path / "new" / "model"
+    with foveate.use(model, pattern) as run:
+        ours = logits(model, ids)
+        assert run.save_pretrained(folder) == folder / "foveate.json"
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    for where in ([], [folder], [str(folder)], [folder / "foveate.json"]):
+        with foveate.use(again, *where):
+            assert (logits(again, ids) - ours).abs().max() <= 1e-5
+
+
+def test_a_saved_pattern_for_cross_attention_comes_back(tmp_path: Path) -> None:
+    model = tiny("whisper")
+    with foveate.use(model, PATTERN, cross=True) as run:
+        run.save_pretrained(tmp_path)
+    crossing = {site.name for site in sites(model).values() if site.cross}
+    assert set(Assignment.load(tmp_path).layers) == crossing
+    assert crossing
+
+
+def test_where_there_is_no_assignment_it_says_where_it_looked(tmp_path: Path) -> None:
+    model = tiny("llama")
+    with pytest.raises(AssignmentError, match=r"foveate\.json in the folder"):
+        foveate.use(model)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(AssignmentError, match=str(tmp_path)):
+        foveate.use(again)
+    with pytest.raises(AssignmentError, match="no assignment at"):
+        foveate.use(again, tmp_path)
+
+    class Own(SinkWindow):
+        """A method that no text names."""
+
+    run = foveate.use(model, Own(2, 5))
+    with run, pytest.raises(InputError, match="isn't in the catalog"):
+        run.save_pretrained(tmp_path / "not")
+    assert not (tmp_path / "not").exists()
+
+
 def test_assignments_as_files(tmp_path: Path) -> None:
     one = Assignment({0: "full", 2: {"0-1,3": SinkWindow(2, 5)}}, default="a-shape")
     assert one == Assignment({"0": "full", "2": {"0-1,3": PATTERN}}, "a-shape")

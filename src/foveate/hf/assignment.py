@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -235,6 +235,49 @@ def _ranges(numbers: list[int]) -> str:
         else:
             spans.append([number, number])
     return ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in spans)
+
+
+def found_beside(model: Any) -> Assignment:
+    """The assignment in the folder that a model's weights came from.
+
+    Raises:
+        AssignmentError: they came from no folder, or there is none in it.
+    """
+    folder = Path(
+        getattr(model.config, "_name_or_path", None) or getattr(model, "name_or_path", "")
+    )
+    if not str(folder) or not (folder / FILE).is_file():
+        raise AssignmentError(
+            f"use(model) without a pattern looks for {FILE} in the folder that the model was loaded "
+            f"from ({str(getattr(model.config, '_name_or_path', '')) or 'none'}) and there is none. "
+            "Give a pattern, such as foveate.use(model, 'sink-window'), or the folder's path; "
+            "foveate.use(...).save_pretrained(folder) writes one."
+        )
+    return Assignment.load(folder)
+
+
+def is_path(pattern: object) -> bool:
+    """Whether a pattern is a path: a Path, or a text with a slash or .json where a key has none."""
+    if isinstance(pattern, Path):
+        return True
+    if not isinstance(pattern, str):
+        return False
+    head = pattern.partition("(")[0]
+    return "/" in head or "\\" in head or pattern.endswith(".json")
+
+
+def assignment_of(
+    pattern: str | Attention | Assignment, sites: Iterable[Site], cross: bool
+) -> Assignment:
+    """A pattern as an assignment that says the same; `cross` as in `plan_of`.
+
+    Raises:
+        InputError: an attention that isn't in the catalog, which no text names.
+    """
+    if isinstance(pattern, Assignment):
+        return pattern
+    text = _text(pattern)
+    return Assignment({s.name: text for s in sites if s.cross and cross}, text)
 
 
 def plan_of(

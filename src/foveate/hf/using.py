@@ -11,13 +11,21 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from foveate.hf.assignment import Assignment, plan_of
+from foveate.hf.assignment import (
+    FILE,
+    Assignment,
+    assignment_of,
+    found_beside,
+    is_path,
+    plan_of,
+)
 from foveate.hf.attend import HELD, SEATS, Running, Seat
 from foveate.hf.errors import InUseError, ModelError
 from foveate.hf.places import Site, sites
@@ -36,7 +44,7 @@ class _Held:
 
 def use(
     model: nn.Module,
-    pattern: str | Attention | Assignment,
+    pattern: str | Path | Attention | Assignment | None = None,
     *,
     backend: str = "auto",
     cross: bool = False,
@@ -47,6 +55,8 @@ def use(
         foveate.use(model, "sink-window")                    # stays until .undo()
         with foveate.use(model, "vertical-slash(verticals=500)"):
             model.generate(...)                              # undone on exit, also by an exception
+        foveate.use(model, assignment).save_pretrained(folder)
+        foveate.use(AutoModel.from_pretrained(folder))       # with the assignment saved there
 
     The pattern applies within whatever the model masks (causality, padding, its own sliding
     windows), in training, prefill and decoding, with dynamic and static caches. A pattern alone
@@ -54,8 +64,10 @@ def use(
 
     Args:
         model: a transformers model; only its own attention modules are concerned.
-        pattern: a method's key, with hyper-parameters as "key(field=value)"; an attention; or an
-            Assignment of patterns to layers and heads.
+        pattern: a method's key, with hyper-parameters as "key(field=value)"; an attention; an
+            Assignment of patterns to layers and heads; a Path (or a text with a slash in it) of
+            one that was saved, or of its folder; None for the `foveate.json` in the folder that
+            the model was loaded from.
         backend: the core op's backend, "auto" for the fastest that can.
         cross: whether a single pattern is for cross-attention as well, which otherwise stays full.
         stats: called after each layer as `stats(layer=, layout=, build_seconds=,
@@ -63,7 +75,8 @@ def use(
 
     Raises:
         UnknownMethodError: no such pattern.
-        AssignmentError: the assignment names layers or heads that the model doesn't have.
+        AssignmentError: the assignment names layers or heads that the model doesn't have, or
+            there is none where it was looked for.
         InUseError: the model, or a part of it, is in use already.
         ModelError: the model's attention can't be reached.
     """
@@ -76,7 +89,7 @@ class Use:
     def __init__(
         self,
         model: nn.Module,
-        pattern: str | Attention | Assignment,
+        pattern: str | Path | Attention | Assignment | None = None,
         *,
         backend: str = "auto",
         cross: bool = False,
@@ -87,8 +100,15 @@ class Use:
                 f"use(model, ...): expected a transformers model, got {type(model).__name__}. In a "
                 "model of your own, compose foveate.Attention instead."
             )
+        if pattern is None:
+            pattern = found_beside(model)
+        elif is_path(pattern):
+            pattern = Assignment.load(pattern)  # type: ignore[arg-type]
+        assert not isinstance(pattern, Path)
         self.pattern = pattern
+        self.cross = cross
         self.sites: dict[str, Site] = {}
+        self._model = weakref.ref(model)
         found = sites(model)
         plan = plan_of(pattern, found, cross)
         taken = [site.name for module, site in found.items() if module in SEATS]
@@ -166,6 +186,30 @@ class Use:
         """A module is gone: without any left, the use is over."""
         if not any(ref() is not None for ref in self._modules):
             self.undo()
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
+        """Write the model and, as `foveate.json` beside it, which pattern its layers and heads run.
+
+        `foveate.use(model)` finds it again on the model that `from_pretrained(folder)` loads; to
+        transformers alone the folder is an ordinary model's.
+
+        Args:
+            folder: where to; made if it doesn't exist.
+            options: of transformers' own `save_pretrained`.
+
+        Returns:
+            The `foveate.json`.
+
+        Raises:
+            InputError: the pattern is an attention that isn't in the catalog.
+            ModelError: the model is gone.
+        """
+        model = self._model()
+        if model is None:
+            raise ModelError("save_pretrained: the model of this use doesn't exist any more.")
+        assignment = assignment_of(self.pattern, self.sites.values(), self.cross)
+        model.save_pretrained(folder, **options)
+        return assignment.save(Path(folder) / FILE)
 
     @property
     def active(self) -> bool:
