@@ -399,8 +399,12 @@ def test_a_saved_pattern_for_cross_attention_comes_back(tmp_path: Path) -> None:
     assert crossing
 
 
-def test_where_there_is_no_assignment_it_says_where_it_looked(tmp_path: Path) -> None:
+def test_where_there_is_no_assignment_it_says_where_it_looked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny("llama")
+    Assignment().save(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "elsewhere")  # isn't where the model is from
     with pytest.raises(AssignmentError, match=r"foveate\.json in the folder"):
         foveate.use(model)
     model.save_pretrained(tmp_path)

@@ -243,14 +243,12 @@ def found_beside(model: Any) -> Assignment:
     Raises:
         AssignmentError: they came from no folder, or there is none in it.
     """
-    folder = Path(
-        getattr(model.config, "_name_or_path", None) or getattr(model, "name_or_path", "")
-    )
-    if not str(folder) or not (folder / FILE).is_file():
+    folder = str(getattr(model.config, "_name_or_path", None) or "")
+    if not folder or not (Path(folder) / FILE).is_file():
         raise AssignmentError(
-            f"use(model) without a pattern looks for {FILE} in the folder that the model was loaded "
-            f"from ({str(getattr(model.config, '_name_or_path', '')) or 'none'}) and there is none. "
-            "Give a pattern, such as foveate.use(model, 'sink-window'), or the folder's path; "
+            f"use(model) without a pattern looks for {FILE} in the folder that the model was "
+            f"loaded from ({folder or 'none'}), and there is none. Give a pattern, such as "
+            "foveate.use(model, 'sink-window'), or the folder's path; "
             "foveate.use(...).save_pretrained(folder) writes one."
         )
     return Assignment.load(folder)
