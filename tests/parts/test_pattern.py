@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from foveate.methods.attention_sink import SinkWindow
+from foveate.methods.full import Full
+from foveate.methods.mminference import AShape
 from foveate.ops import Layout, attention, blocks, causal, padding, sinks, window
 from foveate.ops.errors import InputError
 from foveate.parts import Attention, Context, Pattern
@@ -102,3 +105,31 @@ def test_a_dense_call_with_positions_uses_them():
     alone = attention(q[1:, :, 10:], k[1:, :, 10:], v[1:, :, 10:], causal(), backend="reference")
     torch.testing.assert_close(result.out[1:, :, 10:], alone.out)
     assert not result.out[1, :, :10].any()
+
+
+@pytest.mark.plain_empty
+@pytest.mark.parametrize(
+    "method", [Full(), SinkWindow(2, 9), SinkWindow(2, 99), AShape(2, 9)], ids=repr
+)
+@pytest.mark.parametrize("stats", [None, print], ids=["", "stats"])
+def test_a_pattern_of_positions_compiles_whole(method, stats):
+    def run(q, k, v):
+        return method(q, k, v, Context(mask=causal(), stats=stats)).out
+
+    torch._dynamo.reset()
+    q, k, v = (torch.randn(1, h, 60, 16, requires_grad=True) for h in (4, 2, 2))
+    ours = torch.compile(run, backend="aot_eager", fullgraph=True)(q, k, v)
+    plain = method(q, k, v, Context(mask=causal())).out
+    torch.testing.assert_close(ours, plain)
+    weight = torch.randn_like(plain)
+    grads = (torch.autograd.grad(x, (q, k, v), weight) for x in (ours, plain))
+    for one, two in zip(*grads, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("mask", [None, causal()], ids=repr)
+@pytest.mark.parametrize("method", [SinkWindow(2, 9), AShape(2, 9)], ids=repr)
+def test_the_rule_says_what_the_layout_says(method, mask):
+    q = torch.zeros(1, 2, 60, 16)
+    ctx = Context(mask=mask)
+    assert torch.equal(method.layout(q, q, q, ctx).dense(), method.rule(ctx).dense(60, 60))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from typing_extensions import override
 
-from foveate.ops import Layout, sinks, window
+from foveate.ops import Layout, Mask, sinks, window
 from foveate.ops.masks.checks import whole
 from foveate.parts.attention import Pattern, mask_layout
 from foveate.parts.cache import SinkWindowCache
@@ -50,9 +50,13 @@ class SinkWindow(Pattern):
         return self.window >= reach and ctx.q_positions is None and ctx.kv_positions is None
 
     @override
-    def layout(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Layout:
+    def rule(self, ctx: Context) -> Mask:
         band = sinks(self.sinks) | window(self.window - 1, self.window - 1)
-        return mask_layout(band if ctx.mask is None else ctx.mask & band, q, k, ctx)
+        return band if ctx.mask is None else ctx.mask & band
+
+    @override
+    def layout(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Layout:
+        return mask_layout(self.rule(ctx), q, k, ctx)
 
     def cache(
         self, rope: Rope | None = None, *, rotated: bool = False, start: Tensor | None = None

@@ -51,6 +51,13 @@ class Pattern(Attention):
     def layout(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Layout:
         """Which keys each query sees, within `ctx.mask`; shapes as in `__call__`."""
 
+    def rule(self, ctx: Context) -> Mask | None:
+        """The mask that says the same as the layout, where positions alone decide; else None.
+
+        With it a compiled model holds the pattern as one call, its layout resolved when it runs.
+        """
+        return None
+
     def is_dense(self, q: Tensor, k: Tensor, ctx: Context) -> bool:
         """Whether this call keeps all that the mask allows, so that no choice is to be made."""
         return False
@@ -58,21 +65,30 @@ class Pattern(Attention):
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Context | None = None
     ) -> AttentionOutput:
-        """Build the layout, then run the core op over it; `ctx.stats` hears of both times."""
+        """Build the layout, then run the core op over it; `ctx.stats` hears of both times.
+
+        While torch.compile traces, nothing is timed.
+        """
         ctx = Context() if ctx is None else ctx
         if not q.shape[0]:  # nothing to choose for; the op checks the rest
             return attention(q, k, v, **ctx.options)
+        plain = ctx.q_positions is None and ctx.kv_positions is None
+        dense = self.is_dense(q, k, ctx)
+        if torch.compiler.is_compiling() and plain and not dense:
+            rule = self.rule(ctx)
+            if rule is not None:
+                return attention(q, k, v, rule, **ctx.options)
         start = _clock(q, ctx)
         layout = None
-        if not self.is_dense(q, k, ctx):
+        if not dense:
             with torch.no_grad():
                 layout = self.layout(q, k, v, ctx)
-        elif ctx.q_positions is not None or ctx.kv_positions is not None:
+        elif not plain:
             layout = mask_layout(ctx.mask, q, k, ctx)
         built = _clock(q, ctx)
         mask = ctx.mask if layout is None else None
         result = attention(q, k, v, mask, layout=layout, **ctx.options)
-        if ctx.stats is not None:
+        if ctx.stats is not None and not torch.compiler.is_compiling():
             done = _clock(q, ctx)
             ctx.stats(
                 layer=ctx.layer,
@@ -126,6 +142,9 @@ def _same(one: Tensor | None, two: Tensor | None) -> bool:
 
 
 def _clock(q: Tensor, ctx: Context) -> float:
-    if ctx.stats is not None and q.is_cuda:
+    """Seconds; 0 where nobody listens."""
+    if ctx.stats is None or torch.compiler.is_compiling():
+        return 0.0
+    if q.is_cuda:
         torch.cuda.synchronize(q.device)
     return perf_counter()

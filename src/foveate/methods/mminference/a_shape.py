@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from foveate.methods.mminference.prefill import PrefillPattern
-from foveate.ops import Layout, sinks, window
+from foveate.ops import Layout, Mask, sinks, window
 from foveate.ops.masks.checks import whole
 from foveate.parts.attention import mask_layout
 from foveate.parts.context import Context
@@ -44,6 +44,10 @@ class AShape(PrefillPattern):
         return self.local >= reach and ctx.q_positions is None and ctx.kv_positions is None
 
     @override
-    def layout(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Layout:
+    def rule(self, ctx: Context) -> Mask:
         shape = sinks(self.sinks) | window(self.local - 1, self.local - 1)
-        return mask_layout(shape if ctx.mask is None else ctx.mask & shape, q, k, ctx)
+        return shape if ctx.mask is None else ctx.mask & shape
+
+    @override
+    def layout(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Layout:
+        return mask_layout(self.rule(ctx), q, k, ctx)
