@@ -2,6 +2,7 @@
 #pragma once
 #include <math.h>
 
+#include "folded.h"
 #include "pack.h"
 #include "softmax.h"
 
@@ -43,6 +44,7 @@ struct Running {
   float *q, *o, *max, *total;
   int32_t* query;
   int width;
+  int fold;  // elements of a row side by side; see folded.h
   bool first;
 };
 
@@ -51,7 +53,7 @@ constexpr int64_t MAX_DIM_PAD = 16;
 // Scratch floats that an item needs at most.
 INLINE int64_t forward_floats(const Call& c) {
   int64_t d = padded(c.dim, 2 * MAX_DIM_PAD), v = padded(c.value_dim, 2 * MAX_DIM_PAD);
-  int64_t block = ROWS * (d + v + 2) + ROWS;
+  int64_t block = ROWS * (d + v + 2) + ROWS + 16 * (d + v);
   return BLOCKS * block + KEYS * (d + v) + 3 * KEYS * ROWS + 4 * ROWS + 64 * 16;
 }
 
@@ -87,6 +89,62 @@ void forward_step(const Call& c, const Item& it, const Block& b, Running& run, c
   else soften<W, 5>(score, n, top, scale, run.max, run.total, alpha);
   values<P, W>(score, v + lo, n, (int)c.value_dim, run.o, alpha, run.first, ahead_v);
   run.first = false;
+}
+
+template <class P, class T, int F>
+void folded_step(const Call& c, Running& run, const Step& s, int at, const float* const* k,
+                 const float* const* v, float scale, float* score, float* weight, Ahead ahead_k,
+                 Ahead ahead_v) {
+  alignas(64) float top[VL], alpha[VL];
+  int lo = s.lo[at], hi = s.hi[at];
+  if (P::PAIR == 2) lo &= ~1;
+  int n = hi - lo;
+  store(top, set1(-__builtin_inff()));
+  const uint64_t* seen = s.whole[at] && lo == s.lo[at] ? nullptr : s.seen[at] + lo;
+  if (ahead_k.row) ahead_k.row += lo;
+  if (ahead_v.row) ahead_v.row += lo;
+  scores_folded<P, F>(run.q, k + lo, n, elements<P>((int)c.dim) / F, score, top, seen, ahead_k);
+  int groups = (int)c.value_dim / F;
+#if defined(__AVX512BF16__)
+  if (P::PAIR == 2) {
+    soften_pairs<VL>(score, n, top, scale, run.max, run.total, alpha, weight);
+    values_folded<P, F>(weight, v + lo / 2, (n + 1) / 2, groups, run.o, alpha, run.first, ahead_v);
+    run.first = false;
+    return;
+  }
+#endif
+  soften<VL, sizeof(T) == 2 ? 4 : 5>(score, n, top, scale, run.max, run.total, alpha);
+  values_folded<P, F>(score, v + lo, n, groups, run.o, alpha, run.first, ahead_v);
+  run.first = false;
+}
+
+template <class P, class T>
+INLINE auto folded_step_for(int fold) {
+  return fold == 2   ? folded_step<P, T, 2>
+         : fold == 4 ? folded_step<P, T, 4>
+         : fold == 8 ? folded_step<P, T, VL < 8 ? VL : 8>
+                     : folded_step<P, T, VL < 16 ? VL : 16>;
+}
+
+// How many elements of each row to put side by side: as many as leave room for all rows.
+template <class P> INLINE int fold_for(const Call& c, int rows) {
+  int f = VL;
+  while (f > 1 && VL / f < rows) f /= 2;
+  if (c.softcap != 0 || c.bias) return 1;
+  while (f > 1 && (elements<P>((int)c.dim) % f || c.dim % P::PAIR || c.value_dim % f)) f /= 2;
+  return f;
+}
+
+INLINE void unfold_block(const Call& c, Running& run, int rows, float* scratch) {
+  int f = run.fold;
+  if (!run.first) {
+    unfold(run.o, run.width, rows, (int)c.value_dim, f, scratch);
+    memcpy(run.o, scratch, sizeof(float) * run.width * c.value_dim);
+  }
+  for (int r = 0; r < rows; ++r) {
+    run.max[r] = run.max[r * f];
+    run.total[r] = run.total[r * f];
+  }
 }
 
 // Write a finished block: straight to the output, or its sums to `part`.
@@ -158,6 +216,7 @@ void forward_item(const Call& c, const Item& it, const Item* following, Arena* a
     Running& r = run[i];
     int used = b.heads * b.rows;
     r.width = used <= 16 ? 16 : used <= 32 ? 32 : 64;
+    r.fold = fold_for<P>(c, used);
     r.q = floats(r.width * d);
     r.o = floats(r.width * dv);
     r.max = floats(r.width);
@@ -183,6 +242,11 @@ void forward_item(const Call& c, const Item& it, const Item* following, Arena* a
         for (int64_t j = 0; j < n; ++j) ((uint32_t*)r.q)[j] ^= 0x80008000u;
       else
         for (int64_t j = 0; j < n; ++j) r.q[j] = -r.q[j];
+    }
+    if (r.fold > 1) {
+      float* folded = floats(VL * d);
+      fold(r.q, r.width, used, elements<P>((int)c.dim), r.fold, folded);
+      r.q = folded;
     }
   }
   // Keys are read where they lie if a product can take them so.
@@ -229,6 +293,11 @@ void forward_item(const Call& c, const Item& it, const Item* following, Arena* a
     }
     for (int i = 0; i < blocks; ++i) {
       if (s.lo[i] >= s.hi[i]) continue;
+      if (run[i].fold > 1) {
+        folded_step_for<P, T>(run[i].fold)(c, run[i], s, i, k, v, scale, score, weight, ahead_k, ahead_v);
+        ahead_k.row = ahead_v.row = nullptr;
+        continue;
+      }
       auto step_of = run[i].width == 64   ? forward_step<P, T, 64>
                      : run[i].width == 32 ? forward_step<P, T, 32>
                                           : forward_step<P, T, 16>;
@@ -237,6 +306,8 @@ void forward_item(const Call& c, const Item& it, const Item* following, Arena* a
     }
     now = then;
   }
+  for (int i = 0; i < blocks; ++i)
+    if (run[i].fold > 1) unfold_block(c, run[i], block[i].heads * block[i].rows, floats(16 * dv));
   for (int i = 0; i < blocks; ++i) finish<T>(c, it, block[i], run[i], part);
 }
 

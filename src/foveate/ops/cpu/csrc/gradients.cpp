@@ -125,7 +125,9 @@ int backward(const Call& call) {
     Inverse inverse = invert(c);
     placed = !inverse.repeated && !inverse.missing;
   }
-  int64_t parts = parts_for(c, threads, !placed);
+  // Through q_index a query's rows may lie in any tile: parts would add to one row of the bias.
+  bool scattered = c.q_index.data && c.grad_bias && c.gbias_q != 0;
+  int64_t parts = parts_for(c, threads, !placed || scattered);
   Plan plan = make_plan(c, parts, blocks);
   int64_t kd = padded(c.dim, 16), vd = padded(c.value_dim, 16);
   // With one part, fp32 sums may be the result itself.

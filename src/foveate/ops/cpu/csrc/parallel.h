@@ -34,18 +34,13 @@ inline Arena* thread_sums(int64_t bytes) {
   return reserve(&arena, bytes) ? &arena : nullptr;
 }
 
-// OpenMP's threads don't survive a fork: a child that inherits a started pool would wait forever.
+// OpenMP's threads don't survive a fork: a child that inherits a started pool, whoever started it,
+// would wait forever.
 inline bool& pool_lost() {
   static bool lost = false;
   return lost;
 }
-inline bool& pool_used() {
-  static bool used = false;
-  return used;
-}
-inline void after_fork() {
-  if (pool_used()) pool_lost() = true;
-}
+inline void after_fork() { pool_lost() = true; }
 
 // Threads for a call of so many multiply-adds: one for each 2 million, about 20 microseconds.
 inline int64_t threads_for(int64_t threads, double multiplications) {
@@ -60,9 +55,6 @@ template <class F> bool for_each(int64_t n, int64_t threads, F run) {
   if (threads > n) threads = n;
 #if defined(_OPENMP)
   if (threads > 1) {
-    static int watched = pthread_atfork(nullptr, nullptr, after_fork);
-    (void)watched;
-    pool_used() = true;
     std::atomic<int64_t> counter{0};
     std::atomic<bool> ok{true};
     bool plenty = n >= 16 * threads;
