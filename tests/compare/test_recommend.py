@@ -116,7 +116,7 @@ def test_nothing_is_shown_before_the_check_was_made():
 
 def test_the_fastest_that_loses_little_enough_wins():
     rows = [
-        row("full", ratio=1.01),
+        row("full", ratio=1.05),
         row("sink-window", ratio=3.0, loss=0.02),
         row("a-shape", ratio=1.5, loss=0.009),
         row("block-sparse", ratio=1.4, loss=0.0),
@@ -135,8 +135,10 @@ def test_the_fastest_that_loses_little_enough_wins():
     [
         ({"loss": 0.011}, "perplexity"),
         ({"found": 0}, "finds 0 of 3"),
-        ({"ratio": 0.9}, "not faster"),
-        ({"ratio": 1.0}, "not faster"),
+        ({"ratio": 0.9}, "not clearly faster"),
+        ({"ratio": 1.0}, "not clearly faster"),
+        ({"ratio": 1.02}, "not clearly faster"),
+        ({"passes": 2}, "2 pairs are too few"),
         ({"error": 1.0}, "check failed"),
         ({"loss": float("nan")}, "perplexity"),
     ],
@@ -181,7 +183,7 @@ def test_an_encoder_is_judged_by_its_states():
               "norm_squared": 100.0}  # fmt: skip
     values = record()
     del values["quality"], values["needle"]
-    made = summarise(entry, 512, [values | {"states": states}], torch.float32)
+    made = summarise(entry, 512, [values | {"states": states}] * 3, torch.float32)
     assert made.cosine == pytest.approx(0.995)
     assert made.state_error == pytest.approx(0.1)
     assert made.quality_loss == pytest.approx(0.005)

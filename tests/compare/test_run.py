@@ -225,6 +225,38 @@ def test_a_text_encoder(tmp_path, tiny_bert, prose, lengths, capsys):
     assert "cosine" in page
 
 
+def test_an_encoder_refuses_methods_that_are_causal(tiny_bert, prose, tmp_path, capsys):
+    args = ["compare", str(tiny_bert), "--text", str(prose), "--out", str(tmp_path)]
+    assert main([*args, "--methods", "full,vertical-slash"]) == 2
+    said = capsys.readouterr().err
+    assert "vertical-slash is for causal attention" in said
+    assert "block-sparse" in said
+    from foveate.compare.options import Options
+    from foveate.compare.validate import validate
+
+    job = validate(Options(model=str(tiny_bert), text=str(prose), out=str(tmp_path)))
+    assert {e.key for e in job.entries} == {"full", "sink-window", "a-shape", "block-sparse"}
+
+
+def test_a_method_that_cannot_run_is_told_before_anything_is_measured(
+    tiny, prose, tmp_path, capsys, monkeypatch
+):
+    from foveate.methods.attention_sink import SinkWindow
+    from foveate.ops.errors import InputError
+
+    def refuse(self, *args):
+        raise InputError("not with these heads.")
+
+    monkeypatch.setattr(SinkWindow, "layout", refuse)
+    args = ["compare", str(tiny), "--text", str(prose), "--lengths", "128", "--out", str(tmp_path),
+            "--methods", "full,block-sparse(blocks=1),sink-window(window=9)"]  # fmt: skip
+    assert main([*args, "--needle-depths", "none"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "sink-window(window=9) can't run on tiny" in said
+    assert "not with these heads" in said
+    assert records(tmp_path) == []
+
+
 def test_the_fingerprint_holds_what_the_figures_depend_on(tiny, prose, tmp_path):
     from dataclasses import replace
 

@@ -221,7 +221,19 @@ def _gathering(q_len, kv_len, generator):
     empty = torch.full((80 - q_len,), -1)
     q_index = torch.cat([order[0], empty, order[1], empty])[None, None].int()
     k_index = torch.stack([torch.randperm(kv_len, generator=generator) for _ in range(2)])[:, None]
-    return dataclasses.replace(base, q_len=q_len, q_index=q_index, kv_index=k_index.int())
+    return _per_entry(dataclasses.replace(base, q_len=q_len, q_index=q_index), k_index.int())
+
+
+def _per_entry(layout, kv_index):
+    """The same lists for two batch entries, each with keys in an order of its own."""
+    return dataclasses.replace(
+        layout,
+        ptr=torch.cat((layout.ptr, layout.ptr + layout.cols.numel())),
+        cols=layout.cols.repeat(2),
+        kinds=layout.kinds.repeat(2),
+        kv_index=kv_index,
+        _counts=[],
+    )
 
 
 @pytest.mark.parametrize("backend", [b for b in OURS if b != "sdpa"])

@@ -296,3 +296,50 @@ def test_error_stays_below_twice_that_of_sdpa() -> None:
         ):
             error = (ours.double() - right).abs().max().item()
             assert error <= 2 * (other.double() - right).abs().max().item() + slack
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dims", [(64, 64), (128, 96), (40, 24), (20, 6)])
+def test_few_queries_against_many_keys(kernels: str, dims: Any, dtype: torch.dtype) -> None:
+    for group in (1, 2, 3, 4, 8, 16, 64):
+        for q_len in (1, 2, 5):
+            q, k, v = make((2, 2 * group, 2, q_len, 333, *dims), dtype, strided=q_len == 2)
+            compare(q, k, v, None, None)
+            mask = causal() & window(170, 0)
+            compare(q, k, v, mask.layout(q_len, 333, 64), mask.dense(q_len, 333))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_paged_caches_are_layouts_over_the_pool(kernels: str, dtype: torch.dtype) -> None:
+    page, pages, lengths = 16, 40, [100, 37, 1]
+    pool_k, pool_v = (torch.randn(1, 2, pages * page, 64).to(dtype) for _ in range(2))
+    q = torch.randn(3, 8, 1, 64).to(dtype)
+    order = iter(torch.randperm(pages).tolist())
+    table = [[next(order) for _ in range(-(-n // page))] for n in lengths]
+    counts = torch.tensor([0, *(len(t) for t in table)]).cumsum(0)
+    # The last page of each sequence is partly filled: one bit tile for each number of keys.
+    bits = torch.zeros(page, page, 1, dtype=torch.uint8)
+    for n in range(page):
+        bits[n, :n] = 1
+    layout = Lists(
+        q_len=1,
+        kv_len=pages * page,
+        q_tile=8,
+        kv_tile=page,
+        ptr=torch.stack((counts[:-1], counts[1:]), -1)[:, None],
+        cols=torch.tensor(sum(table, []), dtype=torch.int32),
+        kinds=torch.cat(
+            [torch.tensor([0] * (len(t) - 1) + [n % page + 1]) for t, n in zip(table, lengths)]
+        ).int(),
+        bits=bits,
+    )
+    k, v = (x.expand(3, -1, -1, -1) for x in (pool_k, pool_v))
+    out, lse = cpu.forward(q, k, v, layout, 0.125, None, None)
+    for b, (blocks, n) in enumerate(zip(table, lengths)):
+        rows = torch.cat([torch.arange(p * page, (p + 1) * page) for p in blocks])[:n]
+        at = slice(b, b + 1)
+        right = cpu.forward(q[at], pool_k[:, :, rows], pool_v[:, :, rows], None, 0.125, None, None)
+        torch.testing.assert_close(
+            out[at], right[0], rtol=2e-2 if dtype != torch.float32 else 1e-5, atol=1e-5
+        )
+        torch.testing.assert_close(lse[at], right[1], rtol=1e-5, atol=1e-5)

@@ -6,6 +6,9 @@ users write it (comparisons, document ids), so that it is measured at its best.
 
 from __future__ import annotations
 
+import operator
+from functools import reduce
+
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
@@ -62,10 +65,9 @@ def _lists(chosen: Tensor) -> tuple[Tensor, Tensor]:
 def modifier(mask: Mask, length: int) -> Seen:
     """A function (batch, head, query index, key index) -> bool for as many queries as keys."""
     if isinstance(mask, And | Or):
-        left, right = modifier(mask.left, length), modifier(mask.right, length)
-        if isinstance(mask, And):
-            return lambda b, h, q, k: left(b, h, q, k) & right(b, h, q, k)
-        return lambda b, h, q, k: left(b, h, q, k) | right(b, h, q, k)
+        parts = [modifier(part, length) for part in mask.parts]
+        join = operator.and_ if isinstance(mask, And) else operator.or_
+        return lambda b, h, q, k: reduce(join, (part(b, h, q, k) for part in parts))
     if isinstance(mask, Not):
         inner = modifier(mask.inner, length)
         return lambda b, h, q, k: ~inner(b, h, q, k)

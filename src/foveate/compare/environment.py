@@ -13,10 +13,22 @@ from typing import Any
 import torch
 
 import foveate
+from foveate.ops import cpu
 
 # What the figures depend on; the report's looks are not among it.
 _MEASURING = ("ops", "parts", "methods", "hf")
-_COMPARE = ("audio", "dense", "measure", "memory", "needle", "quality", "rounds", "text", "verify")
+_COMPARE = (
+    "audio",
+    "dense",
+    "measure",
+    "memory",
+    "needle",
+    "picture",
+    "quality",
+    "rounds",
+    "text",
+    "verify",
+)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -31,6 +43,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "processor": processor(),
         "cores": os.cpu_count() or 1,
         "device": str(device),
+        "engine": (cpu.isa() if cpu.available() else "none") if device.type == "cpu" else "none",
     }
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)

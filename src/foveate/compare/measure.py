@@ -64,8 +64,6 @@ class Recorder(Attention):
     ) -> AttentionOutput:
         """Run the method; shapes as in `Attention`."""
         ctx = Context() if ctx is None else ctx
-        if ctx.phase == "decode":
-            return self.method(q, k, v, ctx)
         told: list[Layout] = []
         outside = self.log.outside_seconds
 
@@ -204,6 +202,16 @@ class Machine:
                 seconds.append(clock.now() - start)
                 made.append(tokens)
         return torch.stack(made, 1).cpu(), seconds
+
+    @torch.inference_mode()
+    def decode_samples(
+        self, method: Any, tokens: Tensor, cache: Any, keep: frozenset[int]
+    ) -> list[Sample]:
+        """One more step of decoding, untimed: what the layers in `keep` were given and gave."""
+        log = Log(keep=keep)
+        with self._running(method, log, None):
+            self.model(input_ids=tokens[:, None], past_key_values=cache, use_cache=True)
+        return log.samples
 
     @contextmanager
     def _running(self, method: Any | None, log: Log | None, watch: Watch | None) -> Iterator[None]:

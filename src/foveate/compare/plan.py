@@ -20,6 +20,10 @@ DEFAULT_METHODS = (
     "full, sink-window(sinks=4, window=1024), a-shape(sinks=128, local=512), "
     "vertical-slash(verticals=400, slashes=400), block-sparse(fraction=0.5)"
 )
+ENCODER_METHODS = (
+    "full, sink-window(sinks=4, window=128), a-shape(sinks=64, local=64), "
+    "block-sparse(fraction=0.5)"
+)
 DEFAULT_LENGTHS = (1024, 2048, 4096)
 # For a budget sweep: the hyper-parameters that say how much is kept, and the factors on them.
 BUDGETS = {

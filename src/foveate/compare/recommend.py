@@ -8,6 +8,9 @@ from typing import Any
 from foveate.compare.summary import Row
 
 DENSE = "dense"
+# Three pairs of equal speed are all above 1 now and then: a gain must be more than their noise.
+LEAST_GAIN = 1.03
+LEAST_PAIRS = 3
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,18 @@ def faults(row: Row, max_loss: float, max_needle_loss: float) -> list[str]:
         lost = (row.dense_found - row.found) / row.hidden
         if lost > max_needle_loss + 1e-9:
             found.append(f"finds {row.found} of {row.hidden} keys (dense {row.dense_found})")
-    if row.prefill is None or row.prefill.middle <= 1 or row.prefill.low <= 1:
+    if row.passes < LEAST_PAIRS:
+        found.append(f"{row.passes} pairs are too few to tell a speed (at least {LEAST_PAIRS})")
+    elif not _faster(row):
         speed = "unknown" if row.prefill is None else _times(row)
-        found.append(f"not faster than dense in every pair (prefill {speed})")
+        found.append(f"not clearly faster than dense (prefill {speed})")
     return found
+
+
+def _faster(row: Row) -> bool:
+    """Whether a row is faster than dense in every pair, by more than noise."""
+    gain = row.prefill
+    return gain is not None and gain.low > 1 and gain.middle >= LEAST_GAIN
 
 
 def recommend(
@@ -100,7 +111,7 @@ def recommend(
             if not max_needle_loss
             else f", at most {_percent(max_needle_loss, sign=False)} fewer keys found than dense"
         )
-    limits += ", prefill faster than dense in every pair"
+    limits += f", prefill faster than dense in every pair and by {LEAST_GAIN - 1:.0%} at least"
     return Recommendation(
         last.use, tuple(verdicts), _sentence(verdicts, rows), _code(last, loading), limits
     )
@@ -111,9 +122,9 @@ def _at(rows: list[Row], length: int, max_loss: float, max_needle_loss: float) -
     if good:
         best = max(good, key=lambda row: row.prefill.middle if row.prefill else 0.0)
         return Verdict(length, best.entry.name, best, describe(best))
-    fast = [row for row in rows if row.prefill is not None and row.prefill.low > 1]
+    fast = [row for row in rows if _faster(row)]
     if not fast:
-        return Verdict(length, DENSE, None, "no method was faster than dense in every pair")
+        return Verdict(length, DENSE, None, "no method was clearly faster than dense")
     near = max(fast, key=lambda row: -(row.quality_loss if row.quality_loss is not None else 9e9))
     reasons = "; ".join(faults(near, max_loss, max_needle_loss))
     return Verdict(

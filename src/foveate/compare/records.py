@@ -90,7 +90,8 @@ class Records:
 
     def add(self, key: str, cell: dict[str, Any], values: dict[str, Any]) -> None:
         """Append a record; when this returns it is on the disk."""
-        record = {"schema": SCHEMA, "key": key, "cell": cell, "values": values}
+        sum_ = digest([cell, values])
+        record = {"schema": SCHEMA, "key": key, "cell": cell, "values": values, "sum": sum_}
         line = json.dumps(record, separators=(",", ":"), allow_nan=False).encode() + b"\n"
         self._file.write(line)
         self._file.flush()
@@ -146,6 +147,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         and isinstance(record.get("key"), str)
         and isinstance(record.get("cell"), dict)
         and isinstance(record.get("values"), dict)
+        and record.get("sum") == digest([record["cell"], record["values"]])
     )
     return record if shaped else None
 

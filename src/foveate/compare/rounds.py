@@ -12,13 +12,14 @@ from torch import Tensor
 from foveate.compare import audio, picture, quality, verify
 from foveate.compare.dense import baseline
 from foveate.compare.environment import load_average
-from foveate.compare.measure import Machine, Pass, cache_bytes
+from foveate.compare.measure import Machine, Pass, Sample, cache_bytes
 from foveate.compare.needle import Prompts, found
 from foveate.compare.plan import Cell, Round
 from foveate.compare.validate import Job
+from foveate.ops.errors import FoveateError, InputError
 
 BLOCK = 4
-WARM_UP = 256
+WARM_UP = 1024
 
 
 class Bench:
@@ -38,24 +39,36 @@ class Bench:
         self._head_checked = False
 
     def warm_up(self, names: list[str], length: int) -> None:
-        """Let dense and the named methods run once; on a GPU once for each length."""
-        short = length if self.machine.synchronise else min(length, WARM_UP)
-        if self.job.info.kind == "audio-encoder":
-            short = length
+        """Let dense run once at each length, and the named methods (on a CPU a short pass).
+
+        Raises:
+            InputError: one of them can't run on this model.
+        """
         for name in ["", *names]:
+            # On a CPU dense warms the memory for all, at every length.
+            whole = not name or self.machine.synchronise or self.job.prompts is None
+            short = length if whole else min(length, WARM_UP)
             if (name, short) in self._warm:
                 continue
             self._warm.add((name, short))
             inputs, _ = self._inputs(length, 0)
             inputs = inputs if self.job.prompts is None else inputs[:, :short]
             method = self._methods.get(name)
-            done = self.machine.run(inputs, method, inspect=False)
-            if done.logits is not None:
-                if not self._head_checked:
-                    quality.check_head(self.machine.model, done.hidden, done.logits)
-                    self._head_checked = True
-                if self.job.options.decode_tokens:
-                    self.machine.decode(method, done.logits.argmax(-1), done.cache, 2)
+            try:
+                self._warm_up(inputs, method)
+            except FoveateError as error:
+                who = name or "dense"
+                raise InputError(f"{who} can't run on {self.job.info.name}: {error}") from error
+
+    def _warm_up(self, inputs: Tensor, method: Any | None) -> None:
+        done = self.machine.run(inputs, method, inspect=False)
+        if done.logits is None:
+            return
+        if not self._head_checked:
+            quality.check_head(self.machine.model, done.hidden, done.logits)
+            self._head_checked = True
+        if self.job.options.decode_tokens:
+            self.machine.decode(method, done.logits.argmax(-1), done.cache, 2)
 
     def run(self, round_: Round) -> list[tuple[Cell, dict[str, Any]]]:
         """Measure a round; the cells with the values of their records, in the order they ran."""
@@ -131,7 +144,8 @@ class Bench:
             method = self._methods[cell.entry.name]
             error, problems = verify.worst_error(log.samples, method)
             values["check"] = {"error": error, "problems": problems[:3]}
-            values["picture"] = picture.choose(log.samples)
+            prefill = [s for s in log.samples if s.q.shape[2] > 1]
+            values["picture"] = picture.choose(prefill or log.samples)
         log.samples.clear()
         return values
 
@@ -167,6 +181,16 @@ class Bench:
                     # The first token after a change of attention pays for the change.
                     times[turn] += seconds[1:] if count > 1 else seconds
                     line += made.unbind(1)
+            samples: list[Sample] = []
+            if cell.number == 0:
+                samples = self.machine.decode_samples(
+                    method,
+                    tokens[-1].to(self.machine.device),
+                    done.cache,
+                    verify.layers_to_check(self.layers),
+                )
+            assert done.log is not None
+            done.log.samples += samples
             results[cell] = {
                 "decode_seconds": median(times["method"]),
                 "dense_decode_seconds": median(times["dense"]),

@@ -131,6 +131,7 @@ def _compare(options: Options, listener: Listener) -> Result:
 def _measure(
     job: Job, plan: Plan, records: Records, bench: Bench, done: set[Cell], listener: Listener
 ) -> None:
+    bench.warm_up([entry.name for entry in plan.entries], plan.lengths[0])
     for round_ in plan.rounds(set(done)):
         names = " and ".join(cell.entry.name for cell in round_.cells)
         listener.advance(
@@ -161,6 +162,7 @@ def fingerprint(job: Job, where: dict[str, Any]) -> dict[str, Any]:
         "passes": job.passes,
         "needle_depths": list(job.depths),
         "decode_tokens": options.decode_tokens if job.info.kind == "causal-lm" else 0,
+        "engine": where["engine"],
         "versions": {name: where[name] for name in ("foveate", "code", "torch", "transformers")},
     }
 

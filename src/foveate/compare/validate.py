@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate import catalog
 from foveate.compare import audio
 from foveate.compare.needle import PromptMaker, tokenise
 from foveate.compare.options import (
@@ -23,7 +24,13 @@ from foveate.compare.options import (
     parse_dtype,
     parse_lengths,
 )
-from foveate.compare.plan import DEFAULT_LENGTHS, DEFAULT_METHODS, Entry, entries_of
+from foveate.compare.plan import (
+    DEFAULT_LENGTHS,
+    DEFAULT_METHODS,
+    ENCODER_METHODS,
+    Entry,
+    entries_of,
+)
 from foveate.compare.records import writable_folder
 from foveate.compare.text import Text, load_text
 from foveate.hf.load import ModelInfo, load_tokenizer, locate
@@ -66,7 +73,7 @@ def validate(options: Options, progress: Callable[[str], None] = lambda text: No
     dtype = parse_dtype(options.dtype, device)
     lengths = parse_lengths(options.lengths)
     depths = parse_depths(options.needle_depths)
-    entries = entries_of(split(options.methods or DEFAULT_METHODS), sweep=options.sweep)
+    entries = _entries(options, DEFAULT_METHODS)
     sound = options.text is not None and options.text.lower().endswith(".wav")
     text = audio.describe(options.text) if sound else load_text(options.text)
     if lengths and not sound and len(text.content.encode()) < lengths[-1]:
@@ -75,6 +82,8 @@ def validate(options: Options, progress: Callable[[str], None] = lambda text: No
 
     info = locate(options.model, progress=progress)
     lengths = _lengths(lengths, info)
+    if info.kind != "causal-lm":
+        entries = _both_ways(_entries(options, ENCODER_METHODS), info)
     passes = max(options.repeats, len(depths) if info.kind == "causal-lm" else 0)
     if info.kind == "audio-encoder":
         if options.text is None:
@@ -103,6 +112,23 @@ def validate(options: Options, progress: Callable[[str], None] = lambda text: No
         options, device, dtype, entries, lengths, hidden, passes, info, tokenizer, text, prompts,
         tokens,
     )  # fmt: skip
+
+
+def _entries(options: Options, default: str) -> tuple[Entry, ...]:
+    text = default if options.methods is None else options.methods
+    return entries_of(split(text), sweep=options.sweep)
+
+
+def _both_ways(entries: tuple[Entry, ...], info: ModelInfo) -> tuple[Entry, ...]:
+    for entry in entries:
+        can = catalog.get(entry.key).capabilities.bidirectional
+        if not can.works:
+            fit = [r.key for r in catalog.rows() if r.capabilities.bidirectional.works]
+            raise InputError(
+                f"{entry.key} is for causal attention ({can.note}), but {info.name} is an encoder; "
+                f"take of {', '.join(fit)}."
+            )
+    return entries
 
 
 def _lengths(asked: tuple[int, ...] | None, info: ModelInfo) -> tuple[int, ...]:

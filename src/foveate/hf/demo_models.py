@@ -124,9 +124,7 @@ def folder_of(name: str, progress: Callable[[str], None] = lambda text: None) ->
     try:
         demo.convert(source, work)
         origin = {"title": demo.title, "package": demo.requirement, "sha256": digest}
-        (work / ORIGIN).write_text(
-            json.dumps(origin | {"licence": demo.licence}, indent=2) + "\n"
-        )
+        (work / ORIGIN).write_text(json.dumps(origin | {"licence": demo.licence}, indent=2) + "\n")
         try:
             work.rename(target)
         except OSError:

@@ -140,18 +140,32 @@ def load_weights(
     dtype = default_dtype(device) if dtype is None else dtype
     try:
         with demo_models.quiet():
-            model = auto.from_pretrained(info.address, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
+            model, report = auto.from_pretrained(
+                info.address, dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
             f"The weights of {info.name} can't be read: {_first_line(error)} "
             "foveate reads safetensors (never pickles)."
         ) from error
+    _complete(info, report)
     if info.kind == "audio-encoder":
         model = model.get_encoder()
     try:
         return model.to(device).eval()
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"{info.name} can't be put on {device}: {_first_line(error)}") from error
+
+
+def _complete(info: ModelInfo, report: dict[str, Any]) -> None:
+    """Refuse weights that transformers had to make up; an encoder may lack its pooler."""
+    missing = {str(key) for key in report.get("missing_keys", ())}
+    made_up = sorted(key for key in missing if "pooler" not in key)
+    if made_up:
+        raise InputError(
+            f"The weights of {info.name} lack {len(made_up)} tensors, among them {made_up[0]}, "
+            "which would be random; give a complete model folder."
+        )
 
 
 def _need_transformers() -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from foveate.ops.errors import InputError
 from foveate.ops.layout import bits as bitset
+from foveate.ops.layout.sound import check_lists
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -215,6 +216,12 @@ class Layout:
         starts = (ends.reshape(-1) - counts).reshape(batches, heads, width)[..., :1]
         rows = (self.entry_rows % max(1, self.q_tiles))[order].int()
         return Transposed(torch.cat((starts, ends), -1), rows, order)
+
+    @cached_property
+    def sound(self) -> bool:
+        """True; raises InputError if the lists contradict each other. Looked at once."""
+        check_lists(self)
+        return True
 
     # -- counts ----------------------------------------------------------------------------------
     def _count(self) -> Tensor:
