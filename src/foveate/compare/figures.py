@@ -126,7 +126,7 @@ def pareto(rows: list[Row], styles: Styles, length: int, limit: float) -> str | 
         )
     for key in dict.fromkeys(r.entry.key for _, _, r in points):
         colour, marker = styles[key]
-        mine = sorted((p for p in points if p[2].entry.key == key), key=lambda p: p[0])
+        mine = [p for p in points if p[2].entry.key == key]
         if len(mine) > 1:
             axes.plot([p[0] for p in mine], [p[1] for p in mine], color=colour, linewidth=1.3)
         for x, y, row in mine:
@@ -227,6 +227,11 @@ def curve(rows: list[Row], styles: Styles, kind: str) -> str | None:
             markeredgecolor="white", linewidth=1.6, elinewidth=1, capsize=2.5,
             alpha=0.55 + 0.45 * (not styles.many),
         )  # fmt: skip
+        if styles.many and ys:
+            axes.annotate(
+                _budget(mine[-1]), (xs[-1], ys[-1]), textcoords="offset points", xytext=(7, -3),
+                fontsize=8, color=INK,
+            )  # fmt: skip
     if not drawn:
         context.__exit__(None, None, None)
         return None
