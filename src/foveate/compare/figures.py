@@ -122,7 +122,13 @@ def pareto(rows: list[Row], styles: Styles, length: int, limit: float) -> str | 
     if top > 1:
         axes.fill_between([low, 100 * limit], 1, top, color="#009E73", alpha=0.09, linewidth=0)
         axes.text(
-            low, top, " may be recommended", va="top", ha="left", fontsize=8.5, color="#00694d"
+            low,
+            top - 0.02 * span,
+            "  may be recommended",
+            va="top",
+            ha="left",
+            fontsize=8.5,
+            color="#00694d",
         )
     for key in dict.fromkeys(r.entry.key for _, _, r in points):
         colour, marker = styles[key]
@@ -295,6 +301,7 @@ def split(rows: list[Row], length: int) -> str | None:
             linewidths=2.2, label="ideal", zorder=4,
         )  # fmt: skip
     axes.axvline(100, color=SOFT, linewidth=1, linestyle=(0, (4, 3)))
+    axes.set_xlim(0, max(104.0, 1.04 * max(left)))
     axes.set_yticks(range(len(names)), [_wrapped(n) for n in names], fontsize=9)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
