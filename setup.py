@@ -91,8 +91,9 @@ class BuildEngine(build_ext):
 
 
 if __name__ == "__main__":
-    sources = [str(p) for p in sorted(Path(SOURCES).glob("*.cpp"))]
+    sources, headers = ([str(p) for p in sorted(Path(SOURCES).glob(x))] for x in ("*.cpp", "*.h"))
+    engine = Extension("foveate.ops.cpu._engine", sources, depends=headers, optional=True)
     setup(
-        ext_modules=[Extension("foveate.ops.cpu._engine", sources, optional=True)],
+        ext_modules=[engine],
         cmdclass={"build_ext": BuildEngine},
     )

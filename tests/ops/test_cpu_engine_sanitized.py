@@ -40,7 +40,7 @@ def test_no_access_outside_and_nothing_undefined(tmp_path: Path) -> None:
     files = ("test_cpu_engine.py", "test_cpu_engine_backward.py")
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
+            *(sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider"),
             *(str(ROOT / "tests" / "ops" / name) for name in files),
         ],
         cwd=ROOT,
@@ -55,5 +55,7 @@ def test_no_access_outside_and_nothing_undefined(tmp_path: Path) -> None:
             "PYTHONPATH": str(ROOT / "src"),
         },
     )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    report = done.stdout + done.stderr
+    at = max(0, *(report.find(word) for word in ("runtime error", "ERROR: Address")))
+    assert done.returncode == 0, report[max(0, at - 200) :][:6000]
     assert " passed" in done.stdout

@@ -7,6 +7,8 @@ library is loaded. The backend `cpu` of the core op stands on these functions.
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +20,7 @@ from foveate.ops.cpu.binding import Call, isa, use
 if TYPE_CHECKING:
     from foveate.ops.layout import Layout
 
-__all__ = ["available", "backward", "forward", "isa", "reason", "supports", "use"]
+__all__ = ["available", "backward", "forward", "isa", "notify", "reason", "supports", "use"]
 
 MAX_DIM = 1024
 
@@ -31,6 +33,16 @@ def available() -> bool:
 def reason() -> str:
     """Why the engine is not there; empty if it is."""
     return binding.load()[1]
+
+
+@cache
+def notify() -> None:
+    """Say once that the engine is not there and what serves in its place."""
+    if not available() and not binding.switched_off():
+        warnings.warn(
+            f"{reason()}. Attention on the CPU runs in pure torch until then, which is slower.",
+            stacklevel=2,
+        )
 
 
 def supports(

@@ -56,11 +56,16 @@ class Call(ctypes.Structure):
     ]
 
 
+def switched_off() -> bool:
+    """Whether the user asked for the engine not to be used."""
+    return os.environ.get("FOVEATE_CPU_ENGINE") == "off"
+
+
 @cache
 def load() -> tuple[ctypes.CDLL | None, str]:
     """(the library or None, why it is not there)."""
     named = os.environ.get("FOVEATE_CPU_ENGINE")
-    if named == "off":
+    if switched_off():
         return None, "the C++ engine is switched off by FOVEATE_CPU_ENGINE=off"
     path = Path(named) if named else Path(__file__).with_name("_engine.so")
     if not path.exists():

@@ -26,6 +26,8 @@ bool reserve(Arena* arena, int64_t bytes) {
 
 namespace {
 
+[[maybe_unused]] const int watched = pthread_atfork(before_fork, nullptr, after_fork);
+
 std::vector<const Kernels*> runnable() {
   std::vector<const Kernels*> found = {portable_kernels()};
 #if defined(__x86_64__)

@@ -10,7 +10,7 @@ namespace FOVEATE_ISA {
 // F floats repeated through the vector.
 template <int F> INLINE vf load_group(const float* p) {
   if (F == VL) return load(p);
-  if (F == 1) return set1(*p);
+  if (F == 1) return set1(scalar(p));
 #if defined(__AVX512F__)
   if (F == 2) {
     double pair;

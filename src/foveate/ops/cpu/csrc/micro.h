@@ -45,6 +45,9 @@ struct Ahead {
   int bytes;  // of a row
 };
 
+// Pairs of bf16 lie at any even address.
+INLINE float scalar(const float* p) { float x; memcpy(&x, p, 4); return x; }
+
 // acc[j] += sum over t < n of a[t] * b[j][t]; a is n vectors `lda` floats apart.
 template <class P, int KN, int NV>
 INLINE void product(vf (&acc)[KN][NV], const float* a, int64_t lda, const float* const* b, int n,
@@ -60,7 +63,7 @@ INLINE void product(vf (&acc)[KN][NV], const float* a, int64_t lda, const float*
       vf x[NV];
       UNROLL for (int v = 0; v < NV; ++v) x[v] = load(a + u * lda + v * VL);
       UNROLL for (int j = 0; j < KN; ++j) {
-        vf y = set1(row[j][u]);
+        vf y = set1(scalar(row[j] + u));
         UNROLL for (int v = 0; v < NV; ++v) acc[j][v] = P::fma(acc[j][v], x[v], y);
       }
     }
@@ -69,7 +72,7 @@ INLINE void product(vf (&acc)[KN][NV], const float* a, int64_t lda, const float*
     vf x[NV];
     UNROLL for (int v = 0; v < NV; ++v) x[v] = load(a + t * lda + v * VL);
     UNROLL for (int j = 0; j < KN; ++j) {
-      vf y = set1(row[j][t]);
+      vf y = set1(scalar(row[j] + t));
       UNROLL for (int v = 0; v < NV; ++v) acc[j][v] = P::fma(acc[j][v], x[v], y);
     }
   }

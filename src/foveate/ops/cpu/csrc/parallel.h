@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 #if defined(__linux__)
+#include <dirent.h>
 #include <sys/mman.h>
 #endif
 
@@ -40,7 +41,23 @@ inline bool& pool_lost() {
   static bool lost = false;
   return lost;
 }
-inline void after_fork() { pool_lost() = true; }
+inline bool& alone() {
+  static bool value = false;
+  return value;
+}
+// Before a fork: a process of one thread has started no pool.
+inline void before_fork() {
+  alone() = false;
+#if defined(__linux__)
+  if (DIR* tasks = opendir("/proc/self/task")) {
+    int entries = 0;  // . and .. among them
+    while (readdir(tasks)) ++entries;
+    closedir(tasks);
+    alone() = entries == 3;
+  }
+#endif
+}
+inline void after_fork() { pool_lost() = pool_lost() || !alone(); }
 
 // Threads for a call of so many multiply-adds: one for each 2 million, about 20 microseconds.
 inline int64_t threads_for(int64_t threads, double multiplications) {
