@@ -229,7 +229,7 @@ def test_sdpa_declines_a_mask_too_large_to_hold(monkeypatch, pace):
 def test_a_wrong_decoder_gets_no_speed(pace, spoilt):
     name = spoilt(lambda right: AttentionOutput(right.out, right.lse + 1))
     options = decode.Options(
-        contexts=(128,), groups=(2,), head_dims=(16,), mfa=False, dtypes=("float32",),
+        contexts=(128,), groups=(2,), head_dims=(16,), caches=("whole",), dtypes=("float32",),
         backends=("sdpa-rows", name), footprint=1, pace=pace,
     )  # fmt: skip
     (one,) = decode.run(options)
@@ -242,13 +242,17 @@ def test_a_wrong_decoder_gets_no_speed(pace, spoilt):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_decoder_is_right(pace, dtype):
     options = decode.Options(
-        contexts=(192,), groups=(1, 3), head_dims=(16,), mfa=False, dtypes=(dtype,),
-        backends=(*decode.TORCH, "blocks"), footprint=1, pace=pace,
+        contexts=(192, 1088), groups=(1, 3), head_dims=(16,), dtypes=(dtype,),
+        caches=("whole", "selected", "latent"),
+        backends=(*decode.TORCH, decode.GATHER, "blocks"), footprint=1, pace=pace,
     )  # fmt: skip
     for one in decode.run(options):
         verdicts = {r["backend"]: r["correct"] for r in one["values"]["results"]}
+        selected = one["cell"]["form"] == "selected"
+        assert set(verdicts) == {"blocks", *([decode.GATHER] if selected else decode.TORCH)}
         if dtype == "bfloat16":
-            del verdicts["matmul"]  # rounds its scores to bf16, which may or may not be too coarse
+            # These round their scores to bf16, which may or may not be too coarse.
+            verdicts = {n: v for n, v in verdicts.items() if n not in ("matmul", decode.GATHER)}
         assert all(verdicts.values()), verdicts
 
 
@@ -408,7 +412,7 @@ def test_tables_show_each_contestant_and_why_one_has_no_speed(pace, spoilt):
     name = spoilt(lambda right: AttentionOutput(right.out * 1.1, right.lse))
     found = kernels.run(small(pace, backends=("sdpa", name)))
     options = decode.Options(
-        contexts=(128,), groups=(2,), head_dims=(16,), mfa=False, dtypes=("float32",),
+        contexts=(128,), groups=(2,), head_dims=(16,), caches=("whole",), dtypes=("float32",),
         backends=("matmul", name), footprint=1, pace=pace,
     )  # fmt: skip
     steps = decode.run(options)
@@ -463,6 +467,8 @@ def test_decode_on_the_command_line(tmp_path, capsys, monkeypatch):
         (("kernels", "--masks", "causl"), "did you mean 'causal'"),
         (("kernels", "--lengths", "many"), "expected whole numbers"),
         (("decode", "--groups", "0"), "groups must be at least 1"),
+        (("decode", "--contexts", "1000"), "multiples of 64"),
+        (("decode", "--caches", "hole"), "did you mean 'whole'"),
         (("decode", "--backends", "sdpa-row"), "did you mean 'sdpa-rows'"),
     ],
 )

@@ -33,6 +33,17 @@ def table(predicate: Predicate, q_len: int, kv_len: int, batch: int = 1) -> Tens
     return torch.tensor(rows, dtype=torch.bool).reshape(batch, 1, q_len, kv_len)
 
 
+def by_distance(bias: Tensor, first: int, q_len: int, kv_len: int) -> Tensor:
+    """A relative bias (.., .., 1 or Lq, R) pair by pair, distances beyond its ends at the ends."""
+    last = bias.shape[-1] - 1
+    rows = []
+    for i in range(q_len):
+        own = bias[:, :, i if bias.shape[2] > 1 else 0]
+        distances = [j - (i + kv_len - q_len) for j in range(kv_len)]
+        rows.append(own[..., [min(max(d - first, 0), last) for d in distances]])
+    return torch.stack(rows, 2)
+
+
 def attend(
     query: Tensor,
     key: Tensor,

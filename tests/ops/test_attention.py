@@ -8,14 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import attend, masks, table
+from oracle import attend, by_distance, masks, table
 
 from foveate.ops import (
     Layout,
+    RelativeBias,
+    alibi,
+    alibi_slopes,
     attention,
     available,
     blocks,
     causal,
+    cpu,
     explain,
     sinks,
     window,
@@ -37,17 +41,21 @@ class Call:
     options: dict
     grads: tuple[torch.Tensor, torch.Tensor]
     bias: torch.Tensor | None
+    first: int | None = None  # of a relative bias, whose table (.., .., 1 or Lq, R) `bias` then is
 
     def truth(self):
         wide = [x.detach().double().requires_grad_() for x in self.inputs]
-        bias = None if self.bias is None else self.bias.detach().double().requires_grad_()
-        out, lse = attend(*wide, self.allowed, bias=bias, **self.options)
+        bias = full = None if self.bias is None else self.bias.detach().double().requires_grad_()
+        if self.first is not None:
+            full = by_distance(bias, self.first, wide[0].shape[2], wide[1].shape[2])
+        out, lse = attend(*wide, self.allowed, bias=full, **self.options)
         return self._collect(out, lse, wide, bias)
 
     def run(self, backend, **how):
         own = [x.detach().clone().requires_grad_() for x in self.inputs]
         bias = None if self.bias is None else self.bias.detach().clone().requires_grad_()
-        out, lse = attention(*own, bias=bias, backend=backend, **self.options, **how)
+        given = bias if self.first is None else RelativeBias(bias, self.first)
+        out, lse = attention(*own, bias=given, backend=backend, **self.options, **how)
         assert out.dtype == self.inputs[0].dtype
         assert lse.dtype == torch.promote_types(out.dtype, torch.float32)
         return self._collect(out, lse, own, bias)
@@ -97,17 +105,29 @@ def calls(draw, dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.floa
         "softcap": draw(st.sampled_from([None, None, 2.0])),
         "sink_logits": draw(st.sampled_from([None, normal(heads)])),
     }
+    reach = draw(st.integers(1, 80).filter(lambda n: n not in (1, kv_len)))
     bias_shape = draw(
-        st.sampled_from([None, None, (kv_len,), (2, 1, 1, kv_len), (heads, q_len, kv_len)])
+        st.sampled_from(
+            [
+                None,
+                None,
+                (kv_len,),
+                (2, 1, 1, kv_len),
+                (heads, q_len, kv_len),
+                (1, heads, 1, reach),
+                (2, heads, q_len, reach),
+            ]
+        )
     )
     bias = None if bias_shape is None else normal(*bias_shape).to(dtype)
+    first = draw(st.integers(-70, 5)) if bias_shape and bias_shape[-1] == reach else None
     allowed = table(predicate, q_len, kv_len, batch=2)
     grads = (normal(2, heads, q_len, value_dim), normal(2, heads, q_len))
     how = {"mask": mask}
     if draw(st.booleans()):  # several tiles, which a mask of these lengths would not have
         tile = draw(st.sampled_from([8, 16, (8, 32), (32, 8)]))
         how = {"layout": mask.layout(q_len, kv_len, tile)}
-    return how, Call(inputs, allowed, options, grads, bias)
+    return how, Call(inputs, allowed, options, grads, bias, first)
 
 
 def supports(backend, call, **how):
@@ -119,8 +139,9 @@ def supports(backend, call, **how):
     asked = {"mask": None, "layout": None, **how}
     o = call.options
     q, k, v = (x.detach().requires_grad_() for x in call.inputs)
+    bias = call.bias if call.first is None else RelativeBias(call.bias, call.first)
     inputs = _checked(
-        q, k, v, asked["mask"], asked["layout"], o["scale"], o["softcap"], None, call.bias, 0.0
+        q, k, v, asked["mask"], asked["layout"], o["scale"], o["softcap"], None, bias, 0.0
     )
     return not BACKENDS[backend].not_supported_reasons(inputs)
 
@@ -387,3 +408,42 @@ def test_a_default_device_changes_nothing():
     with torch.device("meta"):
         torch.testing.assert_close(attention(q, q, q, mask & window(39, 0)), want)
         assert mask.layout(41, 41).device.type == "cpu"
+
+
+def test_alibi_is_its_paper():
+    """Press et al.: slopes 2^-1 .. 2^-8 for 8 heads, of 12 heads the rest between; -m |i - j|."""
+    assert alibi_slopes(8).tolist() == [2.0**-k for k in range(1, 9)]
+    more = alibi_slopes(12)
+    assert more[:8].tolist() == [2.0**-k for k in range(1, 9)]
+    torch.testing.assert_close(more[8:], 2.0 ** -torch.tensor([0.5, 1.5, 2.5, 3.5]))
+    q, k, v = (torch.randn(1, 4, n, 16) for n in (20, 33, 33))
+    slopes = alibi_slopes(4)
+    distance = (torch.arange(13, 33)[:, None] - torch.arange(33)).abs()
+    want = attend(q, k, v, causal().dense(20, 33), bias=-slopes[:, None, None] * distance)
+    for backend in ("cpu", "blocks", "reference"):
+        if backend != "cpu" or cpu.available():
+            got = attention(q, k, v, causal(), bias=alibi(slopes, 32), backend=backend)
+            assert error([x.double() for x in got], want) < BAND[torch.float32]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("rows", [1, 300])
+def test_a_relative_bias_with_threads_and_many_tiles(rows, threads):
+    """Its gradient sums over every pair at a distance, whichever thread meets it."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(2, 4, 300, 24), (2, 2, 300, 24), (2, 2, 300, 24)]
+    inputs = [torch.randn(*s, generator=generator) for s in shapes]
+    table_ = torch.randn(1, 4, rows, 90, generator=generator)
+    grads = (
+        torch.randn(2, 4, 300, 24, generator=generator).double(),
+        torch.randn(2, 4, 300, generator=generator).double(),
+    )
+    call = Call(inputs, causal().dense(300, 300), {}, grads, table_, -80)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        runs = [call.run("auto", mask=causal()) for _ in range(2)]
+    finally:
+        torch.set_num_threads(before)
+    assert error(runs[0], call.truth()) < BAND[torch.float32]
+    assert all(torch.equal(a, b) for a, b in zip(*runs))

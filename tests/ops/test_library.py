@@ -68,15 +68,15 @@ def test_shapes_may_be_dynamic():
         torch.testing.assert_close(run(*call), attention(*call, MASK, backend="reference"))
 
 
-@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("kind", ["no bias", "per key", "relative"])
 @pytest.mark.parametrize("form", ["mask", "layout", "dense"])
-def test_opcheck(form, with_bias):
+def test_opcheck(form, kind):
     mask = MASK if form == "mask" else None
     layout = MASK.layout(40, 40, 8) if form == "layout" else None
     call = [x.requires_grad_() for x in _tensors()]
-    bias = torch.randn(1, 1, 1, 40, requires_grad=True) if with_bias else None
+    bias = None if kind == "no bias" else torch.randn(1, 1, 1, 40, requires_grad=True)
     packed = library.pack(mask, layout)
-    args = (*call, bias, *packed, 0.25, None, "auto")
+    args = (*call, bias, *packed, 0.25, None, -30 if kind == "relative" else None, "auto")
     torch.library.opcheck(torch.ops.foveate.attention.default, args)
     with torch.no_grad():
         out, lse = torch.ops.foveate.attention(*args)

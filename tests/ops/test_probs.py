@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from foveate.ops import (
+    RelativeBias,
     apply_probs,
     attention,
     block_sums,
@@ -81,5 +82,16 @@ def test_a_hidden_score_may_be_any_size_and_bias_counts():
     torch.testing.assert_close(weights.sum(-1), torch.ones(1, 2, 6))
     (grad,) = torch.autograd.grad(weights[:, :, :5].square().sum(), q)
     assert torch.isfinite(grad).all()
+    some = probs(q, k, lse, torch.tensor([4, 1]), causal(), bias=bias)
+    torch.testing.assert_close(some, weights[:, :, [4, 1]])
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_a_relative_bias_counts(rows):
+    q, k = torch.randn(1, 2, 6, 8), torch.randn(1, 2, 9, 8)
+    bias = RelativeBias(torch.randn(1, 2, rows, 5), -4)
+    lse = attention(q, k, k, causal(), bias=bias).lse
+    weights = probs(q, k, lse, mask=causal(), bias=bias)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 2, 6))
     some = probs(q, k, lse, torch.tensor([4, 1]), causal(), bias=bias)
     torch.testing.assert_close(some, weights[:, :, [4, 1]])

@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from foveate.ops import attention, causal, documents, explain, padding, window
+from foveate.ops import (
+    RelativeBias,
+    alibi,
+    alibi_slopes,
+    attention,
+    causal,
+    documents,
+    explain,
+    padding,
+    window,
+)
 from foveate.ops.errors import BackendError, FoveateError, InputError
 
 
@@ -44,6 +54,14 @@ Q, K, V = qkv()
         (lambda: attention(Q, K, V, sink_logits=torch.zeros(2)), r"must be \(4,\)"),
         (lambda: attention(Q, K, V, bias=torch.zeros(3, 8, 8)), "does not broadcast"),
         (lambda: attention(Q, K, V, bias=torch.ones(8, 8).bool()), "a mask goes in mask="),
+        (lambda: attention(Q, K, V, bias=0.5), "tensor or a RelativeBias, got float"),
+        (lambda: attention(Q, K, V, bias=RelativeBias(torch.ones(3, 9), 0)), "does not broadcast"),
+        (lambda: RelativeBias(torch.ones(3, 0), 0), "at least one entry"),
+        (lambda: RelativeBias(torch.ones(3).int(), 0), "floating-point"),
+        (lambda: RelativeBias(torch.ones(3), 0.5), "whole number"),
+        (lambda: alibi(torch.ones(2, 2), 3), r"must be \(Hq,\)"),
+        (lambda: alibi(torch.ones(2), -1), "at least 0"),
+        (lambda: alibi_slopes(0), "at least 1"),
     ],
 )
 def test_bad_input(call, says):

@@ -136,9 +136,13 @@ def decode(
     ] = None,
     kv_heads: Annotated[int, typer.Option(help="Key heads.")] = 2,
     head_dims: Annotated[str | None, typer.Option(help="Head sizes, such as 64,128.")] = None,
-    mfa: Annotated[
-        bool, typer.Option(help="Also 64 query heads on one key head of size 256.")
-    ] = True,
+    caches: Annotated[
+        str | None,
+        typer.Option(
+            help="whole, mfa (64 query heads on one key head of 256), selected (one tile in eight "
+            "is read), latent (values are the first part of the keys)."
+        ),
+    ] = None,
     dtypes: Dtypes = None,
     backends: Backends = None,
     threads: Threads = None,
@@ -169,15 +173,15 @@ def decode(
     base = job.Options()
     if quick:
         base = job.Options(
-            contexts=(8192,), groups=(1, 8, 64), head_dims=(64,), dtypes=("float32",)
-        )
-        mfa = False
+            contexts=(8192,), groups=(1, 8, 64), head_dims=(64,), dtypes=("float32",),
+            caches=("whole",),
+        )  # fmt: skip
     options = job.Options(
         contexts=_numbers("--contexts", contexts) or base.contexts,
         groups=_numbers("--groups", groups) or base.groups,
         kv_heads=kv_heads,
         head_dims=_numbers("--head-dims", head_dims) or base.head_dims,
-        mfa=mfa,
+        caches=_words(caches) or base.caches,
         dtypes=_words(dtypes) or base.dtypes,
         threads=_numbers("--threads", threads) or _threads(quick, clock),
         backends=_words(backends),
@@ -187,7 +191,7 @@ def decode(
     )
     options.check()
     found = _run(lambda *where: job.run(options, *where), out, fresh)
-    names = [name for name in options.names() if name not in job.TORCH]
+    names = [name for name in options.names() if name not in (*job.TORCH, job.GATHER)]
     lines = [line for name in names for line in decode_summary(found, name)]
     path = _draw(decode_figure, found, Path(out) / "decode.png")
     if as_json:

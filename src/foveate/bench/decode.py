@@ -2,7 +2,8 @@
 
 A step reads K and V once and does 4 D operations for each query head and key. With few query heads
 on a key/value head memory is the limit, with many (64 on one, as in MFA) compute is. Both limits
-are measured in the very rounds in which the contestants run.
+are measured in the very rounds in which the contestants run. Besides whole caches: selected tiles
+of them, as a sparse method reads, and latent ones (MLA), whose values are the first part of each key.
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ from foveate.bench.job import DTYPES, Begin, check_clock, check_known, check_siz
 from foveate.bench.roofs import Pool, Product
 from foveate.bench.timing import Pace, paired, race, spread
 from foveate.compare.records import Records
-from foveate.ops import attention
-from foveate.ops.errors import FoveateError
+from foveate.ops import Layout, attention
+from foveate.ops.errors import FoveateError, InputError
 
 TORCH = ("sdpa", "sdpa-rows", "matmul")
+CACHES = ("whole", "mfa", "selected", "latent")
+GATHER = "gather"  # selected tiles in torch: gathered, then two products
 _IN_CACHE = 256 * 1024
+_TILE, _SHARE = 64, 8  # one tile of 64 keys in 8 is selected
+_LATENT = (576, 512)  # DeepSeek's: 512 of content, 64 of position
 
 
 @dataclass(frozen=True)
@@ -39,17 +44,35 @@ class Cell:
     head_dim: int
     dtype: str
     threads: int
+    form: str = "whole"
 
     def __str__(self) -> str:
         return (
             f"{self.context} keys, {self.group} heads on each of {self.kv_heads}, "
-            f"D={self.head_dim} {self.dtype} threads={self.threads}"
+            f"D={self.head_dim} {self.dtype} threads={self.threads} {self.form}"
         )
+
+    @property
+    def value_dim(self) -> int:
+        """Dv."""
+        return _LATENT[1] if self.form == "latent" else self.head_dim
+
+    @property
+    def keys(self) -> int:
+        """Keys that a step visits."""
+        if self.form != "selected":
+            return self.context
+        return min(self.context, max(1, self.context // _TILE // _SHARE) * _TILE)
 
     @property
     def flops(self) -> float:
         """Operations of one step."""
-        return 4.0 * self.group * self.kv_heads * self.context * self.head_dim
+        return 2.0 * self.group * self.kv_heads * self.keys * (self.head_dim + self.value_dim)
+
+    def contestants(self, names: list[str]) -> list[str]:
+        """Those of the names that this cell is for."""
+        other = TORCH if self.form == "selected" else (GATHER,)
+        return [name for name in names if name not in other]
 
 
 @dataclass(frozen=True)
@@ -61,10 +84,12 @@ class Options:
         groups: query heads on each key/value head.
         kv_heads: key/value heads.
         head_dims: D.
-        mfa: measure 64 query heads on one key/value head of 256 as well.
+        caches: of `CACHES`: whole ones; "mfa", 64 query heads on one key/value head of 256; those of
+            which one tile in eight is read, at the last head size; latent ones (D 576, of which the
+            values are 512), 16 and 128 heads on one.
         dtypes: float32, bfloat16, float16.
         threads: of torch.
-        backends: of `TORCH` and of foveate's; empty is the former and the engine.
+        backends: of `TORCH`, `GATHER` and of foveate's; empty is the former and the engine.
         footprint: bytes of caches that are gone through in turn, several times the last-level
             cache, so that every step reads its keys from memory.
         pace: how long to measure.
@@ -75,7 +100,7 @@ class Options:
     groups: tuple[int, ...] = (1, 4, 8, 16, 64)
     kv_heads: int = 2
     head_dims: tuple[int, ...] = (64, 128)
-    mfa: bool = True
+    caches: tuple[str, ...] = CACHES
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     threads: tuple[int, ...] = (1,)
     backends: tuple[str, ...] = ()
@@ -88,7 +113,7 @@ class Options:
         if self.backends:
             return list(self.backends)
         ours = "cpu" if "cpu" in own() else "blocks"  # blocks does a whole tile for one query
-        return [*TORCH, ours]
+        return [*TORCH, GATHER, ours]
 
     def check(self) -> None:
         """Refuse what can't be measured.
@@ -96,23 +121,35 @@ class Options:
         Raises:
             InputError: a name is unknown or a size makes no sense.
         """
-        check_known("backend", self.backends, [*TORCH, *own()])
+        check_known("backend", self.backends, [*TORCH, GATHER, *own()])
+        check_known("cache", self.caches, CACHES)
         check_clock(self.pace.clock, self.threads)
         check_known("dtype", self.dtypes, DTYPES)
         check_sizes(contexts=self.contexts, groups=self.groups, head_dims=self.head_dims)
+        if "selected" in self.caches and any(n % _TILE for n in self.contexts):
+            raise InputError(
+                f"contexts must be multiples of {_TILE} where tiles of that size are selected; leave "
+                "'selected' out of the caches for others."
+            )
         check_sizes(kv_heads=(self.kv_heads,), threads=self.threads)
         check_sizes(repeats=(self.pace.repeats,), footprint=(self.footprint,))
 
     def cells(self) -> Iterator[Cell]:
         """Every cell."""
         for threads, dtype in itertools.product(self.threads, self.dtypes):
-            for head_dim, group, context in itertools.product(
-                self.head_dims, self.groups, self.contexts
-            ):
+            whole = itertools.product(self.head_dims, self.groups, self.contexts)
+            for head_dim, group, context in whole if "whole" in self.caches else ():
                 yield Cell(context, group, self.kv_heads, head_dim, dtype, threads)
-            if self.mfa:
+            if "mfa" in self.caches:
                 for context in self.contexts:
                     yield Cell(context, 64, 1, 256, dtype, threads)
+            if "selected" in self.caches:
+                for group, context in itertools.product(self.groups, self.contexts):
+                    dim = self.head_dims[-1]
+                    yield Cell(context, group, self.kv_heads, dim, dtype, threads, "selected")
+            if "latent" in self.caches:
+                for group, context in itertools.product((16, 128), self.contexts):
+                    yield Cell(context, group, 1, _LATENT[0], dtype, threads, "latent")
 
 
 def run(
@@ -128,23 +165,58 @@ def run(
     return run_cells("decode", cells, how, lambda cell: measure(cell, options), records, begin)
 
 
-def decoder(name: str, group: int) -> Call:
+def decoder(name: str, group: int, layout: Layout | None = None) -> Call:
     """One step by a contestant: query (B, Hq, 1, D) against keys (B, Hkv, L, D)."""
+    if name == GATHER:
+        assert layout is not None
+        return _gatherer(layout, group)
     if name == "sdpa":
         return lambda q, k, v: (scaled_dot_product_attention(q, k, v, enable_gqa=group > 1), None)
     if name == "sdpa-rows":
         return lambda q, k, v: (
-            scaled_dot_product_attention(_rows(q, group), k, v).reshape(q.shape),
+            _heads(scaled_dot_product_attention(_rows(q, group), k, v)),
             None,
         )
     if name == "matmul":
-        return lambda q, k, v: (_matmul(_rows(q, group), k, v).reshape(q.shape), None)
-    return lambda q, k, v: attention(q, k, v, backend=name)
+        return lambda q, k, v: (_heads(_matmul(_rows(q, group), k, v)), None)
+    return lambda q, k, v: attention(q, k, v, layout=layout, backend=name)
+
+
+def _gatherer(layout: Layout, group: int) -> Call:
+    """Every key/value head's listed tiles copied together, then two products."""
+    heads, tiles = layout.groups[1], layout.kv_len // _TILE
+    listed = layout.cols.long().reshape(heads, -1)
+    at = (torch.arange(heads)[:, None] * tiles + listed).reshape(-1)
+
+    def chosen(x: Tensor) -> Tensor:
+        return x.reshape(heads * tiles, -1)[at].reshape(1, heads, -1, x.shape[-1])
+
+    return lambda q, k, v: (
+        _heads(_matmul(_rows(q, group), chosen(k), chosen(v))),
+        None,
+    )
+
+
+def _selection(cell: Cell, seed: int) -> Layout | None:
+    """Tiles drawn for each key/value head, as many for each."""
+    if cell.form != "selected":
+        return None
+    random = torch.Generator().manual_seed(seed)
+    count = cell.context // _TILE
+    tiles = torch.zeros(1, cell.kv_heads, 1, count, dtype=torch.bool)
+    for head in range(cell.kv_heads):
+        tiles[0, head, 0, torch.randperm(count, generator=random)[: cell.keys // _TILE]] = True
+    return Layout.from_tiles(tiles, 1, cell.context, (8, _TILE))
 
 
 def _rows(query: Tensor, group: int) -> Tensor:
     """The query heads of one key/value head as rows: (B, Hkv, group, D)."""
     return query.reshape(query.shape[0], -1, group, query.shape[-1])
+
+
+def _heads(rows: Tensor) -> Tensor:
+    """The way back: (B, Hq, 1, Dv)."""
+    return rows.reshape(rows.shape[0], -1, 1, rows.shape[-1])
 
 
 def _matmul(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -156,34 +228,43 @@ def measure(cell: Cell, options: Options) -> dict[str, Any]:
     """One cell: checks first, then the race of contestants and roofs; the record's values."""
     dtype = DTYPES[cell.dtype]
     shape = (1, cell.kv_heads, cell.context, cell.head_dim)
-    pool = Pool(shape, dtype, options.footprint, options.seed)
+    within = cell.value_dim if cell.form == "latent" else None
+    pool = Pool(shape, dtype, options.footprint, options.seed, within)
+    layout = _selection(cell, options.seed)
+    read = pool.bytes * cell.keys / cell.context  # by one step
     random = torch.Generator().manual_seed(options.seed + 1)
     heads = cell.kv_heads * cell.group
     query = torch.randn(1, heads, 1, cell.head_dim, generator=random).to(dtype)
-    judge = Judge(query, pool.key, pool.value, None, seed=options.seed)
+    allowed = None if layout is None else layout.dense()
+    judge = Judge(
+        query, pool.key, pool.value, None if allowed is None else lambda rows: allowed[:, :, rows],
+        seed=options.seed,
+    )  # fmt: skip
     product, near = Product(dtype, options.seed), _Near(cell, query, pool)
     calls: dict[str, Callable[[], object]] = {"read": pool.read, "product": product.run}
     results: list[dict[str, Any]] = []
     in_cache_result: dict[str, Any] = {}
-    for name in options.names():
+    for name in cell.contestants(options.names()):
         result: dict[str, Any] = {"backend": name}
         results.append(result)
-        call = decoder(name, cell.group)
+        call = decoder(name, cell.group, layout)
         verdict = _judged(judge, call, result)
         if verdict is None:
             continue
         calls[f"run {name}"] = _step(call, query, pool)
-        if name == "cpu" and _judged(near.judge, call, in_cache_result) is not None:
-            calls["near"] = _bound_to(call, near.tensors)
+        if name == "cpu":
+            whole = decoder(name, cell.group)
+            if _judged(near.judge, whole, in_cache_result) is not None:
+                calls["near"] = _bound_to(whole, near.tensors)
     samples = race(calls, options.pace)
     seconds = {name: sample.by(options.pace.clock) for name, sample in samples.items()}
     reads, products = seconds["read"], seconds["product"]
     in_cache = seconds.get("near")
     # What a step would take at best, in each round, by memory and by compute.
-    by_memory = reads
+    by_memory = [t * read / pool.bytes for t in reads]
     by_compute = [t * cell.flops / product.flops for t in products]
     values: dict[str, Any] = {
-        "bytes": pool.bytes,
+        "bytes": read,
         "flops": cell.flops,
         "caches": len(pool.pairs),
         "read_gbps": pool.bytes / spread(reads)["median"] / 1e9,
@@ -205,11 +286,11 @@ def measure(cell: Cell, options: Options) -> dict[str, Any]:
         result["seconds"] = spread(mine)
         result["cpu_seconds"] = spread(samples[f"run {result['backend']}"].cpu)
         result["rounds"] = len(mine)
-        result["gbps"], result["gflops"] = pool.bytes / middle / 1e9, cell.flops / middle / 1e9
+        result["gbps"], result["gflops"] = read / middle / 1e9, cell.flops / middle / 1e9
         result["of_roof"] = paired([max(x) for x in zip(by_memory, by_compute)], mine)
         if in_cache is not None:
             result["of_near_roof"] = paired([max(x) for x in zip(by_memory, by_near)], mine)
-        for other in TORCH:
+        for other in (*TORCH, GATHER):
             theirs = seconds.get(f"run {other}")
             if theirs is not None and other != result["backend"]:
                 result[f"vs_{other}"] = paired(theirs, mine)
@@ -265,9 +346,10 @@ class _Near:
         per_key = pool.bytes // cell.context
         keys = max(64, min(cell.context, _IN_CACHE * cell.threads // per_key // 64 * 64))
         batch = max(1, cell.context // keys)
-        key, value = (
-            x[:, :, :keys].contiguous().expand(batch, -1, -1, -1) for x in (pool.key, pool.value)
-        )
+        key = pool.key[:, :, :keys].contiguous().expand(batch, -1, -1, -1)
+        value = pool.value[:, :, :keys].contiguous().expand(batch, -1, -1, -1)
+        if cell.form == "latent":
+            value = key[..., : cell.value_dim]
         self.tensors = (query.expand(batch, -1, -1, -1).contiguous(), key, value)
-        self.flops = cell.flops / cell.context * keys * batch
+        self.flops = cell.flops / cell.keys * keys * batch
         self.judge = Judge(*self.tensors, None)

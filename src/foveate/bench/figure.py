@@ -117,6 +117,7 @@ def decode_figure(found: list[Found], path: Path) -> Path:
                 continue
             best = max(chosen, key=lambda r: r["of_roof"]["median"])
             label = f"{best['backend']} {_of(one, 'group')} per KV head, D={_of(one, 'head_dim')}"
+            label += "" if _of(one, "form") == "whole" else f", {_of(one, 'form')}"
             at = (_of(one, "context"), best["of_roof"]["median"])
             lines.setdefault(label, []).append(at)
         for label, points in lines.items():

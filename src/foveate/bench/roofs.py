@@ -24,19 +24,34 @@ class Pool:
         dtype: of both.
         footprint: bytes that all of them hold together at least.
         seed: of the normal values.
+        within: the values are the first so many elements of the keys, and nothing beside them.
     """
 
     def __init__(
-        self, shape: tuple[int, int, int, int], dtype: torch.dtype, footprint: int, seed: int = 0
+        self,
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        footprint: int,
+        seed: int = 0,
+        within: int | None = None,
     ) -> None:
         random = torch.Generator().manual_seed(seed)
+        self.within = within
         self.key = torch.randn(shape, generator=random).to(dtype)
-        self.value = torch.randn(shape, generator=random).to(dtype)
-        self.bytes = 2 * self.key.numel() * self.key.element_size()
+        self.value = self._value(self.key, random)
+        self.bytes = self.key.numel() * self.key.element_size() * (2 if within is None else 1)
         count = max(1, -(-footprint // self.bytes))
-        more = [(self.key.clone(), self.value.clone()) for _ in range(count - 1)]
-        self.pairs: list[tuple[Tensor, Tensor]] = [(self.key, self.value), *more]
+        self.pairs: list[tuple[Tensor, Tensor]] = [(self.key, self.value)]
+        for _ in range(count - 1):
+            key = self.key.clone()
+            value = self.value.clone() if within is None else key[..., :within]
+            self.pairs.append((key, value))
         self._turns: Iterator[tuple[Tensor, Tensor]] = itertools.cycle(self.pairs)
+
+    def _value(self, key: Tensor, random: torch.Generator) -> Tensor:
+        if self.within is not None:
+            return key[..., : self.within]
+        return torch.randn(key.shape, generator=random).to(key.dtype)
 
     def next(self) -> tuple[Tensor, Tensor]:
         """The next key and value; they all hold the same numbers."""
@@ -45,7 +60,7 @@ class Pool:
     def read(self) -> object:
         """Read the next key and value, and do next to nothing with them."""
         key, value = self.next()
-        return _words(key).sum(), _words(value).sum()
+        return _words(key).sum(), _words(value).sum() if self.within is None else None
 
 
 def _words(x: Tensor) -> Tensor:

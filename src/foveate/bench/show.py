@@ -83,7 +83,7 @@ def _remark(result: dict[str, Any]) -> str:
 def decode_table(found: list[Found]) -> Table:
     """One row for each contestant of each cell; the roofs stand in each cell's first row."""
     table = Table(box=None, pad_edge=False)
-    for name in ("keys", "heads", "D", "dtype", "thr", "by"):
+    for name in ("keys", "cache", "heads", "D", "dtype", "thr", "by"):
         table.add_column(name, no_wrap=True)
     for name in (
         "ms", "GB/s", "GFLOP/s", "of roof", "in cache", "× SDPA", "× rows", "read GB/s",
@@ -96,7 +96,7 @@ def decode_table(found: list[Found]) -> Table:
         roofs = [f"{values['read_gbps']:.1f}", f"{values['product_gflops']:.0f}", values["bound"]]
         for result in values["results"]:
             table.add_row(
-                str(cell["context"]), f"{cell['group'] * cell['kv_heads']}/{cell['kv_heads']}",
+                str(cell["context"]), cell["form"], f"{cell['group'] * cell['kv_heads']}/{cell['kv_heads']}",
                 str(cell["head_dim"]), cell["dtype"], str(cell["threads"]), result["backend"],
                 *_step(result), *roofs,
                 Text(_remark(result), style="red" if "failed" in result else "dim"),
@@ -166,19 +166,24 @@ def _sparse(one: Found) -> bool:
 
 
 def decode_summary(found: list[Found], by: str) -> list[str]:
-    """What the cells of a backend come to, for each dtype and number of threads."""
+    """What the cells of a backend come to, for each dtype, number of threads and kind of cache."""
     lines = []
-    for group in sorted({(_of(one, "dtype"), _of(one, "threads")) for one in found}, key=str):
+
+    def group(one: Found) -> tuple[Any, ...]:
+        return _of(one, "dtype"), _of(one, "threads"), _of(one, "form")
+
+    for dtype, threads, form in sorted({group(one) for one in found}, key=str):
         mine = [
             result["of_roof"]["median"]
             for one in found
-            if (_of(one, "dtype"), _of(one, "threads")) == group
+            if group(one) == (dtype, threads, form)
             for result in one["values"]["results"]
             if result["backend"] == by and "seconds" in result
         ]
         if mine:
             lines.append(
-                f"{by}, decode {group[0]}, {group[1]} thread(s): {spread(mine)['median']:.2f} of "
-                f"the lower roof (median of {len(mine)}, worst {min(mine):.2f})"
+                f"{by}, decode {dtype}, {threads} thread(s), {form} cache: "
+                f"{spread(mine)['median']:.2f} of the lower roof "
+                f"(median of {len(mine)}, worst {min(mine):.2f})"
             )
     return lines

@@ -1,6 +1,7 @@
 """The exact op, masks, layouts, merging and backends; knows nothing above it."""
 
 from foveate.ops.attention import attention, explain, with_sinks
+from foveate.ops.bias import RelativeBias, alibi, alibi_slopes
 from foveate.ops.dispatch import Explanation, available
 from foveate.ops.layout import Layout
 from foveate.ops.masks import (
@@ -25,6 +26,9 @@ __all__ = [
     "Explanation",
     "Layout",
     "Mask",
+    "RelativeBias",
+    "alibi",
+    "alibi_slopes",
     "apply_probs",
     "attention",
     "available",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from foveate.ops import library
 from foveate.ops.backends.base import Inputs
+from foveate.ops.bias import RelativeBias
 from foveate.ops.check import (
     check_bias,
     check_mask,
@@ -32,7 +33,7 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
-    bias: Tensor | None = None,
+    bias: Tensor | RelativeBias | None = None,
     dropout: float = 0.0,
     backend: str = "auto",
 ) -> AttentionOutput:
@@ -50,7 +51,8 @@ def attention(
         softcap: c in c * tanh(score / c), before bias and mask.
         sink_logits: (Hq,), one more logit in each row's sum, without a value: rows sum to less
             than 1.
-        bias: added to the scores, broadcastable to (B, Hq, Lq, Lkv); per key if its Lq axis is 1.
+        bias: added to the scores, broadcastable to (B, Hq, Lq, Lkv), per key if its Lq axis is 1;
+            or a `RelativeBias`, such as `alibi`, which no Lq x Lkv tensor holds.
         dropout: probability of dropping an attention weight; the lse doesn't see it.
         backend: "auto", or one of `foveate.ops.available()`; a named one is never replaced.
 
@@ -73,7 +75,15 @@ def attention(
         packed = library.pack(inputs.mask, inputs.layout)
         result = AttentionOutput(
             *torch.ops.foveate.attention(
-                query, key, value, inputs.bias, *packed, inputs.scale, softcap, backend
+                query,
+                key,
+                value,
+                inputs.bias,
+                *packed,
+                inputs.scale,
+                softcap,
+                inputs.bias_first,
+                backend,
             )
         )
     return result if sink_logits is None else with_sinks(result, sink_logits)
@@ -102,7 +112,7 @@ def explain(
     scale: float | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
-    bias: Tensor | None = None,
+    bias: Tensor | RelativeBias | None = None,
     dropout: float = 0.0,
     backend: str = "auto",
 ) -> Explanation:
@@ -120,7 +130,7 @@ def _checked(
     scale: float | None,
     softcap: float | None,
     sink_logits: Tensor | None,
-    bias: Tensor | None,
+    bias: Tensor | RelativeBias | None,
     dropout: float,
 ) -> Inputs:
     check_tensors(query, key, value)
@@ -137,12 +147,11 @@ def _checked(
             mask = None  # the last query sees every key
     if sink_logits is not None:
         check_sinks(sink_logits, query)
-    if bias is not None:
-        bias = check_bias(bias, query, key)
-    inputs = Inputs(query, key, value, mask, layout, bias, scale, softcap, dropout)
-    tensors = [x for x in (query, key, value, bias) if x is not None]
+    table, first = (None, None) if bias is None else check_bias(bias, query, key)
+    inputs = Inputs(query, key, value, mask, layout, table, scale, softcap, dropout)
+    tensors = [x for x in (query, key, value, table) if x is not None]
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return replace(inputs, needs_grad=needs_grad)
+    return replace(inputs, needs_grad=needs_grad, bias_first=first)
 
 
 def _check_fit(mask: Mask, query: Tensor, key: Tensor) -> None:

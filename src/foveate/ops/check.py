@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from foveate.ops.bias import RelativeBias
 from foveate.ops.errors import InputError
 from foveate.ops.layout import Layout
 from foveate.ops.masks import Mask, blocks
@@ -98,13 +99,21 @@ def check_sinks(sink_logits: Tensor, query: Tensor) -> None:
         raise InputError(f"sink_logits is on {sink_logits.device}, query on {query.device}.")
 
 
-def check_bias(bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """A bias as 4-D, broadcastable to (B, Hq, Lq, Lkv)."""
+def check_bias(
+    bias: Tensor | RelativeBias, query: Tensor, key: Tensor
+) -> tuple[Tensor, int | None]:
+    """A bias as 4-D, broadcastable to (B, Hq, Lq, Lkv), or the table of a relative one and `first`."""
     full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    first = None
+    if isinstance(bias, RelativeBias):
+        bias, first = bias.four(), bias.first
+        full = (*full[:3], bias.shape[3])
+    if not isinstance(bias, Tensor):
+        raise InputError(f"bias must be a tensor or a RelativeBias, got {type(bias).__name__}.")
     if bias.dim() > 4 or any(a not in (1, b) for a, b in zip(reversed(bias.shape), reversed(full))):
         raise InputError(f"bias of shape {tuple(bias.shape)} does not broadcast to {full}.")
     if bias.device != query.device:
         raise InputError(f"bias is on {bias.device}, query on {query.device}.")
     if not bias.is_floating_point():
         raise InputError(f"bias must be floating-point, got {bias.dtype}; a mask goes in mask=.")
-    return bias.reshape((1,) * (4 - bias.dim()) + tuple(bias.shape))
+    return bias.reshape((1,) * (4 - bias.dim()) + tuple(bias.shape)), first

@@ -22,7 +22,8 @@ from foveate.ops.masks import Mask, parse_mask
 
 _CALL = (
     "Tensor query, Tensor key, Tensor value, Tensor? bias, str mask, Tensor[] mask_tensors, "
-    "Tensor?[] layout, int[] layout_sizes, float scale, float? softcap, str backend"
+    "Tensor?[] layout, int[] layout_sizes, float scale, float? softcap, "
+    "int? bias_first, str backend"
 )
 _LISTS = (
     "ptr",
@@ -75,6 +76,7 @@ def _inputs(
     sizes: list[int],
     scale: float,
     softcap: float | None,
+    bias_first: int | None,
 ) -> Inputs:
     mask = None
     if spec:
@@ -86,7 +88,9 @@ def _inputs(
         if layout is None or any(getattr(layout, n) is not x for n, x in zip(_LISTS, lists)):
             layout = Layout(*sizes, *lists)  # type: ignore[arg-type]
         assert layout.sound
-    return Inputs(query, key, value, mask, layout, bias, scale, softcap)
+    return Inputs(
+        query, key, value, mask, layout, bias, scale, softcap, bias_first=bias_first
+    )
 
 
 def _forward(*call: Any) -> tuple[Tensor, Tensor]:
@@ -150,7 +154,7 @@ class _Attention(torch.autograd.Function):
         if torch.is_grad_enabled():  # asked for by create_graph: say so if it is ever used
             grads = torch._C._functions.DelayedError(_ONCE, 4)(*(g.requires_grad_() for g in grads))
         dq, dk, dv, dbias = grads
-        return dq, dk, dv, (None if bias is None else dbias), *(None for _ in range(7))
+        return dq, dk, dv, (None if bias is None else dbias), *(None for _ in range(8))
 
 
 def _autograd(*call: Any) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.ops.bias import RelativeBias, spread_bias
 from foveate.ops.check import check_bias
 from foveate.ops.errors import InputError
 from foveate.ops.masks import Mask
@@ -28,7 +29,7 @@ def probs(
     *,
     scale: float | None = None,
     softcap: float | None = None,
-    bias: Tensor | None = None,
+    bias: Tensor | RelativeBias | None = None,
 ) -> Tensor:
     """Attention weights of chosen queries: (B, Hq, n, Lkv) in fp32.
 
@@ -55,8 +56,12 @@ def probs(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
-        part = check_bias(bias, query, key).to(work)
-        scores = scores + (part[:, :, rows] if part.shape[2] > 1 else part)
+        part, first = check_bias(bias, query, key)
+        if first is not None:
+            part = spread_bias(part, first, q_len, kv_len, rows)
+        elif part.shape[2] > 1:
+            part = part[:, :, rows]
+        scores = scores + part.to(work)
     own = lse[:, :, rows]
     blind = own == -torch.inf
     # Hidden scores go before the exponential: above the lse they could overflow.

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from foveate.ops.bias import spread_bias
 from foveate.ops.layout import Layout
 from foveate.ops.masks import Mask
 from foveate.ops.types import AttentionOutput
@@ -17,8 +18,9 @@ from foveate.ops.types import AttentionOutput
 class Inputs:
     """One call of the core op, checked.
 
-    query (B, Hq, Lq, D), key (B, Hkv, Lkv, D), value (B, Hkv, Lkv, Dv), bias broadcastable to
-    (B, Hq, Lq, Lkv) and 4-D. At most one of `mask` and `layout` is given; neither is everything.
+    query (B, Hq, Lq, D), key (B, Hkv, Lkv, D), value (B, Hkv, Lkv, Dv), bias 4-D: broadcastable to
+    (B, Hq, Lq, Lkv), or with `bias_first` the table of a `RelativeBias`, (.., .., 1 or Lq, R). At
+    most one of `mask` and `layout` is given; neither is everything.
     """
 
     query: Tensor
@@ -31,6 +33,7 @@ class Inputs:
     softcap: float | None = None
     dropout: float = 0.0
     needs_grad: bool = False
+    bias_first: int | None = None
 
     def resolved(self, tile: int | tuple[int, int] = 64) -> Inputs:
         """The same call with a layout in place of its mask."""
@@ -41,6 +44,12 @@ class Inputs:
         rows = min(rows, max(8, -(-q_len // 8) * 8))  # no empty rows for a few queries
         layout = self.mask.layout(q_len, kv_len, (rows, cols), device=self.query.device)
         return replace(self, mask=None, layout=layout)
+
+    def plain_bias(self) -> Tensor | None:
+        """The bias, broadcastable to (B, Hq, Lq, Lkv): a relative one with all its pairs."""
+        if self.bias is None or self.bias_first is None:
+            return self.bias
+        return spread_bias(self.bias, self.bias_first, self.query.shape[2], self.key.shape[2])
 
     def allowed(self) -> Tensor | None:
         """Which pairs attend, bool and broadcastable to (B, Hq, Lq, Lkv); None is all."""
@@ -78,6 +87,7 @@ class Backend:
     device_types: tuple[str, ...] | None = None
     softcap = True
     bias = True
+    relative_bias = True
     dropout = False
     backward = True
     value_dim_differs = True
@@ -97,6 +107,8 @@ class Backend:
             reasons.append("softcap")
         if inputs.bias is not None and not self.bias:
             reasons.append("bias")
+        elif inputs.bias_first is not None and not self.relative_bias:
+            reasons.append("relative bias")
         if inputs.dropout and not self.dropout:
             reasons.append("dropout")
         if inputs.needs_grad and not self.backward:

@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from foveate.ops.backends.base import Backend, Gradients, Inputs, lse_dtype
+from foveate.ops.bias import entries
 from foveate.ops.layout import FULL, Layout
 from foveate.ops.masks import window
 from foveate.ops.types import AttentionOutput
@@ -78,7 +79,7 @@ class Blocks(Backend):
             ds = weights * (g @ chunk.value.mT - chunk.rows(delta[..., None]))
             chunk.add_keys(dv, weights.mT @ g)
             if dbias is not None:
-                chunk.add_bias(dbias, ds)
+                chunk.add_bias(dbias, ds, inputs)
             if slope is not None:
                 ds = ds * slope
             ds = ds * inputs.scale
@@ -175,21 +176,25 @@ class _Chunk:
             scores = scores.masked_fill_(hidden, -torch.inf)
         return scores, slope
 
-    def _bias_at(self, shape: torch.Size) -> tuple[Tensor, ...]:
+    def _bias_at(self, shape: torch.Size, inputs: Inputs) -> tuple[Tensor, ...]:
         """Index of each score in a bias of this shape, axes of size 1 shared."""
         at = (*self.real, self.k_index)
         b, h, q = (x[..., None] for x in at[:3])
         k = at[3][None, None, :, None, None, :]
+        if inputs.bias_first is not None:
+            places = q + inputs.key.shape[2] - inputs.query.shape[2]
+            k = entries(inputs.bias_first, shape[3], places, k)
         return tuple(i if size > 1 else torch.zeros_like(i) for i, size in zip((b, h, q, k), shape))
 
     def _bias(self, bias: Tensor, inputs: Inputs) -> Tensor:
-        full = bias[self._bias_at(bias.shape)]
+        full = bias[self._bias_at(bias.shape, inputs)]
         shape = (len(self.batches), *self.heads.shape[:1], len(self.q_index), self.heads.shape[1])
         return full.expand(*shape, self.q_index.shape[1], self.k_index.shape[1]).flatten(3, 4)
 
-    def add_bias(self, dbias: Tensor, ds: Tensor) -> None:
+    def add_bias(self, dbias: Tensor, ds: Tensor, inputs: Inputs) -> None:
         """Add score gradients to the bias's."""
-        dbias.index_put_(self._bias_at(dbias.shape), self.spread(ds), accumulate=True)
+        at = self._bias_at(dbias.shape, inputs)
+        dbias.index_put_(at, self.spread(ds), accumulate=True)
 
     def add_rows(self, dq: Tensor, part: Tensor) -> None:
         """Add (b, n, R, pack * q_tile, D) to the gradient of the queries."""

@@ -34,7 +34,14 @@ class Cpu(Backend):
     def forward(self, inputs: Inputs) -> AttentionOutput:
         call = _resolved(inputs)
         out, lse = cpu.forward(
-            call.query, call.key, call.value, call.layout, call.scale, call.softcap, call.bias
+            call.query,
+            call.key,
+            call.value,
+            call.layout,
+            call.scale,
+            call.softcap,
+            call.bias,
+            call.bias_first,
         )
         return AttentionOutput(out, lse)
 
@@ -59,6 +66,7 @@ class Cpu(Backend):
             call.scale,
             call.softcap,
             call.bias,
+            call.bias_first,
         )
         return Gradients(*found)
 

@@ -21,6 +21,7 @@ class Flex(Backend):
     name = "flex"
     composite = True
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    relative_bias = False
 
     @override
     def not_supported_reasons(self, inputs: Inputs) -> list[str]:

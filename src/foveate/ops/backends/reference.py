@@ -25,6 +25,6 @@ class Reference(Backend):
             inputs.allowed(),
             scale=inputs.scale,
             softcap=inputs.softcap,
-            bias=inputs.bias,
+            bias=inputs.plain_bias(),
             dropout=inputs.dropout,
         )

@@ -73,6 +73,7 @@ def forward(
     scale: float,
     softcap: float | None,
     bias: Tensor | None,
+    bias_first: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention and its log-sum-exp.
 
@@ -84,6 +85,8 @@ def forward(
         scale: factor on the scores.
         softcap: c in c * tanh(score / c), before bias and mask; None is none.
         bias: 4-D, broadcastable to (B, Hq, Lq, Lkv), added to the scores.
+        bias_first: the bias is a relative one, (.., .., 1 or Lq, R), this the distance of its first
+            entry; see `foveate.ops.bias`.
 
     Returns:
         out (B, Hq, Lq, Dv), lse (B, Hq, Lq) fp32 natural log; out 0 and lse -inf for empty rows.
@@ -92,7 +95,7 @@ def forward(
     lse = torch.empty(query.shape[:3], dtype=torch.float32)
     if out.numel() == 0 and lse.numel() == 0:
         return out, lse
-    call, kept = _call(query, key, value, layout, scale, softcap, bias)
+    call, kept = _call(query, key, value, layout, scale, softcap, bias, bias_first)
     call.out = binding.rows(out)
     call.lse = lse.data_ptr()
     binding.run("foveate_forward", call)
@@ -112,6 +115,7 @@ def backward(
     scale: float,
     softcap: float | None,
     bias: Tensor | None,
+    bias_first: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of a loss whose gradients at `out` and `lse` are given (None is zero).
 
@@ -121,7 +125,7 @@ def backward(
     Args:
         grad_out: (B, Hq, Lq, Dv).
         grad_lse: (B, Hq, Lq).
-        query, key, value, layout, scale, softcap, bias: as in `forward`.
+        query, key, value, layout, scale, softcap, bias, bias_first: as in `forward`.
         out, lse: what `forward` gave.
 
     Returns:
@@ -132,7 +136,7 @@ def backward(
     if query.numel() == 0 or key.numel() == 0 or value.numel() == 0:
         dq, dk, dv = dq.zero_(), dk.zero_(), dv.zero_()
         return dq, dk, dv, None if dbias is None or bias is None else dbias.to(bias.dtype)
-    call, kept = _call(query, key, value, layout, scale, softcap, bias)
+    call, kept = _call(query, key, value, layout, scale, softcap, bias, bias_first)
     out = out if out.stride(-1) == 1 else out.contiguous()
     lse = lse.contiguous()
     kept += [out, lse]
@@ -167,6 +171,7 @@ def _call(
     scale: float,
     softcap: float | None,
     bias: Tensor | None,
+    bias_first: int | None = None,
 ) -> tuple[Call, list[Tensor]]:
     """The call's description, and the tensors that must outlive it."""
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
@@ -195,6 +200,8 @@ def _call(
         call.bias_b, call.bias_h, call.bias_q, call.bias_k = (
             stride if size > 1 else 0 for stride, size in zip(bias.stride(), bias.shape)
         )
+        if bias_first is not None:
+            call.bias_first, call.bias_count = bias_first, bias.shape[3]
     if layout is not None:
         _describe(call, layout, kept)
     return call, kept

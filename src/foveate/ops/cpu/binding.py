@@ -43,7 +43,7 @@ class Call(ctypes.Structure):
         *_fields(c_double, "scale softcap"),
         *_fields(Rows, "query key value out"),
         *_fields(c_void_p, "lse bias"),
-        *_fields(c_int64, "bias_dtype bias_b bias_h bias_q bias_k"),
+        *_fields(c_int64, "bias_dtype bias_b bias_h bias_q bias_k bias_first bias_count"),
         *_fields(c_int64, "q_tile kv_tile q_tiles kv_tiles groups_b groups_h"),
         *_fields(c_int64, "entries patterns lists"),
         *_fields(c_void_p, "ptr cols kinds bits gathered"),

@@ -121,14 +121,14 @@ INLINE void reweigh(const Call& c, const float* lse, const float* bias, const ui
 }
 
 // Add dS, before slope and scale, to the gradient of the bias.
-INLINE void add_bias(const Block& b, const Turned& t, const int32_t* key, int n, const float* ds,
+INLINE void add_bias(const Call& c, const Block& b, const Turned& t, const int32_t* key, int n, const float* ds,
                      const Sums& sums) {
   for (int h = 0; h < b.heads; ++h)
     for (int i = 0; i < b.rows; ++i) {
       int r = h * b.rows + i;
       if (t.query[r] < 0) continue;
       float* to = sums.bias + (b.head0 + h) * sums.bias_h + t.query[r] * sums.bias_q;
-      for (int j = 0; j < n; ++j) to[key[j] * sums.bias_k] += ds[j * t.width + r];
+      for (int j = 0; j < n; ++j) to[bias_at(c, t.query[r], key[j]) * sums.bias_k] += ds[j * t.width + r];
     }
 }
 
@@ -144,7 +144,7 @@ void backward_step(const Call& c, const Item& it, const Block& b, Turned& t, con
   if (ahead_v.row) ahead_v.row += lo;
   float *p = keys.p, *s = keys.s;
   scores<P, W>(t.q, keys.k + lo, n, elements<P>((int)c.dim), p, nullptr, nullptr, ahead_k);
-  if (c.bias) bias_block(c, it, b, t.query, keys.key + lo, n, W, keys.bias);
+  if (c.bias) bias_block(c, it, b, t.query, keys.key + lo, n, W, 1, keys.bias);
   reweigh<W, DEG>(c, t.lse, c.bias ? keys.bias : nullptr, seen, n, p, keys.slope);
   scores<P, W>(t.g, keys.v + lo, n, elements<P>((int)c.value_dim), s, nullptr, nullptr, ahead_v);
   bool slopes = c.softcap != 0, biased = sums.bias != nullptr;
@@ -158,7 +158,7 @@ void backward_step(const Call& c, const Item& it, const Block& b, Turned& t, con
     }
   }
   if (biased) {
-    add_bias(b, t, keys.key + lo, n, s, sums);
+    add_bias(c, b, t, keys.key + lo, n, s, sums);
     for (int i = 0; i < n * W; i += VL)
       store(s + i, slopes ? load(s + i) * load(keys.slope + i) * scale : load(s + i) * scale);
   }

@@ -26,6 +26,7 @@ struct Call {
   // bias (B, Hq, Lq, Lkv) by strides, 0 where broadcast
   const void* bias;
   int64_t bias_dtype, bias_b, bias_h, bias_q, bias_k;
+  int64_t bias_first, bias_count;  // of a relative bias: distance of its first entry, and entries
   // layout; ptr null: every query sees every key
   int64_t q_tile, kv_tile, q_tiles, kv_tiles, groups_b, groups_h, entries, patterns, lists;
   const int64_t* ptr;
@@ -37,7 +38,7 @@ struct Call {
   Rows grad_out;  // contiguous last axis; data null: zero
   const float* grad_lse;  // (B, Hq, Lq) or null
   Rows grad_query, grad_key, grad_value;
-  float* grad_bias;  // (Bb, Hb, Qb, Kb) contiguous fp32, zeroed by the caller, or null
+  float* grad_bias;  // the bias's shape, contiguous fp32, zeroed by the caller, or null
   int64_t gbias_b, gbias_h, gbias_q, gbias_k;
 };
 

@@ -26,28 +26,50 @@ template <int F> INLINE vf load_group(const float* p) {
 #endif
 }
 
-// Every lane gets the sum of its row's F lanes.
-template <int F> INLINE vf sum_groups(vf x) {
+// Each lane gets the one S away.
+template <int S> INLINE vf swap(vf x) {
 #if defined(__AVX512F__)
-  if (F >= 2) x += (vf)_mm512_permute_ps((__m512)x, 0xb1);
-  if (F >= 4) x += (vf)_mm512_permute_ps((__m512)x, 0x4e);
-  if (F >= 8) x += (vf)_mm512_shuffle_f32x4((__m512)x, (__m512)x, 0xb1);
-  if (F >= 16) x += (vf)_mm512_shuffle_f32x4((__m512)x, (__m512)x, 0x4e);
+  __m512 y = (__m512)x;
+  return (vf)(S == 1   ? _mm512_permute_ps(y, 0xb1)
+              : S == 2 ? _mm512_permute_ps(y, 0x4e)
+              : S == 4 ? _mm512_shuffle_f32x4(y, y, 0xb1)
+                       : _mm512_shuffle_f32x4(y, y, 0x4e));
 #else
-  for (int i = 0; i < VL; i += F) {
-    float s = 0;
-    for (int j = 0; j < F; ++j) s += x[i + j];
-    for (int j = 0; j < F; ++j) x[i + j] = s;
-  }
+  vf y;
+  for (int i = 0; i < VL; ++i) y[i] = x[(i ^ S) % VL];
+  return y;
 #endif
+}
+
+// Lanes whose bit S is clear get a + a of the lane S away, the others get b's.
+template <int S> INLINE vf meet(vf a, vf b) {
+  constexpr uint32_t first = S == 1 ? 0x5555 : S == 2 ? 0x3333 : S == 4 ? 0x0f0f : 0x00ff;
+  return select(first, a, b) + swap<S>(select(first, b, a));
+}
+
+// Sums over each row's F lanes of F vectors, side by side: lane r * F + i is row r's sum of x[i].
+template <int F> INLINE vf sum_groups(vf* x) {
+  if (F >= 2) UNROLL for (int i = 0; i < F; i += 2) x[i] = meet<1>(x[i], x[i + 1]);
+  if (F >= 4) UNROLL for (int i = 0; i < F; i += 4) x[i] = meet<2>(x[i], x[i + 2]);
+  if (F >= 8) UNROLL for (int i = 0; i < F; i += 8) x[i] = meet<4>(x[i], x[i + 4]);
+  if (F >= 16) x[0] = meet<8>(x[0], x[8]);
+  return x[0];
+}
+
+// Every lane gets the largest of its row's F.
+template <int F> INLINE vf max_groups(vf x) {
+  if (F >= 2) x = vmax(x, swap<1>(x));
+  if (F >= 4) x = vmax(x, swap<2>(x));
+  if (F >= 8) x = vmax(x, swap<4>(x));
+  if (F >= 16) x = vmax(x, swap<8>(x));
   return x;
 }
 
-// Bit r of a word of rows, for all F lanes of row r.
-template <int F> INLINE uint32_t widen_bits(uint64_t word) {
+// The lanes that see: bit r of word i of F, for lane r * F + i; nobody sees beyond `words`.
+template <int F> INLINE uint32_t lanes_seen(const uint64_t* word, int words) {
   uint32_t lanes = 0;
-  for (int r = 0; r < VL / F; ++r)
-    if (word >> r & 1) lanes |= ((1u << F) - 1) << (r * F);
+  for (int i = 0; i < F && i < words; ++i)
+    for (int r = 0; r < VL / F; ++r) lanes |= (uint32_t)(!word || word[i] >> r & 1) << (r * F + i);
   return lanes;
 }
 
@@ -71,43 +93,85 @@ struct Drip {
 };
 
 template <class P, int F, int KN>
-INLINE void scores_folded_of(const float* q, const float* const* k, int n, float* s, vf* top,
-                             const uint64_t* seen, const char* const* ahead, int bytes) {
+INLINE void scores_folded_of(const float* q, const float* const* k, int left, int n, float* s,
+                             const char* const* ahead, int bytes) {
   vf acc[KN];
   const float* row[KN];
   UNROLL for (int j = 0; j < KN; ++j) {
     acc[j] = vf{};
-    row[j] = k[j];
+    row[j] = k[j < left ? j : left - 1];
   }
-  auto drip = Drip::start(ahead, KN, bytes, n);
-  for (int t = 0; t < n; ++t) {
-    if (ahead) drip.turn();
-    vf x = load(q + t * VL);
-    UNROLL for (int j = 0; j < KN; ++j) acc[j] = P::fma(acc[j], x, load_group<F>(row[j] + t * F));
+  if (F >= 8) {  // memory is the limit: key by key, in the order in which they lie
+    UNROLL for (int j = 0; j < KN; ++j) {
+      for (int l = 0; ahead && j < left && l < bytes; l += 64) prefetch(ahead[j] + l);
+      for (int t = 0; t < n; ++t) acc[j] = P::fma(acc[j], load(q + t * VL), load_group<F>(row[j] + t * F));
+    }
+  } else {
+    auto drip = Drip::start(ahead, left < KN ? left : KN, bytes, n);
+    for (int t = 0; t < n; ++t) {
+      if (ahead) drip.turn();
+      vf x = load(q + t * VL);
+      UNROLL for (int j = 0; j < KN; ++j) acc[j] = P::fma(acc[j], x, load_group<F>(row[j] + t * F));
+    }
   }
-  UNROLL for (int j = 0; j < KN; ++j) {
-    vf x = sum_groups<F>(acc[j]);
-    if (seen) x = select(widen_bits<F>(seen[j]), x, set1(-__builtin_inff()));
-    *top = vmax(*top, x);
-    store(s + j * VL, x);
-  }
+  UNROLL for (int j = 0; j < KN; j += F) store(s + j / F * VL, sum_groups<F>(acc + j));
 }
 
-// As `scores`, n vectors of folded elements; every lane of a row holds its score.
+// s[key / F][row * F + key % F] = q[row] . k[key], of n vectors of folded elements. Keys beyond the
+// last fill up its vector with what `settle` hides.
 template <class P, int F>
-void scores_folded(const float* q, const float* const* k, int keys, int n, float* s, float* top,
-                   const uint64_t* seen, Ahead ahead) {
-  vf m = load(top);
-  int j = 0;
-  auto run = [&](auto size) __attribute__((always_inline)) {
-    constexpr int KN = decltype(size)::value;
-    scores_folded_of<P, F, KN>(q, k + j, n, s + j * VL, &m, seen ? seen + j : nullptr,
-                               ahead.row ? ahead.row + j : nullptr, ahead.bytes);
-    j += KN;
-  };
-  while (j + 8 <= keys) run(Size<8>{});
-  while (j < keys) run(Size<1>{});
-  store(top, m);
+void scores_folded(const float* q, const float* const* k, int keys, int n, float* s, Ahead ahead) {
+  constexpr int KN = F > 8 ? F : 8;
+  for (int j = 0; j < keys; j += KN)
+    scores_folded_of<P, F, KN>(q, k + j, keys - j, n, s + j / F * VL, ahead.row ? ahead.row + j : nullptr,
+                               ahead.bytes);
+}
+
+// Scores made ready for the softmax: c, cap and bias as in `adjust`, if so wanted; -inf where hidden;
+// top = the largest of each row.
+template <int F>
+INLINE void settle(float* s, int keys, bool adjusted, float c, float cap, const float* bias,
+                   const uint64_t* seen, float* top) {
+  vf m = set1(-__builtin_inff());
+  for (int j = 0; j < keys; j += F) {
+    float* at = s + j / F * VL;
+    vf x = load(at);
+    if (adjusted) {
+      x = x * c;
+      if (cap != 0) x = tanhv(x) * (cap * LOG2E);
+      if (bias) x += load(bias + j / F * VL);
+    }
+    if (seen || keys - j < F)
+      x = select(lanes_seen<F>(seen ? seen + j : nullptr, keys - j), x, set1(-__builtin_inff()));
+    m = vmax(m, x);
+    store(at, x);
+  }
+  store(top, max_groups<F>(m));
+}
+
+// Weights as `values_folded` wants them: p[key or pair of keys][row * F + any] from what `settle`
+// put side by side.
+template <class P, int F> INLINE void spread_weights(const float* s, int keys, float* p) {
+#if defined(__AVX512F__)
+  for (int j = 0; j < keys; j += F) {
+    __m512 x = (__m512)load(s + j / F * VL);
+    vi lane;
+    for (int l = 0; l < VL; ++l) lane[l] = l / F * (F / P::PAIR);
+#if defined(__AVX512BF16__)
+    if (P::PAIR == 2) {
+      __m512i pairs = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(x));
+      UNROLL for (int i = 0; i < F / 2; ++i)
+        store(p + (j / 2 + i) * VL, (vf)_mm512_permutexvar_epi32((__m512i)(lane + i), pairs));
+      continue;
+    }
+#endif
+    UNROLL for (int i = 0; i < F; ++i)
+      store(p + (j + i) * VL, (vf)_mm512_permutexvar_ps((__m512i)(lane + i), x));
+  }
+#else
+  for (int j = 0; j < keys; ++j)
+    for (int l = 0; l < VL; ++l) p[j * VL + l] = s[j / F * VL + l / F * F + j % F];
+#endif
 }
 
 template <class P, int F, int DN>
@@ -136,11 +200,11 @@ INLINE void values_folded_of(const float* p, const float* const* v, int at, int 
 template <class P, int F>
 void values_folded(const float* p, const float* const* v, int n, int groups, float* o,
                    const float* alpha, bool first, Ahead ahead) {
-  int d = 0, total = (ahead.bytes + 63) / 64, line = 0;
+  int d = 0, total = (ahead.bytes + 63) / 64, begun = ahead.begun / 64, line = begun;
   auto run = [&](auto size) __attribute__((always_inline)) {
     constexpr int DN = decltype(size)::value;
     // As many lines of each row as bring the whole row in by the time the last group is done.
-    int lines = total * (d + DN) / groups - line;
+    int lines = begun + (total - begun) * (d + DN) / groups - line;
     values_folded_of<P, F, DN>(p, v, d, n, o + (int64_t)d * VL, alpha, first,
                                lines > 0 ? ahead.row : nullptr, line, lines);
     d += DN;
@@ -160,7 +224,7 @@ INLINE void fold(const float* from, int width, int rows, int n, int f, float* to
         to[t * VL + r * f + i] = r < rows ? from[(int64_t)(t * f + i) * width + r] : 0;
 }
 
-// The way back: to[d][width] from folded sums, and the row's state from its first lane.
+// The way back: to[d][width] from folded sums.
 INLINE void unfold(const float* from, int width, int rows, int n, int f, float* to) {
   for (int t = 0; t < n / f; ++t)
     for (int r = 0; r < rows; ++r)

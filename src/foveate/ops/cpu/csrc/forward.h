@@ -72,7 +72,7 @@ void forward_step(const Call& c, const Item& it, const Block& b, Running& run, c
   if (ahead_v.row) ahead_v.row += lo;
   scores<P, W>(run.q, k + lo, n, elements<P>((int)c.dim), score, top, adjusted ? nullptr : seen, ahead_k);
   if (adjusted) {
-    if (c.bias) bias_block(c, it, b, run.query, s.key + lo, n, W, biases);
+    if (c.bias) bias_block(c, it, b, run.query, s.key + lo, n, W, 1, biases);
     float inner = (float)(c.softcap != 0 ? c.scale / c.softcap : c.scale * LOG2E);
     for (int r = 0; r < W; ++r) top[r] = -__builtin_inff();
     adjust<W>(score, n, inner, (float)c.softcap, c.bias ? biases : nullptr, seen, top);
@@ -92,29 +92,24 @@ void forward_step(const Call& c, const Item& it, const Block& b, Running& run, c
 }
 
 template <class P, class T, int F>
-void folded_step(const Call& c, Running& run, const Step& s, int at, const float* const* k,
-                 const float* const* v, float scale, float* score, float* weight, Ahead ahead_k,
-                 Ahead ahead_v) {
+void folded_step(const Call& c, const Item& it, const Block& b, Running& run, const Step& s, int at,
+                 const float* const* k, const float* const* v, float scale, float* score,
+                 float* weight, float* biases, Ahead ahead_k, Ahead ahead_v) {
   alignas(64) float top[VL], alpha[VL];
   int lo = s.lo[at], hi = s.hi[at];
   if (P::PAIR == 2) lo &= ~1;
   int n = hi - lo;
-  store(top, set1(-__builtin_inff()));
   const uint64_t* seen = s.whole[at] && lo == s.lo[at] ? nullptr : s.seen[at] + lo;
   if (ahead_k.row) ahead_k.row += lo;
   if (ahead_v.row) ahead_v.row += lo;
-  scores_folded<P, F>(run.q, k + lo, n, elements<P>((int)c.dim) / F, score, top, seen, ahead_k);
-  int groups = (int)c.value_dim / F;
-#if defined(__AVX512BF16__)
-  if (P::PAIR == 2) {
-    soften_pairs<VL>(score, n, top, scale, run.max, run.total, alpha, weight);
-    values_folded<P, F>(weight, v + lo / 2, (n + 1) / 2, groups, run.o, alpha, run.first, ahead_v);
-    run.first = false;
-    return;
-  }
-#endif
-  soften<VL, sizeof(T) == 2 ? 4 : 5>(score, n, top, scale, run.max, run.total, alpha);
-  values_folded<P, F>(score, v + lo, n, groups, run.o, alpha, run.first, ahead_v);
+  scores_folded<P, F>(run.q, k + lo, n, elements<P>((int)c.dim) / F, score, ahead_k);
+  if (c.bias) bias_block(c, it, b, run.query, s.key + lo, n, VL, F, biases);
+  float inner = (float)(c.softcap != 0 ? c.scale / c.softcap : c.scale * LOG2E);
+  settle<F>(score, n, c.softcap != 0 || c.bias, inner, (float)c.softcap, c.bias ? biases : nullptr, seen, top);
+  soften<VL, sizeof(T) == 2 ? 4 : 5>(score, (n + F - 1) / F, top, scale, run.max, run.total, alpha);
+  spread_weights<P, F>(score, n, weight);
+  values_folded<P, F>(weight, v + lo / P::PAIR, (n + P::PAIR - 1) / P::PAIR, (int)c.value_dim / F, run.o,
+                      alpha, run.first, ahead_v);
   run.first = false;
 }
 
@@ -130,7 +125,6 @@ INLINE auto folded_step_for(int fold) {
 template <class P> INLINE int fold_for(const Call& c, int rows) {
   int f = VL;
   while (f > 1 && VL / f < rows) f /= 2;
-  if (c.softcap != 0 || c.bias) return 1;
   while (f > 1 && (elements<P>((int)c.dim) % f || c.dim % P::PAIR || c.value_dim % f)) f /= 2;
   return f;
 }
@@ -142,8 +136,10 @@ INLINE void unfold_block(const Call& c, Running& run, int rows, float* scratch) 
     memcpy(run.o, scratch, sizeof(float) * run.width * c.value_dim);
   }
   for (int r = 0; r < rows; ++r) {
+    float total = 0;
+    for (int i = 0; i < f; ++i) total += run.total[r * f + i];
     run.max[r] = run.max[r * f];
-    run.total[r] = run.total[r * f];
+    run.total[r] = total;
   }
 }
 
@@ -254,7 +250,7 @@ void forward_item(const Call& c, const Item& it, const Item* following, Arena* a
   float* keys = copy_k ? floats(KEYS * d) : nullptr;
   float* vals = copy_v ? floats(KEYS * dv) : nullptr;
   float* score = floats(KEYS * ROWS);
-  float* weight = P::PAIR == 2 ? floats(KEYS / 2 * ROWS) : nullptr;
+  float* weight = floats(KEYS / 2 * ROWS);
   float* biases = c.bias ? floats(KEYS * ROWS) : nullptr;
   const float *k[KEYS], *v[KEYS];
   if (more) fetch(v_row[0], step[0].n, c.value_dim);
@@ -287,14 +283,17 @@ void forward_item(const Call& c, const Item& it, const Item* following, Arena* a
       for (int j = 0; j < s.n; ++j) v[j] = vals + j * dv;
     } else {
 #if defined(__AVX512BF16__)
-      interleave_rows((const bf16* const*)v_row[now], s.n, (int)c.value_dim, dv, vals);
+      // Where memory is the limit, the next values begin to come in meanwhile.
+      if (run[0].fold >= 8) ahead_v.begun = ahead_v.bytes / 128 * 64;
+      interleave_rows((const bf16* const*)v_row[now], s.n, (int)c.value_dim, dv, vals, ahead_v);
       for (int j = 0; j < (s.n + 1) / 2; ++j) v[j] = vals + j * dv;
 #endif
     }
     for (int i = 0; i < blocks; ++i) {
       if (s.lo[i] >= s.hi[i]) continue;
       if (run[i].fold > 1) {
-        folded_step_for<P, T>(run[i].fold)(c, run[i], s, i, k, v, scale, score, weight, ahead_k, ahead_v);
+        folded_step_for<P, T>(run[i].fold)(c, it, block[i], run[i], s, i, k, v, scale, score, weight, biases,
+                                           ahead_k, ahead_v);
         ahead_k.row = ahead_v.row = nullptr;
         continue;
       }

@@ -137,7 +137,7 @@ int backward(const Call& call) {
   Buffer shared(parts > 1 ? units * c.kv_len * (kd + vd) : 0);
   std::vector<float> wide_queries(placed ? 0 : c.batch * c.heads * c.q_len * c.dim);
   int64_t group = c.heads / c.kv_heads, bias_heads = c.gbias_h ? group : 1;
-  int64_t bias_keys = c.gbias_k ? c.kv_len : 1;
+  int64_t bias_keys = !c.gbias_k ? 1 : c.bias_count ? c.bias_count : c.kv_len;
   bool per_key = c.grad_bias && c.gbias_q == 0;
   std::vector<float> bias_sums(per_key ? units * bias_heads * bias_keys : 0);
   int64_t own = (direct_k ? 0 : c.kv_len * kd) + (direct_v ? 0 : c.kv_len * vd);

@@ -42,7 +42,8 @@ INLINE void prefetch(const char* p) { __builtin_prefetch(p, 0, 2); }
 // Where the next step's rows lie, to be fetched while this one is computed; null: nowhere.
 struct Ahead {
   const char* const* row;
-  int bytes;  // of a row
+  int bytes;      // of a row
+  int begun = 0;  // bytes of each row that are on their way already
 };
 
 // Pairs of bf16 lie at any even address.

@@ -58,6 +58,13 @@ inline char* take_bytes(Arena* arena, int64_t bytes) {
   return p;
 }
 
+// Where the last axis of a bias has the pair of a query and a key.
+inline int64_t bias_at(const Call& c, int64_t query, int64_t key) {
+  if (!c.bias_count) return key;
+  int64_t at = key - (query + c.kv_len - c.q_len) - c.bias_first;
+  return at < 0 ? 0 : at >= c.bias_count ? c.bias_count - 1 : at;
+}
+
 inline int64_t group_of(const Call& c, int64_t batch, int64_t head) {
   int64_t b = c.groups_b > 1 ? batch : 0, h = head / (c.heads / c.groups_h);
   return b * c.groups_h + h;

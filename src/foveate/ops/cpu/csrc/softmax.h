@@ -85,31 +85,32 @@ INLINE void soften_pairs(const float* s, int keys, const float* top, float c, fl
 
 template <class T>
 INLINE void read_bias(const T* data, const Call& c, int64_t head_at, const int32_t* query,
-                      const int32_t* key, int keys, int rows, int width, float* out) {
+                      const int32_t* key, int keys, int rows, int width, int fold, float* out) {
   // Rows of the bias are contiguous along keys as a rule: read along them, write down the lanes.
   for (int r = 0; r < rows; ++r) {
-    const T* row = data + head_at + (query[r] < 0 ? 0 : query[r]) * c.bias_q;
-    for (int j = 0; j < keys; ++j) out[j * width + r] = to_float(row[key[j] * c.bias_k]) * LOG2E;
+    int64_t q = query[r] < 0 ? 0 : query[r];
+    const T* row = data + head_at + q * c.bias_q;
+    for (int j = 0; j < keys; ++j)
+      out[j / fold * width + r * fold + j % fold] = to_float(row[bias_at(c, q, key[j]) * c.bias_k]) * LOG2E;
   }
 }
 
-// Bias of a block times log2 e, [key][row].
+// Bias of a block times log2 e, [key / fold][row * fold + key % fold]; `fold` is 1 but in folded.h.
 INLINE void bias_block(const Call& c, const Item& it, const Block& b, const int32_t* query,
-                       const int32_t* key, int keys, int width, float* out) {
+                       const int32_t* key, int keys, int width, int fold, float* out) {
+  if (fold > 1 || b.heads * b.rows < width)
+    memset(out, 0, sizeof(float) * width * ((keys + fold - 1) / fold));
   for (int h = 0; h < b.heads; ++h) {
     int64_t at = it.batch * c.bias_b + (b.head0 + h) * c.bias_h;
     const int32_t* q = query + h * b.rows;
-    float* to = out + h * b.rows;
+    float* to = out + h * b.rows * fold;
     if (c.bias_dtype == F32)
-      read_bias((const float*)c.bias, c, at, q, key, keys, b.rows, width, to);
+      read_bias((const float*)c.bias, c, at, q, key, keys, b.rows, width, fold, to);
     else if (c.bias_dtype == BF16)
-      read_bias((const bf16*)c.bias, c, at, q, key, keys, b.rows, width, to);
+      read_bias((const bf16*)c.bias, c, at, q, key, keys, b.rows, width, fold, to);
     else
-      read_bias((const f16*)c.bias, c, at, q, key, keys, b.rows, width, to);
+      read_bias((const f16*)c.bias, c, at, q, key, keys, b.rows, width, fold, to);
   }
-  int used = b.heads * b.rows;
-  for (int j = 0; j < keys; ++j)
-    for (int r = used; r < width; ++r) out[j * width + r] = 0;
 }
 
 // s becomes log2 e * (softcap * tanh(c s) + bias), or log2 e * (...) of what there is of it, -inf
