@@ -257,6 +257,56 @@ def test_a_method_that_cannot_run_is_told_before_anything_is_measured(
     assert records(tmp_path) == []
 
 
+def test_a_method_that_decodes_wrongly_gets_no_speed(tiny, prose, tmp_path, capsys, monkeypatch):
+    from foveate.methods.attention_sink import SinkWindow
+    from foveate.ops import AttentionOutput
+    from foveate.parts import Pattern
+
+    def spoilt(self, q, k, v, ctx=None):
+        right = Pattern.__call__(self, q, k, v, ctx)
+        return AttentionOutput(right.out * 1.01, right.lse) if ctx.phase == "decode" else right
+
+    monkeypatch.setattr(SinkWindow, "__call__", spoilt)
+    args = ["compare", str(tiny), "--text", str(prose), "--lengths", "200", "--out", str(tmp_path),
+            "--methods", "full,sink-window(window=40)", "--repeats", "1", "--decode-tokens", "4",
+            "--json"]  # fmt: skip
+    assert main([*args, "--needle-depths", "none"]) == 0
+    full, window = json.loads(capsys.readouterr().out)["rows"]
+    assert full["passed"]
+    assert full["decode"] is not None
+    assert not window["passed"]
+    assert "off by" in window["said"]
+    assert window["prefill"] is window["decode"] is None
+
+
+def test_nothing_is_timed_before_it_has_run_once(tiny, prose, tmp_path, capsys, monkeypatch):
+    """Dense at every length, each method once, decoding too: untimed, and before any figure."""
+    from foveate.compare.measure import Machine
+
+    timed: dict[tuple, list[bool]] = {}
+    run, decode = Machine.run, Machine.decode
+
+    def watched_run(self, inputs, method, *, inspect, **more):
+        what = (repr(method), inputs.shape[1]) if method is None else (repr(method),)
+        timed.setdefault(what, []).append(inspect)
+        return run(self, inputs, method, inspect=inspect, **more)
+
+    def watched_decode(self, method, tokens, cache, steps):
+        timed.setdefault(("decode", repr(method)), []).append(steps != 2)
+        return decode(self, method, tokens, cache, steps)
+
+    monkeypatch.setattr(Machine, "run", watched_run)
+    monkeypatch.setattr(Machine, "decode", watched_decode)
+    args = ["compare", str(tiny), "--text", str(prose), "--lengths", "200,300", "--out",
+            str(tmp_path), "--methods", "full,sink-window(window=40)", "--repeats", "1",
+            "--decode-tokens", "4", "--json"]  # fmt: skip
+    assert main([*args, "--needle-depths", "none"]) == 0
+    assert len(timed) == 2 + 2 + 3
+    for what, passes in timed.items():
+        assert passes[0] is False, what
+        assert True in passes, what
+
+
 def test_the_fingerprint_holds_what_the_figures_depend_on(tiny, prose, tmp_path):
     from dataclasses import replace
 

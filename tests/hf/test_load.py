@@ -106,6 +106,18 @@ def test_damaged_weights(copy, how):
         locate(copy)
 
 
+def test_weights_that_lack_a_tensor_are_not_made_up(copy):
+    from safetensors.torch import load_file, save_file
+
+    file = copy / "model.safetensors"
+    tensors = load_file(file)
+    lacking = next(name for name in tensors if "q_proj" in name)
+    del tensors[lacking]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"lack 1 tensors, among them {lacking}"):
+        load_model(str(copy))
+
+
 def test_a_shard_that_is_missing(copy):
     index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -166,6 +166,21 @@ def test_rows_by_index(dtype: torch.dtype, repeats: bool, threads: int) -> None:
         torch.set_num_threads(1)
 
 
+def test_a_bias_shared_by_heads_whose_rows_lie_in_different_tiles() -> None:
+    """Threads that take the same tile of two heads meet different rows of the bias, and vice versa."""
+    q_len, kv_len = 640, 192
+    q, k, v = make((1, 4, 2, q_len, kv_len, 16, 16), torch.float32)
+    q_index = torch.stack([torch.randperm(q_len) for _ in range(4)]).int()[None]
+    lists = every_tile(q_len, kv_len, 64, 0)
+    layout = replace(lists, q_index=q_index, ptr=lists.ptr.expand(1, 4, -1).contiguous())
+    torch.set_num_threads(3)
+    try:
+        for _ in range(8):
+            compare(q, k, v, layout, None, bias=torch.randn(1, 1, q_len, kv_len))
+    finally:
+        torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_bits_every_time(dtype: torch.dtype) -> None:
     q, k, v = make((1, 4, 1, 400, 400, 64, 64), dtype)
