@@ -167,7 +167,7 @@ def test_rows_by_index(dtype: torch.dtype, repeats: bool, threads: int) -> None:
 
 
 def test_a_bias_shared_by_heads_whose_rows_lie_in_different_tiles() -> None:
-    """Threads that take the same tile of two heads meet different rows of the bias, and vice versa."""
+    """Threads that take the same tile of two heads meet different rows of the bias."""
     q_len, kv_len = 640, 192
     q, k, v = make((1, 4, 2, q_len, kv_len, 16, 16), torch.float32)
     q_index = torch.stack([torch.randperm(q_len) for _ in range(4)]).int()[None]

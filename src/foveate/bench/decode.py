@@ -3,7 +3,7 @@
 A step reads K and V once and does 4 D operations for each query head and key. With few query heads
 on a key/value head memory is the limit, with many (64 on one, as in MFA) compute is. Both limits
 are measured in the very rounds in which the contestants run. Besides whole caches: selected tiles
-of them, as a sparse method reads, and latent ones (MLA), whose values are the first part of each key.
+of them, as a sparse method reads, and latent ones (MLA), whose values are a part of the keys.
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ class Options:
         groups: query heads on each key/value head.
         kv_heads: key/value heads.
         head_dims: D.
-        caches: of `CACHES`: whole ones; "mfa", 64 query heads on one key/value head of 256; those of
-            which one tile in eight is read, at the last head size; latent ones (D 576, of which the
-            values are 512), 16 and 128 heads on one.
+        caches: of `CACHES`: whole ones; "mfa", 64 query heads on one key/value head of 256; those
+            of which one tile in eight is read, at the last head size; latent ones (D 576, of which
+            the values are 512), 16 and 128 heads on one.
         dtypes: float32, bfloat16, float16.
         threads: of torch.
         backends: of `TORCH`, `GATHER` and of foveate's; empty is the former and the engine.
@@ -128,8 +128,8 @@ class Options:
         check_sizes(contexts=self.contexts, groups=self.groups, head_dims=self.head_dims)
         if "selected" in self.caches and any(n % _TILE for n in self.contexts):
             raise InputError(
-                f"contexts must be multiples of {_TILE} where tiles of that size are selected; leave "
-                "'selected' out of the caches for others."
+                f"contexts must be multiples of {_TILE} where tiles of that size are selected; "
+                "leave 'selected' out of the caches for others."
             )
         check_sizes(kv_heads=(self.kv_heads,), threads=self.threads)
         check_sizes(repeats=(self.pace.repeats,), footprint=(self.footprint,))

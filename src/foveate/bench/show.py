@@ -96,7 +96,8 @@ def decode_table(found: list[Found]) -> Table:
         roofs = [f"{values['read_gbps']:.1f}", f"{values['product_gflops']:.0f}", values["bound"]]
         for result in values["results"]:
             table.add_row(
-                str(cell["context"]), cell["form"], f"{cell['group'] * cell['kv_heads']}/{cell['kv_heads']}",
+                str(cell["context"]), cell["form"],
+                f"{cell['group'] * cell['kv_heads']}/{cell['kv_heads']}",
                 str(cell["head_dim"]), cell["dtype"], str(cell["threads"]), result["backend"],
                 *_step(result), *roofs,
                 Text(_remark(result), style="red" if "failed" in result else "dim"),

@@ -102,11 +102,11 @@ def check_sinks(sink_logits: Tensor, query: Tensor) -> None:
 def check_bias(
     bias: Tensor | RelativeBias, query: Tensor, key: Tensor
 ) -> tuple[Tensor, int | None]:
-    """A bias as 4-D, broadcastable to (B, Hq, Lq, Lkv), or the table of a relative one and `first`."""
+    """A bias as 4-D, broadcastable to (B, Hq, Lq, Lkv); or a relative one's table and `first`."""
     full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     first = None
     if isinstance(bias, RelativeBias):
-        bias, first = bias.four(), bias.first
+        first, bias = bias.first, bias.four()
         full = (*full[:3], bias.shape[3])
     if not isinstance(bias, Tensor):
         raise InputError(f"bias must be a tensor or a RelativeBias, got {type(bias).__name__}.")

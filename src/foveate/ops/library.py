@@ -88,9 +88,7 @@ def _inputs(
         if layout is None or any(getattr(layout, n) is not x for n, x in zip(_LISTS, lists)):
             layout = Layout(*sizes, *lists)  # type: ignore[arg-type]
         assert layout.sound
-    return Inputs(
-        query, key, value, mask, layout, bias, scale, softcap, bias_first=bias_first
-    )
+    return Inputs(query, key, value, mask, layout, bias, scale, softcap, bias_first=bias_first)
 
 
 def _forward(*call: Any) -> tuple[Tensor, Tensor]:

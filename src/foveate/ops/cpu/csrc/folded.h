@@ -1,6 +1,6 @@
-// Blocks of few rows, as in decoding: a vector holds `VL / F` rows times F neighbouring elements of
-// each, so that no lane idles. Lane r * F + i is element i of row r; keys are read F elements at a
-// time, repeated for every row.
+// Scores of blocks of few rows, as in decoding: a vector holds `VL / F` rows times F neighbouring
+// elements of each, so that no lane idles. Lane r * F + i is element i of row r; keys are read F
+// elements at a time, repeated for every row.
 #pragma once
 #include "micro.h"
 
@@ -73,25 +73,6 @@ template <int F> INLINE uint32_t lanes_seen(const uint64_t* word, int words) {
   return lanes;
 }
 
-// Fetches rows of `each` lines one after the other, a little in each of `turns` turns.
-struct Drip {
-  const char* const* row;
-  int lines, turns, each, credit = 0, line = 0;
-  INLINE Drip start(const char* const* row, int rows, int bytes, int turns) {
-    int each = (bytes + 63) / 64;
-    return {row, rows * each, turns, each};
-  }
-  __attribute__((always_inline)) void turn() {
-    for (credit += lines; credit >= turns; credit -= turns) {
-      prefetch(*row + line * 64);
-      if (++line == each) {
-        ++row;
-        line = 0;
-      }
-    }
-  }
-};
-
 template <class P, int F, int KN>
 INLINE void scores_folded_of(const float* q, const float* const* k, int left, int n, float* s,
                              const char* const* ahead, int bytes) {
@@ -149,86 +130,12 @@ INLINE void settle(float* s, int keys, bool adjusted, float c, float cap, const 
   store(top, max_groups<F>(m));
 }
 
-// Weights as `values_folded` wants them: p[key or pair of keys][row * F + any] from what `settle`
-// put side by side.
-template <class P, int F> INLINE void spread_weights(const float* s, int keys, float* p) {
-#if defined(__AVX512F__)
-  for (int j = 0; j < keys; j += F) {
-    __m512 x = (__m512)load(s + j / F * VL);
-    vi lane;
-    for (int l = 0; l < VL; ++l) lane[l] = l / F * (F / P::PAIR);
-#if defined(__AVX512BF16__)
-    if (P::PAIR == 2) {
-      __m512i pairs = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(x));
-      UNROLL for (int i = 0; i < F / 2; ++i)
-        store(p + (j / 2 + i) * VL, (vf)_mm512_permutexvar_epi32((__m512i)(lane + i), pairs));
-      continue;
-    }
-#endif
-    UNROLL for (int i = 0; i < F; ++i)
-      store(p + (j + i) * VL, (vf)_mm512_permutexvar_ps((__m512i)(lane + i), x));
-  }
-#else
-  for (int j = 0; j < keys; ++j)
-    for (int l = 0; l < VL; ++l) p[j * VL + l] = s[j / F * VL + l / F * F + j % F];
-#endif
-}
-
-template <class P, int F, int DN>
-INLINE void values_folded_of(const float* p, const float* const* v, int at, int n, float* o,
-                             const float* alpha, bool first, const char* const* ahead, int line,
-                             int lines) {
-  vf acc[DN];
-  UNROLL for (int i = 0; i < DN; ++i) acc[i] = vf{};
-  for (int j = 0; j < n; ++j) {
-    const float* row = v[j] + at * F;
-    if (ahead) {
-      for (int l = line; l < line + lines; ++l)
-        UNROLL for (int i = 0; i < P::PAIR; ++i) prefetch(ahead[j * P::PAIR + i] + l * 64);
-    }
-    vf x = load(p + j * VL);
-    UNROLL for (int i = 0; i < DN; ++i) acc[i] = P::fma(acc[i], x, load_group<F>(row + i * F));
-  }
-  vf scale = load(alpha);
-  UNROLL for (int i = 0; i < DN; ++i) {
-    float* to = o + i * VL;
-    store(to, first ? acc[i] : load(to) * scale + acc[i]);
-  }
-}
-
-// As `values`, for `groups` vectors of F values of each row.
-template <class P, int F>
-void values_folded(const float* p, const float* const* v, int n, int groups, float* o,
-                   const float* alpha, bool first, Ahead ahead) {
-  int d = 0, total = (ahead.bytes + 63) / 64, begun = ahead.begun / 64, line = begun;
-  auto run = [&](auto size) __attribute__((always_inline)) {
-    constexpr int DN = decltype(size)::value;
-    // As many lines of each row as bring the whole row in by the time the last group is done.
-    int lines = begun + (total - begun) * (d + DN) / groups - line;
-    values_folded_of<P, F, DN>(p, v, d, n, o + (int64_t)d * VL, alpha, first,
-                               lines > 0 ? ahead.row : nullptr, line, lines);
-    d += DN;
-    line += lines;
-  };
-  while (d + 16 <= groups) run(Size<16>{});
-  while (d + 8 <= groups) run(Size<8>{});
-  while (d + 4 <= groups) run(Size<4>{});
-  while (d < groups) run(Size<1>{});
-}
-
 // q[e / F][r * F + e % F] from rows given as q[e][width].
 INLINE void fold(const float* from, int width, int rows, int n, int f, float* to) {
   for (int t = 0; t < n / f; ++t)
     for (int r = 0; r < VL / f; ++r)
       for (int i = 0; i < f; ++i)
         to[t * VL + r * f + i] = r < rows ? from[(int64_t)(t * f + i) * width + r] : 0;
-}
-
-// The way back: to[d][width] from folded sums.
-INLINE void unfold(const float* from, int width, int rows, int n, int f, float* to) {
-  for (int t = 0; t < n / f; ++t)
-    for (int r = 0; r < rows; ++r)
-      for (int i = 0; i < f; ++i) to[(int64_t)(t * f + i) * width + r] = from[t * VL + r * f + i];
 }
 
 }  // namespace FOVEATE_ISA

@@ -2,6 +2,7 @@
 #pragma once
 #include <math.h>
 
+#include "by_row.h"
 #include "folded.h"
 #include "pack.h"
 #include "softmax.h"
@@ -44,11 +45,15 @@ struct Running {
   float *q, *o, *max, *total;
   int32_t* query;
   int width;
-  int fold;  // elements of a row side by side; see folded.h
+  int fold;     // elements of a row side by side; see folded.h
+  bool by_row;  // o is [row][padded value]; see by_row.h
   bool first;
 };
 
 constexpr int64_t MAX_DIM_PAD = 16;
+
+// Floats of a row where o is kept by rows.
+INLINE int64_t row_floats(const Call& c) { return padded(c.value_dim, 2 * MAX_DIM_PAD); }
 
 // Scratch floats that an item needs at most.
 INLINE int64_t forward_floats(const Call& c) {
@@ -59,8 +64,8 @@ INLINE int64_t forward_floats(const Call& c) {
 
 template <class P, class T, int W>
 void forward_step(const Call& c, const Item& it, const Block& b, Running& run, const Step& s, int at,
-                  const float* const* k, const float* const* v, float scale, float* score,
-                  float* weight, float* biases, Ahead ahead_k, Ahead ahead_v) {
+                  const float* const* k, const float* const* v, const float* const* rows, float scale,
+                  float* score, float* weight, float* biases, Ahead ahead_k, Ahead ahead_v) {
   alignas(64) float top[W], alpha[W];
   int lo = s.lo[at], hi = s.hi[at];
   if (P::PAIR == 2) lo &= ~1;
@@ -77,24 +82,26 @@ void forward_step(const Call& c, const Item& it, const Block& b, Running& run, c
     for (int r = 0; r < W; ++r) top[r] = -__builtin_inff();
     adjust<W>(score, n, inner, (float)c.softcap, c.bias ? biases : nullptr, seen, top);
   }
+  const float* p = score;
 #if defined(__AVX512BF16__)
   if (P::PAIR == 2) {
     soften_pairs<W>(score, n, top, scale, run.max, run.total, alpha, weight);
-    values<P, W>(weight, v + lo / 2, (n + 1) / 2, (int)c.value_dim, run.o, alpha, run.first, ahead_v);
-    run.first = false;
-    return;
+    p = weight;
   }
 #endif
-  if (sizeof(T) == 2) soften<W, 4>(score, n, top, scale, run.max, run.total, alpha);
-  else soften<W, 5>(score, n, top, scale, run.max, run.total, alpha);
-  values<P, W>(score, v + lo, n, (int)c.value_dim, run.o, alpha, run.first, ahead_v);
+  if (P::PAIR == 1) soften<W, sizeof(T) == 2 ? 4 : 5>(score, n, top, scale, run.max, run.total, alpha);
+  if (W == VL && run.by_row)
+    values_by_row<P, 1>(p, rows + lo, n, (int)c.value_dim, run.o, row_floats(c), alpha, run.first, ahead_v);
+  else
+    values<P, W>(p, v + lo / P::PAIR, (n + P::PAIR - 1) / P::PAIR, (int)c.value_dim, run.o, alpha, run.first,
+                 ahead_v);
   run.first = false;
 }
 
 template <class P, class T, int F>
 void folded_step(const Call& c, const Item& it, const Block& b, Running& run, const Step& s, int at,
-                 const float* const* k, const float* const* v, float scale, float* score,
-                 float* weight, float* biases, Ahead ahead_k, Ahead ahead_v) {
+                 const float* const* k, const float* const* rows, float scale, float* score,
+                 float* biases, Ahead ahead_k, Ahead ahead_v) {
   alignas(64) float top[VL], alpha[VL];
   int lo = s.lo[at], hi = s.hi[at];
   if (P::PAIR == 2) lo &= ~1;
@@ -107,9 +114,8 @@ void folded_step(const Call& c, const Item& it, const Block& b, Running& run, co
   float inner = (float)(c.softcap != 0 ? c.scale / c.softcap : c.scale * LOG2E);
   settle<F>(score, n, c.softcap != 0 || c.bias, inner, (float)c.softcap, c.bias ? biases : nullptr, seen, top);
   soften<VL, sizeof(T) == 2 ? 4 : 5>(score, (n + F - 1) / F, top, scale, run.max, run.total, alpha);
-  spread_weights<P, F>(score, n, weight);
-  values_folded<P, F>(weight, v + lo / P::PAIR, (n + P::PAIR - 1) / P::PAIR, (int)c.value_dim / F, run.o,
-                      alpha, run.first, ahead_v);
+  pair_weights<P>(score, (n + F - 1) / F);
+  values_by_row<P, F>(score, rows + lo, n, (int)c.value_dim, run.o, row_floats(c), alpha, run.first, ahead_v);
   run.first = false;
 }
 
@@ -125,14 +131,15 @@ INLINE auto folded_step_for(int fold) {
 template <class P> INLINE int fold_for(const Call& c, int rows) {
   int f = VL;
   while (f > 1 && VL / f < rows) f /= 2;
-  while (f > 1 && (elements<P>((int)c.dim) % f || c.dim % P::PAIR || c.value_dim % f)) f /= 2;
+  while (f > 1 && (elements<P>((int)c.dim) % f || c.dim % P::PAIR)) f /= 2;
   return f;
 }
 
-INLINE void unfold_block(const Call& c, Running& run, int rows, float* scratch) {
+// A block by rows as `finish` takes it.
+INLINE void turn_block(const Call& c, Running& run, int rows, float* scratch) {
   int f = run.fold;
   if (!run.first) {
-    unfold(run.o, run.width, rows, (int)c.value_dim, f, scratch);
+    turn_rows(run.o, row_floats(c), run.width, rows, (int)c.value_dim, scratch);
     memcpy(run.o, scratch, sizeof(float) * run.width * c.value_dim);
   }
   for (int r = 0; r < rows; ++r) {
@@ -212,7 +219,9 @@ void forward_item(const Call& c, const Item& it, const Item* following, Arena* a
     Running& r = run[i];
     int used = b.heads * b.rows;
     r.width = used <= 16 ? 16 : used <= 32 ? 32 : 64;
-    r.fold = fold_for<P>(c, used);
+    r.by_row = used <= VL && (sizeof(T) == 2 || c.value_dim % VL == 0);
+    r.fold = r.by_row ? fold_for<P>(c, used) : 1;
+    if (r.fold == 1 && r.width != VL) r.by_row = false;
     r.q = floats(r.width * d);
     r.o = floats(r.width * dv);
     r.max = floats(r.width);
@@ -247,12 +256,17 @@ void forward_item(const Call& c, const Item& it, const Item* following, Arena* a
   }
   // Keys are read where they lie if a product can take them so.
   bool copy_k = sizeof(T) == 2 && (P::PAIR == 1 || c.dim % 2), copy_v = sizeof(T) == 2;
+  if (P::PAIR == 2) {
+    copy_v = false;
+    for (int i = 0; i < blocks; ++i) copy_v |= !run[i].by_row;
+  }
   float* keys = copy_k ? floats(KEYS * d) : nullptr;
   float* vals = copy_v ? floats(KEYS * dv) : nullptr;
   float* score = floats(KEYS * ROWS);
-  float* weight = floats(KEYS / 2 * ROWS);
+  float* weight = P::PAIR == 2 ? floats(KEYS / 2 * ROWS) : nullptr;
   float* biases = c.bias ? floats(KEYS * ROWS) : nullptr;
   const float *k[KEYS], *v[KEYS];
+  const float* const* rows = v;
   if (more) fetch(v_row[0], step[0].n, c.value_dim);
   while (more) {
     const Step& s = step[now];
@@ -283,16 +297,15 @@ void forward_item(const Call& c, const Item& it, const Item* following, Arena* a
       for (int j = 0; j < s.n; ++j) v[j] = vals + j * dv;
     } else {
 #if defined(__AVX512BF16__)
-      // Where memory is the limit, the next values begin to come in meanwhile.
-      if (run[0].fold >= 8) ahead_v.begun = ahead_v.bytes / 128 * 64;
-      interleave_rows((const bf16* const*)v_row[now], s.n, (int)c.value_dim, dv, vals, ahead_v);
+      interleave_rows((const bf16* const*)v_row[now], s.n, (int)c.value_dim, dv, vals);
       for (int j = 0; j < (s.n + 1) / 2; ++j) v[j] = vals + j * dv;
 #endif
     }
+    if (P::PAIR == 2) rows = (const float* const*)v_row[now];
     for (int i = 0; i < blocks; ++i) {
       if (s.lo[i] >= s.hi[i]) continue;
       if (run[i].fold > 1) {
-        folded_step_for<P, T>(run[i].fold)(c, it, block[i], run[i], s, i, k, v, scale, score, weight, biases,
+        folded_step_for<P, T>(run[i].fold)(c, it, block[i], run[i], s, i, k, rows, scale, score, biases,
                                            ahead_k, ahead_v);
         ahead_k.row = ahead_v.row = nullptr;
         continue;
@@ -300,13 +313,13 @@ void forward_item(const Call& c, const Item& it, const Item* following, Arena* a
       auto step_of = run[i].width == 64   ? forward_step<P, T, 64>
                      : run[i].width == 32 ? forward_step<P, T, 32>
                                           : forward_step<P, T, 16>;
-      step_of(c, it, block[i], run[i], s, i, k, v, scale, score, weight, biases, ahead_k, ahead_v);
+      step_of(c, it, block[i], run[i], s, i, k, v, rows, scale, score, weight, biases, ahead_k, ahead_v);
       ahead_k.row = ahead_v.row = nullptr;
     }
     now = then;
   }
   for (int i = 0; i < blocks; ++i)
-    if (run[i].fold > 1) unfold_block(c, run[i], block[i].heads * block[i].rows, floats(16 * dv));
+    if (run[i].by_row) turn_block(c, run[i], block[i].heads * block[i].rows, floats(16 * dv));
   for (int i = 0; i < blocks; ++i) finish<T>(c, it, block[i], run[i], part);
 }
 

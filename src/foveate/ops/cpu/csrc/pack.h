@@ -64,19 +64,18 @@ INLINE void copy_rows(const T* const* row, int n, int dim, int64_t stride, float
 }
 
 #if defined(__AVX512BF16__)
-// to[pair of rows][d] = (row 2i, row 2i + 1) side by side; an odd last row meets zeros. Fetches what
-// of the rows ahead is to be begun here.
-INLINE void interleave_rows(const bf16* const* row, int n, int dim, int64_t stride, float* to,
-                            Ahead ahead = {nullptr, 0}) {
+// For `permutex2var`: elements `first`, first + 1, ... of two vectors side by side.
+INLINE __m512i pair_order(int first) {
   static const uint16_t low[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                    8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-  __m512i lo = _mm512_loadu_si512(low), hi = _mm512_add_epi16(lo, _mm512_set1_epi16(16));
+  return _mm512_add_epi16(_mm512_loadu_si512(low), _mm512_set1_epi16((short)first));
+}
+
+// to[pair of rows][d] = (row 2i, row 2i + 1) side by side; an odd last row meets zeros.
+INLINE void interleave_rows(const bf16* const* row, int n, int dim, int64_t stride, float* to) {
+  __m512i lo = pair_order(0), hi = pair_order(16);
   for (int j = 0; j < n; j += 2) {
     const bf16 *a = row[j], *b = j + 1 < n ? row[j + 1] : nullptr;
-    for (int l = 0; ahead.row && l < ahead.begun; l += 64) {
-      prefetch(ahead.row[j] + l);
-      prefetch(ahead.row[j + 1] + l);
-    }
     for (int d = 0; d < dim; d += 32) {
       int m = dim - d;
       __mmask32 k = m >= 32 ? ~0u : (1u << m) - 1;

@@ -1,0 +1,113 @@
+// Values for blocks of few rows: elements of the values in the lanes, weights read one by one. Each
+// vector of values meets all rows, so that nothing is repeated, and bf16 pairs are made in registers.
+#pragma once
+#include "pack.h"
+
+namespace foveate {
+namespace FOVEATE_ISA {
+
+// Where `settle` and the softmax have put the weight of row r and key j, or pair j of keys:
+// p[j / EACH * GROUP + j % EACH + r * ROW]. Pairs take half the room, but for F = 1.
+template <class P, int F> struct Weights {
+  static constexpr int HALF = P::PAIR == 2 && F > 1 ? 2 : 1;
+  static constexpr int EACH = F / HALF, GROUP = VL / HALF, ROW = F / HALF;
+};
+
+// Weights of F keys a vector as pairs, in place.
+template <class P> INLINE void pair_weights(float* p, int vectors) {
+#if defined(__AVX512BF16__)
+  if (P::PAIR == 2)
+    for (int i = 0; i < vectors; ++i) narrow((bf16*)p + i * VL, load(p + i * VL));
+#else
+  (void)p;
+  (void)vectors;
+#endif
+}
+
+// M vectors of values from element `at` on: of key j, or of keys 2j and 2j + 1 as pairs.
+template <class P, int M>
+INLINE void take_values(const float* const* v, int j, int n, int at, int dim, vf* x) {
+#if defined(__AVX512BF16__)
+  if (P::PAIR == 2) {
+    const bf16 *a = (const bf16*)v[2 * j], *b = (const bf16*)v[2 * j + 1 < n ? 2 * j + 1 : 2 * j];
+    UNROLL for (int m = 0; m + 1 < M; m += 2) {
+      int left = dim - at - m * VL;
+      __m512i lo, hi;
+      if (left >= 2 * VL) {
+        lo = _mm512_loadu_si512(a + at + m * VL);
+        hi = _mm512_loadu_si512(b + at + m * VL);
+      } else {
+        __mmask32 some = left > 0 ? (1u << left) - 1 : 0;
+        lo = _mm512_maskz_loadu_epi16(some, a + at + m * VL);
+        hi = _mm512_maskz_loadu_epi16(some, b + at + m * VL);
+      }
+      x[m] = (vf)_mm512_permutex2var_epi16(lo, pair_order(0), hi);
+      x[m + 1] = (vf)_mm512_permutex2var_epi16(lo, pair_order(16), hi);
+    }
+    return;
+  }
+#endif
+  UNROLL for (int m = 0; m < M; ++m) x[m] = load(v[j] + at + m * VL);
+}
+
+// M vectors of R rows of `values_by_row`.
+template <class P, int F, int R, int M>
+INLINE void values_by_row_of(const float* p, const float* const* v, int n, int at, int dim, float* o,
+                             int64_t stride, const float* alpha, bool first, Drip* ahead) {
+  using W = Weights<P, F>;
+  vf acc[R][M];
+  UNROLL for (int r = 0; r < R; ++r) UNROLL for (int m = 0; m < M; ++m) acc[r][m] = vf{};
+  for (int j = 0; j * P::PAIR < n; ++j) {
+    if (ahead) ahead->turn();
+    const float* weight = p + j / W::EACH * W::GROUP + j % W::EACH;
+    vf x[M];
+    take_values<P, M>(v, j, n, at, dim, x);
+    UNROLL for (int r = 0; r < R; ++r) {
+      vf y = set1(scalar(weight + r * W::ROW));
+      UNROLL for (int m = 0; m < M; ++m) acc[r][m] = P::fma(acc[r][m], x[m], y);
+    }
+  }
+  UNROLL for (int r = 0; r < R; ++r) {
+    vf scale = set1(alpha[r * F]);
+    UNROLL for (int m = 0; m < M; ++m) {
+      float* to_row = o + r * stride + at + m * VL;
+      store(to_row, first ? acc[r][m] : load(to_row) * scale + acc[r][m]);
+    }
+  }
+}
+
+// o[row][d] = o[row][d] * alpha[row * F] + sum over j < n of p[row][j] * v[j][d] for VL / F rows,
+// `stride` floats apart, which hold whole vectors; the old o counts as 0 if `first`. Values are read
+// where they lie, also bf16 by pairs; rows of fp32 must be whole vectors too.
+template <class P, int F>
+void values_by_row(const float* p, const float* const* v, int n, int dim, float* o, int64_t stride,
+                   const float* alpha, bool first, Ahead ahead) {
+  using W = Weights<P, F>;
+  constexpr int ALL = VL / F, R = ALL > 8 ? 8 : ALL, LEAST = P::PAIR;
+#if defined(__AVX512F__)
+  constexpr int M = R == 8 ? 2 : R == 4 ? 4 : 8;
+#else
+  constexpr int M = R == 8 ? 1 : R == 4 ? 2 : 4;
+#endif
+  int turns = (dim / (M * VL) + (dim % (M * VL) + LEAST * VL - 1) / (LEAST * VL)) * ((n + LEAST - 1) / LEAST);
+  auto drip = Drip::start(ahead.row, n, ahead.bytes, turns * (ALL / R));
+  for (int r = 0; r < ALL; r += R) {
+    auto run = [&](int at, auto size) __attribute__((always_inline)) {
+      constexpr int N = decltype(size)::value;
+      values_by_row_of<P, F, R, N>(p + r * W::ROW, v, n, at, dim, o + r * stride, stride, alpha + r * F,
+                                   first, ahead.row ? &drip : nullptr);
+    };
+    int at = 0;
+    for (; at + M * VL <= dim; at += M * VL) run(at, Size<M>{});
+    for (; at < dim; at += LEAST * VL) run(at, Size<LEAST>{});
+  }
+}
+
+// The way back: to[d][width] from rows.
+INLINE void turn_rows(const float* from, int64_t stride, int width, int rows, int dim, float* to) {
+  for (int d = 0; d < dim; ++d)
+    for (int r = 0; r < rows; ++r) to[(int64_t)d * width + r] = from[r * stride + d];
+}
+
+}  // namespace FOVEATE_ISA
+}  // namespace foveate
