@@ -144,14 +144,9 @@ class Judge:
         return [x.detach().double() for x in (query[:, :, self.rows], key, value)]
 
     def _exact(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The reference, the heads of one key/value head as rows: keys aren't repeated."""
-        scale, heads, rows = query.shape[-1] ** -0.5, query.shape[1], query.shape[2]
-        kv_heads = key.shape[1]
-        folded = query.unflatten(1, (kv_heads, -1)).flatten(2, 3)
-        allowed = self.allowed
-        if allowed is not None:
-            allowed = allowed.expand(-1, heads, -1, -1)
-            allowed = allowed.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+        """The reference's output and lse."""
+        scale, rows = query.shape[-1] ** -0.5, query.shape[2]
+        folded, allowed = self._folded(query, self.allowed)
         out, lse = reference_attention(folded, key, value, allowed, scale=scale)
         return (
             out.unflatten(2, (-1, rows)).flatten(1, 2),
@@ -159,9 +154,19 @@ class Judge:
         )
 
     def _torch(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return scaled_dot_product_attention(
-            query, key, value, self._visible(), enable_gqa=query.shape[1] != key.shape[1]
-        )
+        """What torch's own attention gives."""
+        folded, allowed = self._folded(query, self._visible())
+        out = scaled_dot_product_attention(folded, key, value, allowed)
+        return out.unflatten(2, (-1, query.shape[2])).flatten(1, 2)
+
+    def _folded(self, query: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The heads of one key/value head as rows, so that keys needn't be repeated."""
+        heads, kv_heads = query.shape[1], self.tensors[1].shape[1]
+        folded = query.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+        if allowed is not None:
+            allowed = allowed.expand(-1, heads, -1, -1)
+            allowed = allowed.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+        return folded, allowed
 
     def _visible(self) -> Tensor | None:
         """`allowed`, but rows that see nothing see everything: torch gives NaN for them."""

@@ -17,10 +17,12 @@ from foveate.ops.check import (
     check_sinks,
     check_tensors,
 )
-from foveate.ops.dispatch import BACKENDS, Explanation, explanation, forced
+from foveate.ops.dispatch import BACKENDS, Explanation, choose, explanation, forced
 from foveate.ops.layout import Layout
 from foveate.ops.masks import Mask
 from foveate.ops.types import AttentionOutput
+
+_TENSORS = (Tensor, torch.nn.Parameter)
 
 
 def attention(
@@ -72,6 +74,9 @@ def attention(
     else:
         if backend != "auto":
             forced(inputs, backend)
+        if _plain(inputs):
+            result = choose(inputs, backend).forward(inputs)
+            return result if sink_logits is None else with_sinks(result, sink_logits)
         packed = library.pack(inputs.mask, inputs.layout)
         result = AttentionOutput(
             *torch.ops.foveate.attention(
@@ -87,6 +92,23 @@ def attention(
             )
         )
     return result if sink_logits is None else with_sinks(result, sink_logits)
+
+
+def _plain(inputs: Inputs) -> bool:
+    """Whether nothing watches this call, so that it need not go through torch's dispatcher.
+
+    The operator is for autograd, for tracing, and for modes and tensor classes that intercept
+    operators. Without them it would only cost time, which is what counts in decoding.
+    """
+    return (
+        not inputs.needs_grad
+        and not torch.compiler.is_compiling()
+        and all(type(x) in _TENSORS for x in (inputs.query, inputs.key, inputs.value))
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.jit.is_tracing()
+    )
 
 
 def with_sinks(result: AttentionOutput, sink_logits: Tensor) -> AttentionOutput:

@@ -91,8 +91,8 @@ def forward(
     Returns:
         out (B, Hq, Lq, Dv), lse (B, Hq, Lq) fp32 natural log; out 0 and lse -inf for empty rows.
     """
-    out = torch.empty((*query.shape[:3], value.shape[3]), dtype=query.dtype)
-    lse = torch.empty(query.shape[:3], dtype=torch.float32)
+    out = query.new_empty((*query.shape[:3], value.shape[3]))
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     if out.numel() == 0 and lse.numel() == 0:
         return out, lse
     call, kept = _call(query, key, value, layout, scale, softcap, bias, bias_first)
@@ -131,8 +131,8 @@ def backward(
     Returns:
         Gradients of query, key, value, and of the bias in its shape (None without one).
     """
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value))
-    dbias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (query, key, value))
+    dbias = None if bias is None else bias.new_zeros(bias.shape, dtype=torch.float32)
     if query.numel() == 0 or key.numel() == 0 or value.numel() == 0:
         dq, dk, dv = dq.zero_(), dk.zero_(), dv.zero_()
         return dq, dk, dv, None if dbias is None or bias is None else dbias.to(bias.dtype)

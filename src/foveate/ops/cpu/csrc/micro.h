@@ -67,16 +67,17 @@ struct Drip {
 // Pairs of bf16 lie at any even address.
 INLINE float scalar(const float* p) { float x; memcpy(&x, p, 4); return x; }
 
-// acc[j] += sum over t < n of a[t] * b[j][t]; a is n vectors `lda` floats apart.
+// acc[j] += sum over t < n of a[t] * b[j][t]; a is n vectors `lda` floats apart. Fetches `step` bytes
+// of each row ahead for every t, from `begun` times as many on.
 template <class P, int KN, int NV>
 INLINE void product(vf (&acc)[KN][NV], const float* a, int64_t lda, const float* const* b, int n,
-                    const char* const* ahead, int step) {
+                    const char* const* ahead, int step, int begun = 0) {
   const float* row[KN];
   UNROLL for (int j = 0; j < KN; ++j) row[j] = b[j];
   int t = 0;
   for (; t + 16 <= n; t += 16) {
     if (ahead) {
-      UNROLL for (int j = 0; j < KN; ++j) prefetch(ahead[j] + t * step);
+      UNROLL for (int j = 0; j < KN; ++j) prefetch(ahead[j] + (begun + t) * step);
     }
     _Pragma("GCC unroll 4") for (int u = t; u < t + 16; ++u) {
       vf x[NV];
@@ -97,14 +98,33 @@ INLINE void product(vf (&acc)[KN][NV], const float* a, int64_t lda, const float*
   }
 }
 
-// KN keys of `scores`.
+// KN keys of `scores`. Long rows are summed in parts of SUM elements, which keeps their rounding small.
+constexpr int SUM = 256;
 template <class P, int W, int KN>
 INLINE void scores_of(const float* q, const float* const* k, int dim, float* s, float* top,
                       const uint64_t* seen, int shift, const char* const* ahead, int step) {
   constexpr int NV = Shape<W>::NV;
   vf acc[KN][NV];
   UNROLL for (int j = 0; j < KN; ++j) UNROLL for (int v = 0; v < NV; ++v) acc[j][v] = vf{};
-  product<P, KN, NV>(acc, q, W, k, dim, ahead, step);
+  const float* row[KN];
+  UNROLL for (int j = 0; j < KN; ++j) row[j] = k[j];
+  for (int done = 0; done < dim;) {
+    int n = dim - done < SUM + SUM / 2 ? dim - done : SUM;
+    if (done) {
+      UNROLL for (int v = 0; v < NV; ++v)
+        UNROLL for (int j = 0; j < KN; ++j) {
+          store(s + j * W + v * VL, acc[j][v]);
+          acc[j][v] = vf{};
+        }
+    }
+    product<P, KN, NV>(acc, q + (int64_t)done * W, W, row, n, ahead, step, done);
+    if (done) {
+      UNROLL for (int v = 0; v < NV; ++v)
+        UNROLL for (int j = 0; j < KN; ++j) acc[j][v] += load(s + j * W + v * VL);
+    }
+    UNROLL for (int j = 0; j < KN; ++j) row[j] += n;
+    done += n;
+  }
   if (seen) {
     vf hidden = set1(-__builtin_inff());
     UNROLL for (int j = 0; j < KN; ++j) {
