@@ -17,7 +17,7 @@ from foveate.bench.show import decode_summary, decode_table, kernel_tables, summ
 from foveate.bench.timing import Pace, Samples, paired, race, spread
 from foveate.cli import main
 from foveate.compare.records import Records
-from foveate.ops import causal
+from foveate.ops import causal, cpu
 from foveate.ops.errors import InputError
 from foveate.ops.types import AttentionOutput
 
@@ -241,15 +241,18 @@ def test_a_wrong_decoder_gets_no_speed(pace, spoilt):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_decoder_is_right(pace, dtype):
+    ours = ("cpu",) if cpu.available() else ()
     options = decode.Options(
         contexts=(192, 1088), groups=(1, 3), head_dims=(16,), dtypes=(dtype,),
         caches=("whole", "selected", "latent"),
-        backends=(*decode.TORCH, decode.GATHER, "blocks"), footprint=1, pace=pace,
+        backends=(*decode.TORCH, decode.GATHER, "blocks", *ours), footprint=1, pace=pace,
     )  # fmt: skip
     for one in decode.run(options):
+        assert not ours or one["values"]["near_gflops"] > 0
         verdicts = {r["backend"]: r["correct"] for r in one["values"]["results"]}
-        selected = one["cell"]["form"] == "selected"
-        assert set(verdicts) == {"blocks", *([decode.GATHER] if selected else decode.TORCH)}
+        form = one["cell"]["form"]
+        theirs = {"selected": {decode.GATHER}, "latent": {"sdpa-rows", "matmul"}}
+        assert set(verdicts) == {"blocks", *ours, *theirs.get(form, decode.TORCH)}
         if dtype == "bfloat16":
             # These round their scores to bf16, which may or may not be too coarse.
             verdicts = {n: v for n, v in verdicts.items() if n not in ("matmul", decode.GATHER)}

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from foveate.ops import Layout, attention, causal, library, padding, sinks, window
+from foveate.ops import Layout, alibi, attention, causal, library, padding, sinks, window
 
 pytestmark = pytest.mark.plain_empty
 MASK = causal() & (window(20, 0) | sinks(2))
@@ -74,7 +74,8 @@ def test_opcheck(form, kind):
     mask = MASK if form == "mask" else None
     layout = MASK.layout(40, 40, 8) if form == "layout" else None
     call = [x.requires_grad_() for x in _tensors()]
-    bias = None if kind == "no bias" else torch.randn(1, 1, 1, 40, requires_grad=True)
+    size = 13 if kind == "relative" else 40
+    bias = None if kind == "no bias" else torch.randn(1, 1, 1, size, requires_grad=True)
     packed = library.pack(mask, layout)
     args = (*call, bias, *packed, 0.25, None, -30 if kind == "relative" else None, "auto")
     torch.library.opcheck(torch.ops.foveate.attention.default, args)
@@ -119,3 +120,25 @@ def test_no_graph_is_kept_without_gradients():
     with torch.no_grad():
         assert attention(q.requires_grad_(), k, v).out.grad_fn is None
     assert attention(q, k, v).out.grad_fn is not None
+
+
+def test_a_relative_bias_compiles_and_its_first_distance_may_follow_the_length():
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+
+    def run(q, k, v):
+        return attention(q, k, v, MASK, bias=alibi(slopes, k.shape[2] - 1))
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    for lengths in (
+        (40, 40),
+        (7, 50),
+        (33, 61),
+        (12, 62),
+        (12, 63),
+        (12, 64),
+        (12, 65),
+        (12, 66),
+        (12, 67),
+    ):
+        call = _tensors(*lengths)
+        torch.testing.assert_close(compiled(*call), run(*call))

@@ -71,8 +71,11 @@ class Cell:
 
     def contestants(self, names: list[str]) -> list[str]:
         """Those of the names that this cell is for."""
-        other = TORCH if self.form == "selected" else (GATHER,)
-        return [name for name in names if name not in other]
+        others: dict[str, tuple[str, ...]] = {
+            "selected": TORCH,
+            "latent": (GATHER, "sdpa"),  # sdpa would repeat the keys for every query head
+        }
+        return [name for name in names if name not in others.get(self.form, (GATHER,))]
 
 
 @dataclass(frozen=True)
@@ -197,16 +200,23 @@ def _gatherer(layout: Layout, group: int) -> Call:
     )
 
 
-def _selection(cell: Cell, seed: int) -> Layout | None:
-    """Tiles drawn for each key/value head, as many for each."""
+def _selections(cell: Cell, seed: int) -> list[Layout | None]:
+    """Tiles drawn for each key/value head, as many for each; the selections share none.
+
+    One after the other they visit the whole cache, which so is as large as it says.
+    """
     if cell.form != "selected":
-        return None
+        return [None]
     random = torch.Generator().manual_seed(seed)
-    count = cell.context // _TILE
-    tiles = torch.zeros(1, cell.kv_heads, 1, count, dtype=torch.bool)
-    for head in range(cell.kv_heads):
-        tiles[0, head, 0, torch.randperm(count, generator=random)[: cell.keys // _TILE]] = True
-    return Layout.from_tiles(tiles, 1, cell.context, (8, _TILE))
+    count, each = cell.context // _TILE, cell.keys // _TILE
+    drawn = [torch.randperm(count, generator=random) for _ in range(cell.kv_heads)]
+    found: list[Layout | None] = []
+    for start in range(0, count - each + 1, each):
+        tiles = torch.zeros(1, cell.kv_heads, 1, count, dtype=torch.bool)
+        for head, order in enumerate(drawn):
+            tiles[0, head, 0, order[start : start + each]] = True
+        found.append(Layout.from_tiles(tiles, 1, cell.context, (8, _TILE)))
+    return found
 
 
 def _rows(query: Tensor, group: int) -> Tensor:
@@ -230,7 +240,8 @@ def measure(cell: Cell, options: Options) -> dict[str, Any]:
     shape = (1, cell.kv_heads, cell.context, cell.head_dim)
     within = cell.value_dim if cell.form == "latent" else None
     pool = Pool(shape, dtype, options.footprint, options.seed, within)
-    layout = _selection(cell, options.seed)
+    layouts = _selections(cell, options.seed)
+    layout = layouts[0]
     read = pool.bytes * cell.keys / cell.context  # by one step
     random = torch.Generator().manual_seed(options.seed + 1)
     heads = cell.kv_heads * cell.group
@@ -251,7 +262,8 @@ def measure(cell: Cell, options: Options) -> dict[str, Any]:
         verdict = _judged(judge, call, result)
         if verdict is None:
             continue
-        calls[f"run {name}"] = _step(call, query, pool)
+        steps = [decoder(name, cell.group, layout) for layout in layouts]
+        calls[f"run {name}"] = _step(steps, query, pool)
         if name == "cpu":
             whole = decoder(name, cell.group)
             if _judged(near.judge, whole, in_cache_result) is not None:
@@ -318,10 +330,13 @@ def _judged(judge: Judge, call: Call, result: dict[str, Any]) -> Verdict | None:
     return verdict
 
 
-def _step(call: Call, query: Tensor, pool: Pool) -> Callable[[], object]:
+def _step(calls: list[Call], query: Tensor, pool: Pool) -> Callable[[], object]:
+    """The next cache by the next of the calls; each is kept until every cache had its turn."""
+    turns = itertools.cycle([call for call in calls for _ in pool.pairs])
+
     def step() -> object:
         with torch.no_grad():
-            return call(query, *pool.next())
+            return next(turns)(query, *pool.next())
 
     return step
 

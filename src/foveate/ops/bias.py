@@ -1,8 +1,9 @@
 """Additive biases that depend on how far a key is from a query, without an Lq x Lkv tensor.
 
-A table holds one entry for each distance, key position minus query position; what lies beyond its
-ends takes the last entry (Shaw et al. 2018, arXiv:1803.02155, equation 5). One row for all queries
-is a relative bias, a row for each query (Transformer-XL, arXiv:1901.02860) a query-relative one.
+A table holds one entry for each distance, key position minus query position; what lies beyond an
+end takes the entry at that end (clipping: Shaw et al. 2018, arXiv:1803.02155, section 3.2). One row
+for all queries is a relative bias, a row for each query (Transformer-XL, arXiv:1901.02860) a
+query-relative one, of Lq x R entries.
 """
 
 from __future__ import annotations
@@ -39,8 +40,10 @@ class RelativeBias:
                 "RelativeBias: table must be (R,), (Hq, R), (B, Hq, R) or (B, Hq, Lq, R) with at "
                 f"least one entry, got shape {tuple(self.table.shape)}."
             )
-        if isinstance(self.first, bool) or not isinstance(self.first, int):
+        if isinstance(self.first, bool) or not isinstance(self.first, int | torch.SymInt):
             raise InputError(f"RelativeBias: first={self.first!r} must be a whole number.")
+        if isinstance(self.first, int) and abs(self.first) >= 1 << 31:
+            raise InputError(f"RelativeBias: first={self.first} is no distance (below 2 ** 31).")
 
     def four(self) -> Tensor:
         """The table as (1 or B, 1 or Hq, 1 or Lq, R)."""
@@ -55,14 +58,20 @@ def alibi(slopes: Tensor, reach: int) -> RelativeBias:
 
     Args:
         slopes: (Hq,); those of the paper are `alibi_slopes(Hq)`. Differentiable.
-        reach: the longest distance; Lkv - 1 covers every pair.
+        reach: the longest distance; max(Lq, Lkv) - 1 covers every pair. A fixed reach, such as the
+            longest context, keeps compiled decoding from being traced anew.
+
+    Returns:
+        The bias, its table (Hq, 2 reach + 1) in fp32 at least: in half precision neighbouring
+        distances would coincide.
     """
     if slopes.dim() != 1:
         raise InputError(f"alibi: slopes must be (Hq,), got shape {tuple(slopes.shape)}.")
     if reach < 0:
         raise InputError(f"alibi: reach={reach}: expected a distance of at least 0.")
-    distance = torch.arange(-reach, reach + 1, device=slopes.device).abs().to(slopes.dtype)
-    return RelativeBias(-slopes[:, None] * distance, -reach)
+    work = torch.promote_types(slopes.dtype, torch.float32)
+    distance = torch.arange(-reach, reach + 1, device=slopes.device).abs().to(work)
+    return RelativeBias(-slopes.to(work)[:, None] * distance, -reach)
 
 
 def alibi_slopes(heads: int) -> Tensor:

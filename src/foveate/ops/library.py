@@ -23,7 +23,7 @@ from foveate.ops.masks import Mask, parse_mask
 _CALL = (
     "Tensor query, Tensor key, Tensor value, Tensor? bias, str mask, Tensor[] mask_tensors, "
     "Tensor?[] layout, int[] layout_sizes, float scale, float? softcap, "
-    "int? bias_first, str backend"
+    "SymInt? bias_first, str backend"
 )
 _LISTS = (
     "ptr",

@@ -29,17 +29,18 @@ template <class P, int M>
 INLINE void take_values(const float* const* v, int j, int n, int at, int dim, vf* x) {
 #if defined(__AVX512BF16__)
   if (P::PAIR == 2) {
-    const bf16 *a = (const bf16*)v[2 * j], *b = (const bf16*)v[2 * j + 1 < n ? 2 * j + 1 : 2 * j];
+    bool two = 2 * j + 1 < n;  // an odd last key meets zeros
+    const bf16 *a = (const bf16*)v[2 * j], *b = (const bf16*)v[two ? 2 * j + 1 : 2 * j];
     UNROLL for (int m = 0; m + 1 < M; m += 2) {
       int left = dim - at - m * VL;
       __m512i lo, hi;
-      if (left >= 2 * VL) {
+      if (two && left >= 2 * VL) {
         lo = _mm512_loadu_si512(a + at + m * VL);
         hi = _mm512_loadu_si512(b + at + m * VL);
       } else {
-        __mmask32 some = left > 0 ? (1u << left) - 1 : 0;
+        __mmask32 some = left >= 2 * VL ? ~0u : left > 0 ? (1u << left) - 1 : 0;
         lo = _mm512_maskz_loadu_epi16(some, a + at + m * VL);
-        hi = _mm512_maskz_loadu_epi16(some, b + at + m * VL);
+        hi = _mm512_maskz_loadu_epi16(two ? some : 0, b + at + m * VL);
       }
       x[m] = (vf)_mm512_permutex2var_epi16(lo, pair_order(0), hi);
       x[m + 1] = (vf)_mm512_permutex2var_epi16(lo, pair_order(16), hi);

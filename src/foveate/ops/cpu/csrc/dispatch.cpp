@@ -51,13 +51,18 @@ const Kernels*& chosen() {
   return k;
 }
 
-// Where there are fewer items than threads could use, cut their lists.
+constexpr int64_t LONGEST = 16384;  // keys that few rows are summed over in one go
+
+// Where there are fewer items than threads could use, cut their lists; also those that are so long
+// that rounding would add up, if there are few rows to bring together.
 int64_t split(const Call& c, std::vector<Item>* items, int64_t threads) {
   int64_t most = 0;
   for (const Item& it : *items) most = std::max(most, it.entry1 - it.entry0);
   int64_t wanted = (3 * threads + (int64_t)items->size() - 1) / std::max<int64_t>(1, items->size());
   int64_t parts = std::min(wanted, most * c.kv_tile / 512);
-  if (threads < 2 || (int64_t)items->size() >= 3 * threads || parts < 2) return 1;
+  if (threads < 2 || (int64_t)items->size() >= 3 * threads) parts = 1;
+  if (c.q_len <= 16) parts = std::max(parts, most * c.kv_tile / LONGEST);
+  if (parts < 2) return 1;
   std::vector<Item> cut;
   for (const Item& it : *items)
     for (int64_t p = 0; p < parts; ++p) {
