@@ -1,7 +1,7 @@
 """foveate: efficient attention for PyTorch, exact, measured and adopted in one line.
 
 Importing this imports torch and nothing else heavy, and registers nothing in other libraries;
-`use` and `Context` load what they need when they are first named.
+`Attention`, `use` and `Context` load what they need when they are first named.
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ from foveate.ops import (
 
 if TYPE_CHECKING:
     from foveate.hf import use
+    from foveate.nn import Attention
     from foveate.parts import Context
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Attention",
     "AttentionOutput",
     "Context",
     "Layout",
@@ -60,7 +62,7 @@ __all__ = [
     "window",
 ]
 
-_LAZY = {"Context": "foveate.parts", "use": "foveate.hf"}
+_LAZY = {"Attention": "foveate.nn", "Context": "foveate.parts", "use": "foveate.hf"}
 
 
 def __getattr__(name: str) -> Any:
