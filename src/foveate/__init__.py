@@ -1,6 +1,7 @@
 """foveate: efficient attention for PyTorch, exact, measured and adopted in one line.
 
-Importing this imports torch and nothing else heavy, and registers nothing in other libraries;
+Importing this imports torch and nothing else heavy, and changes nothing in other libraries; it only
+lets transformers' Auto classes find foveate's own models, if transformers is imported at all.
 `Attention`, `use` and `Context` load what they need when they are first named.
 """
 
@@ -10,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from foveate import catalog
+from foveate.models import auto as _auto
 from foveate.ops import (
     AttentionOutput,
     Layout,
@@ -63,6 +65,8 @@ __all__ = [
 ]
 
 _LAZY = {"Attention": "foveate.nn", "Context": "foveate.parts", "use": "foveate.hf"}
+
+_auto.announce()
 
 
 def __getattr__(name: str) -> Any:

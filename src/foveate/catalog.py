@@ -154,6 +154,9 @@ TPLA = Paper(
     "2508.15881",
 )
 GLA = Paper("Hardware-Efficient Attention for Fast Decoding", "Zadouri et al., 2025", "2505.21487")
+MOH = Paper(
+    "MoH: Multi-Head Attention as Mixture-of-Head Attention", "Jin et al., 2024", "2410.11842"
+)
 
 BUILDERS = ("Attention", "train")
 DENSE_DECODE = Support(True, "dense over the whole cache, as in the paper")
@@ -301,6 +304,17 @@ ROWS: tuple[Row, ...] = (
         summary="Fewer query heads of the same width, for fewer FLOPs on whole sequences.",
         papers=(SQA,),
         sheet="sqa",
+        capabilities=Capabilities(),
+        jobs=BUILDERS,
+    ),
+    Row(
+        key="moh",
+        kind="projection",
+        path="foveate.methods.moh.MoH",
+        title="Mixture of heads",
+        summary="Each token chooses which heads count for it; the others aren't computed.",
+        papers=(MOH,),
+        sheet="moh",
         capabilities=Capabilities(),
         jobs=BUILDERS,
     ),
