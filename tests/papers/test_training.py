@@ -253,10 +253,11 @@ def test_divergence_is_told():
         train(tiny(), TASK, REGIME, objective=objective)
 
 
-def test_a_models_own_auxiliary_loss_is_added():
+def test_a_models_own_losses_are_added():
     class Output:
         def __init__(self, logits):
-            self.logits, self.aux_loss = logits, torch.tensor(7.0)
+            self.logits = logits
+            self.aux = {"balance_loss": torch.tensor(7.0), "load": torch.tensor(3.0)}
 
     model = tiny(0.0)
     batch = TASK.batch(0, 0, 4)

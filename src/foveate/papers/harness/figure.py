@@ -10,6 +10,7 @@ from foveate.papers.harness.run import Result
 
 _COLOURS = {"holds": "#0b6e4f", "refuted": "#a4161a", "inconclusive": "#b08900"}
 _BASELINE, _OURS = "#555555", "#3d5a98"
+COLUMNS = 3
 
 
 def draw(result: Result, path: Path) -> Path:
@@ -31,16 +32,26 @@ def draw(result: Result, path: Path) -> Path:
     arms = verdict["baseline"] | verdict["ours"]
     metrics = list(dict.fromkeys(metric for found in arms.values() for metric in found))
     curves = _curves(result)
+    if result.paper.grid is not None:
+        metrics = [metric for metric in metrics if metric != result.paper.grid.metric]
     panels = len(metrics) + 1 + bool(curves)
-    tall = 1.6 + 0.34 * max(len(arms), len(result.outcomes))
-    figure, axes = pyplot.subplots(
-        1, panels, figsize=(4.4 * panels, tall), squeeze=False, layout="constrained"
+    rows = -(-panels // COLUMNS)
+    tall = 0.8 + 0.3 * max(len(arms), len(result.outcomes))
+    figure, grid = pyplot.subplots(
+        rows,
+        min(panels, COLUMNS),
+        figsize=(5.2 * min(panels, COLUMNS), tall * rows + 0.6),
+        squeeze=False,
+        layout="constrained",
     )
-    for axis, metric in zip(axes[0], metrics):
+    axes = list(grid.flat)
+    for axis, metric in zip(axes, metrics):
         _arms(axis, metric, verdict)
-    _checks(axes[0][len(metrics)], result)
+    _checks(axes[len(metrics)], result)
     if curves:
-        _lines(axes[0][-1], curves)
+        _lines(axes[len(metrics) + 1], curves)
+    for axis in axes[panels:]:
+        axis.set_axis_off()
     figure.suptitle(f"{verdict['key']}: {verdict['verdict']}", x=0.01, ha="left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
@@ -65,14 +76,14 @@ def _arms(axis: Any, metric: str, verdict: dict[str, Any]) -> None:
 
 
 def _checks(axis: Any, result: Result) -> None:
-    """Each check's interval, with its threshold at 0 and good to the left."""
-    rows = result.outcomes
+    """The interval of each check that isn't counted, its threshold at 0, good to the left."""
+    rows = [one for one in result.outcomes if not one.check.exact]
     for row, one in enumerate(rows):
         sign = -1 if one.check.at_least else 1
         found, colour = one.found, _COLOURS[one.verdict]
         values = [sign * (value - one.check.holds) for value in found.values]
         axis.scatter(values, [row] * len(values), s=16, color=colour, alpha=0.6)
-        if len(values) > 1 and not one.check.exact:
+        if len(values) > 1:
             ends = sorted(sign * (end - one.check.holds) for end in (found.low, found.high))
             axis.plot(ends, [row, row], color=colour, linewidth=2)
     axis.axvline(0, color="black", linewidth=0.8)

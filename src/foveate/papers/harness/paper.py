@@ -28,7 +28,9 @@ class Trial:
         cell: its name.
         seed: of initialisation and of the order of the training data.
         quick: the same path, at a size that takes seconds.
-        tuned: the point of the miniature's grid that was best for this cell; None without a grid.
+        tuned: the point of the miniature's grid that was best for this cell, or that is tried for
+            it; None without a grid.
+        tuning: a point is tried, so that fewer steps will do.
         folder: where a training may keep its checkpoints; None keeps none.
         device: to run on.
         tell: takes the share of the cell that is done, 0 to 1, and what it is doing.
@@ -38,6 +40,7 @@ class Trial:
     seed: int
     quick: bool = False
     tuned: Any = None
+    tuning: bool = False
     folder: Path | None = None
     device: torch.device = torch.device("cpu")
     tell: Callable[[float, str], None] = _say_nothing
@@ -100,6 +103,19 @@ def at_most(name: str, figure: Callable[[Found], float], holds: float, **more: A
 def at_least(name: str, figure: Callable[[Found], float], holds: float, **more: Any) -> Check:
     """A check that is good above its threshold."""
     return Check(name, figure, holds, at_least=True, **more)
+
+
+def difference(ours: str, other: str, most: float, metric: str = "loss", **more: Any) -> Check:
+    """At most so much above another arm."""
+    return at_most(
+        f"{metric}: {ours} - {other}", lambda at: at[ours][metric] - at[other][metric], most, **more
+    )
+
+
+def ratio(over: str, under: str, least: float, metric: str, **more: Any) -> Check:
+    """At least so many times another arm."""
+    name = f"{metric}: {over} / {under}"
+    return at_least(name, lambda at: at[over][metric] / at[under][metric], least, **more)
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,16 @@ class Run:
             self.listener.advance(number + share, f"{what}: {doing}" if doing else what)
 
         tell(0.0, "")
-        trial = Trial(cell.name, cell.seed, self.quick, point, checkpoints, self.device, tell)
+        trial = Trial(
+            cell=cell.name,
+            seed=cell.seed,
+            quick=self.quick,
+            tuned=point,
+            tuning=cell.point is not None,
+            folder=checkpoints,
+            device=self.device,
+            tell=tell,
+        )
         started = perf_counter()
         found: Found = {}
         try:

@@ -68,10 +68,10 @@ def train(
     that goes on from a checkpoint ends with exactly the weights of one that was never stopped.
 
     Args:
-        model: returns logits (B, L, vocab), or an object with `.logits` (and `.aux_loss`).
+        model: returns logits (B, L, vocab), or an object with `.logits` (and `.aux`).
         task: batches.
         regime: how.
-        objective: loss of a batch, a scalar; default cross entropy, plus the model's `aux_loss`.
+        objective: loss of a batch, a scalar; default cross entropy, plus the model's own losses.
         folder: of checkpoints, written at each evaluation; None keeps none.
         resume: go on from the folder's latest checkpoint; else these are removed.
         tell: takes the share that is done and a few words, after some steps.
@@ -167,6 +167,13 @@ def _state(done: Trained, bad: int, schedule: Any) -> dict[str, Any]:
 
 
 def _identity(model: nn.Module, task: Task, regime: Regime) -> str:
-    """Digest of what decides a training: shapes, data and regime."""
+    """Digest of what decides a training: what the model is made of, data and regime."""
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
-    return digest({"shapes": shapes, "task": task.describe(), "regime": regime.as_dict()})
+    return digest(
+        {
+            "model": repr(model),
+            "shapes": shapes,
+            "task": task.describe(),
+            "regime": regime.as_dict(),
+        }
+    )

@@ -27,11 +27,16 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
 
 
 def next_token(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross entropy, plus the model's own `aux_loss` (a router's balance) where it returns one."""
+    """Cross entropy, plus the losses that the model returns itself (a router's balance).
+
+    Those are the entries of its `aux` whose names end with "_loss", weighted already.
+    """
     output = model(batch.inputs)
     loss = cross_entropy(logits_of(output), batch.targets)
-    aux = getattr(output, "aux_loss", None)
-    return loss if aux is None else loss + aux
+    for name, value in (getattr(output, "aux", None) or {}).items():
+        if name.endswith("_loss"):
+            loss = loss + value
+    return loss
 
 
 @torch.no_grad()
