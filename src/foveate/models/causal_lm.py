@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ class _Foveate(PreTrainedModel):
         super()._init_weights(module)
         ours = type(module).__module__.partition(".")[0] == __name__.partition(".")[0]
         if ours and hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+            cast(Any, module).reset_parameters()
 
 
 class FoveateModel(_Foveate):
@@ -87,9 +87,14 @@ class FoveateModel(_Foveate):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, by their type."""
+        return [cast(Block, layer) for layer in self.layers]
+
     def new_cache(self, capacity: int = 0) -> ModelCache:
         """An empty cache with room for `capacity` tokens."""
-        return ModelCache(layer.attention.new_cache(capacity) for layer in self.layers)
+        return ModelCache(block.attention.new_cache(capacity) for block in self.blocks)
 
     def forward(
         self,
@@ -129,7 +134,7 @@ class FoveateModel(_Foveate):
         )
         states = [x]
         found: list[dict[str, Tensor]] = []
-        for i, block in enumerate(self.layers):
+        for i, block in enumerate(self.blocks):
             held = None if past_key_values is None else past_key_values.layers[i].held
             x, _, aux = block(x, replace(ctx, layer=i), held, seen.real)
             states.append(x)

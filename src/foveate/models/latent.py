@@ -13,6 +13,7 @@ from foveate.methods.tpla import TPLA, MLAProjection, TPLAProjection
 from foveate.methods.tpla import to_tpla as convert
 from foveate.methods.tpla.basis import Transform
 from foveate.models.causal_lm import FoveateForCausalLM
+from foveate.nn import Attention
 from foveate.ops.errors import InputError
 
 
@@ -41,7 +42,7 @@ def to_tpla(
     recipe = TPLA() if recipe is None else recipe
     layers = {
         i: block.attention
-        for i, block in enumerate(model.model.layers)
+        for i, block in enumerate(model.model.blocks)
         if isinstance(block.attention.projection, MLAProjection)
         and not isinstance(block.attention.projection, TPLAProjection)
     }
@@ -49,18 +50,18 @@ def to_tpla(
         raise InputError("to_tpla: no layer of this model is an MLA (projection='mla').")
     hidden = {} if calibration is None else _inputs(model, layers, calibration)
     made = deepcopy(model)
-    texts = [model.config.of_layer("projection", i) for i in range(len(model.model.layers))]
+    texts = [model.config.of_layer("projection", i) for i in range(model.config.num_hidden_layers)]
     for i, attention in layers.items():
         assert isinstance(attention.projection, MLAProjection)
         projection = convert(attention.projection, recipe, transform, hidden.get(i), mu, generator)
-        made.model.layers[i].attention.projection = projection.train(attention.training)
+        made.model.blocks[i].attention.projection = projection.train(attention.training)
         texts[i] = spec(projection.recipe)
     made.config.projection = texts
     return made
 
 
 def _inputs(
-    model: FoveateForCausalLM, layers: dict[int, nn.Module], calibration: Tensor
+    model: FoveateForCausalLM, layers: dict[int, Attention], calibration: Tensor
 ) -> dict[int, Tensor]:
     """What comes into each of the attention layers, (B, L, dim), on a calibration text."""
     found: dict[int, Tensor] = {}

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from foveate.ops.errors import InputError
@@ -243,9 +244,9 @@ def columns_of(linear: nn.Linear, heads: slice, width: int, *, first: bool) -> n
     The bias goes with the first rank, so that the sum has it once.
     """
     part = slice(heads.start * width, heads.stop * width)
-    bias = linear.bias
+    bias: Tensor | None = linear.bias
     if bias is not None and not first:
-        bias = bias * 0
+        bias = torch.zeros_like(bias)
     return _linear(linear.weight[:, part], bias)
 
 

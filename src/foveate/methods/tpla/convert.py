@@ -90,8 +90,7 @@ def to_tpla(
     made = _with_weights(turned, recipe)
     made.alpha.copy_(basis.alpha)
     if not made.blocks:  # GLA has no mu
-        fit = mu == "fit" and rows is not None
-        made.mu.copy_(_fitted(turned, made, rows) if fit else basis.mu)
+        made.mu.copy_(basis.mu if rows is None or mu != "fit" else _fitted(turned, made, rows))
     return made
 
 
