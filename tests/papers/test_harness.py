@@ -195,6 +195,23 @@ def test_checkpoints_of_a_finished_cell_are_removed(tmp_path):
     assert not any(path.exists() for path in seen)
 
 
+def test_a_cell_that_is_stopped_finds_its_checkpoints_unless_all_begins_anew(tmp_path):
+    seen = []
+    plain = paper().run
+
+    def stopped(trial):
+        seen.append((trial.folder / "kept").exists())
+        trial.folder.mkdir(parents=True, exist_ok=True)
+        (trial.folder / "kept").touch()
+        raise KeyboardInterrupt
+
+    for fresh in (False, False, True, False):
+        with pytest.raises(KeyboardInterrupt):
+            run(paper(run=stopped), tmp_path, fresh=fresh)
+    assert seen == [False, True, False, True]
+    assert run(paper(run=plain), tmp_path).ran == 6
+
+
 def test_an_arm_that_no_cell_returns_is_an_error(tmp_path):
     with pytest.raises(InputError, match="no cell returned the arms missing"):
         run(paper(ours=("ours", "missing")), tmp_path)

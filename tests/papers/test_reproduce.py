@@ -142,6 +142,25 @@ def test_the_page_of_claims_is_up_to_date():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_time_left_counts_only_what_this_run_did(monkeypatch):
+    from foveate.cli import progress
+
+    clock = iter([0.0, 30.0, 60.0])
+    monkeypatch.setattr(progress, "perf_counter", lambda: next(clock))
+    screen = progress.Screen()
+    screen.begin("toy", 10)
+    for done in range(1, 6):  # found from an earlier run
+        screen.skip()
+        screen.advance(done, "")
+    assert screen.left() == ""
+    screen._done = 5.5
+    assert screen.left() == "4:30 left"  # half a part in 30 s, 4.5 to go
+    screen._done = 8.0
+    assert screen.left() == "0:40 left"
+    screen._done = 10.0
+    assert screen.left() == ""
+
+
 @pytest.fixture
 def kept(tmp_path):
     """A verdict in a folder, as the page reads it."""

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import foveate
 from foveate.cli import main
 from foveate.papers.tasks.text import text_file
-from foveate.papers.training import language
+from foveate.papers.training import job
 from foveate.papers.training.objective import evaluate
 
 pytest.importorskip("transformers")
@@ -73,7 +74,7 @@ def test_plain_transformers_loads_it_after_import_foveate(run, tmp_path, text):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    task = text_file(text, 32, offset=language.SPECIAL)
+    task = text_file(text, 32, offset=job.SPECIAL)
     found = evaluate(model, task, "test", 4)
     assert found["loss"] == pytest.approx(facts["test"]["loss"], rel=1e-5)
 
@@ -102,6 +103,24 @@ def test_stopped_and_resumed_it_ends_with_the_same_weights(run, tmp_path, monkey
     assert json.loads(out)["resumed_at"] == 3
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_process_that_is_killed_goes_on_and_ends_the_same(run, tmp_path, text):
+    many = [*SMALL, "--steps", "60"]
+    assert run(*many, out="whole")[0] == 0
+    command = [sys.executable, "-m", "foveate.cli", "train", *many, "--data", text]
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "cut")], cwd=SOURCE,
+                               stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # fmt: skip
+    seen = tmp_path / "cut" / "checkpoints"
+    while process.poll() is None and not list(seen.glob("step-*")):
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() != 0
+    code, out, _ = run(*many, "--resume", "--json", out="cut")
+    assert code == 0
+    assert json.loads(out)["resumed_at"] > 0
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 

@@ -62,7 +62,7 @@ def train(
     from foveate.papers.training.regime import Regime
 
     try:
-        from foveate.papers.training import language as job
+        from foveate.papers.training import job
     except ModuleNotFoundError as error:
         raise _missing(error) from error
     made = job.Job(

@@ -17,7 +17,7 @@ import torch
 
 from foveate.papers.harness import Found, Grid, Paper, Trial, difference, ratio
 from foveate.papers.tasks import standard_library
-from foveate.papers.training.language import Sizes, language_model, trained_on_bytes
+from foveate.papers.training.language import Sizes, language_model, learnt, trained_on_bytes
 
 ARMS = {
     "MHA 8x16": (8, "mha"),
@@ -68,6 +68,7 @@ PAPER = Paper(
         ratio("Qwen3-235B GQA", "Step-3 MFA", 2, "cache", exact=True),
         ratio("DeepSeek-V3 MLA", "Step-3 MFA", 1.125, "cache", exact=True),
     ),
+    needs=(learnt("MHA 8x16"),),
     data=lambda: standard_library().describe(),
     grid=Grid("learning rate", (2e-3, 3e-3), cells=tuple(ARMS)),
 )

@@ -26,7 +26,7 @@ from foveate.models import to_tpla
 from foveate.papers.harness import Found, Paper, Trial, at_least, difference, ratio
 from foveate.papers.tasks import ByteText, standard_library
 from foveate.papers.training import evaluate
-from foveate.papers.training.language import Sizes, language_model, trained_on_bytes
+from foveate.papers.training.language import Sizes, language_model, learnt, trained_on_bytes
 from foveate.papers.training.objective import cross_entropy
 
 STEPS, LENGTH = 900, 128
@@ -147,5 +147,6 @@ PAPER = Paper(
         ratio("DeepSeek-V3 MLA", "DeepSeek-V3 TPLA", 1.8, "cache", exact=True),
         ratio("DeepSeek-V3 MLA", "DeepSeek-V3 TPLA", 0.944, "multiply-adds", exact=True),
     ),
+    needs=(learnt("MLA"),),
     data=lambda: standard_library().describe(),
 )  # fmt: skip

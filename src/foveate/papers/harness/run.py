@@ -30,6 +30,8 @@ from foveate.papers.harness.paper import Found, Paper, Trial
 from foveate.papers.harness.verdict import Outcome, outcomes, verdict_object
 from foveate.papers.training.errors import DivergedError
 
+CHECKPOINTS = "checkpoints"
+
 
 @dataclass(frozen=True)
 class Result:
@@ -91,6 +93,8 @@ class Run:
         self.device = torch.device("cpu") if device is None else device
         self.listener = Listener() if listener is None else listener
         self.records = Records(self.folder, fresh=fresh)
+        if fresh:
+            shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
 
     def close(self) -> None:
         """Let others write in the folder."""
@@ -171,7 +175,7 @@ class Run:
         what = f"{cell.name}, seed {cell.seed}"
         if grid is not None and cell.point is not None:
             what = f"{cell.name}, {grid.name} {point}"
-        checkpoints = self.folder / "checkpoints" / key
+        checkpoints = self.folder / CHECKPOINTS / key
 
         def tell(share: float, doing: str) -> None:
             self.listener.advance(number + share, f"{what}: {doing}" if doing else what)
