@@ -124,6 +124,21 @@ def test_importing_the_command_brings_nothing_heavy():
     assert not set(done.stdout.split()) & {"matplotlib", "transformers", "safetensors"}
 
 
+@pytest.mark.parametrize("key", ["step3", "tpla"])
+def test_without_the_hf_extra_it_says_what_to_install_before_any_work(key, tmp_path):
+    code = (
+        "import sys\nsys.modules['transformers'] = None\nfrom foveate.cli import main\n"
+        f"sys.exit(main(['reproduce', {key!r}, '--quick', '--out', {str(tmp_path)!r}]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "src"
+    )
+    assert done.returncode == 2
+    assert f"The miniature of {key} needs transformers: pip install 'foveate[hf]'" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_real_miniature_states_itself():
     for key in papers.available():
         made = papers.load(key)

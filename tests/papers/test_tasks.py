@@ -202,6 +202,23 @@ def test_the_standard_library_as_text():
     assert repr(task).count("import") == 0
 
 
+def test_tests_and_installed_packages_are_no_part_of_the_library():
+    import sysconfig
+    from pathlib import Path
+
+    from foveate.papers.tasks.text import _sources
+
+    root = Path(sysconfig.get_path("stdlib"))
+    found = _sources(root)
+    assert found == sorted(found)
+    assert {"abc.py", "json/decoder.py"} <= set(found)
+    folders = {part for path in found for part in path.split("/")[:-1]}
+    assert not folders & {"test", "tests", "site-packages", "__pycache__"}
+    assert not any(path.startswith("_sysconfigdata") for path in found)
+    first = (root / found[0]).read_bytes()
+    assert standard_library(size=60_000).content.startswith(first)
+
+
 def test_a_file_as_text(tmp_path):
     (tmp_path / "text.txt").write_text("Grüße. " * 300, encoding="utf-8")
     task = text_file(tmp_path / "text.txt", 16, offset=3)

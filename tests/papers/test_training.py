@@ -253,6 +253,15 @@ def test_divergence_is_told():
         train(tiny(), TASK, REGIME, objective=objective)
 
 
+def test_divergence_that_only_shows_in_validation_is_told(tmp_path):
+    model = tiny(0.0)
+    with torch.no_grad():
+        model.scratch.fill_(math.nan)
+    model.register_forward_hook(lambda m, i, o: o if m.training else o + m.scratch.sum())
+    with pytest.raises(DivergedError, match="The validation loss is nan at step 3"):
+        train(model, TASK, REGIME, folder=tmp_path)
+
+
 def test_a_models_own_losses_are_added():
     class Output:
         def __init__(self, logits):

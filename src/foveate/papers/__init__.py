@@ -9,6 +9,7 @@ the folders beside them: `tasks`, `training`, and the `harness` that runs and ju
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pkgutil
 from typing import TYPE_CHECKING
 
@@ -39,16 +40,21 @@ def load(key: str) -> Paper:
 
     Raises:
         UnknownMethodError: there is none.
-        MissingPackageError: it trains a model, and transformers isn't there.
+        MissingPackageError: a package that it requires isn't there.
     """
     known(key)
-    try:
-        module = importlib.import_module(f"{__name__}.{key.replace('-', '_')}")
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in {"transformers", "safetensors"}:
-            raise
-        raise MissingPackageError(
-            f"The miniature of {key} needs {error.name}: pip install 'foveate[hf]'"
-        ) from error
+    module = importlib.import_module(f"{__name__}.{key.replace('-', '_')}")
     paper: Paper = module.PAPER
+    missing = [name for name in paper.requires if not _there(name)]
+    if missing:
+        raise MissingPackageError(
+            f"The miniature of {key} needs {' and '.join(missing)}: pip install 'foveate[hf]'"
+        )
     return paper
+
+
+def _there(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # it was ruled out on purpose
+        return False

@@ -20,7 +20,13 @@ import torch
 
 from foveate.papers.harness import Check, Found, Grid, Paper, Trial, at_most, difference
 from foveate.papers.tasks import standard_library
-from foveate.papers.training.language import Sizes, language_model, learnt, trained_on_bytes
+from foveate.papers.training.language import (
+    REQUIRES,
+    Sizes,
+    language_model,
+    learnt,
+    trained_on_bytes,
+)
 
 ARMS = {
     "MHA": "mha",
@@ -94,6 +100,7 @@ PAPER = Paper(
         _pairs("MoH 50%", 0.5),
     ),
     needs=(learnt("MHA"),),
+    requires=REQUIRES,
     data=lambda: standard_library().describe(),
     grid=Grid("learning rate", (2e-3, 3e-3)),
 )

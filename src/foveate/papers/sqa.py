@@ -17,7 +17,13 @@ import torch
 
 from foveate.papers.harness import Check, Found, Grid, Paper, Trial, at_most, difference, ratio
 from foveate.papers.tasks import standard_library
-from foveate.papers.training.language import Sizes, language_model, learnt, trained_on_bytes
+from foveate.papers.training.language import (
+    REQUIRES,
+    Sizes,
+    language_model,
+    learnt,
+    trained_on_bytes,
+)
 
 # Query and key/value heads as shares of the model's heads; 0 is one head.
 SHARES = {
@@ -119,6 +125,7 @@ PAPER = Paper(
         *(difference(arm, "xSMQA", 0.0, refuted=math.inf) for arm in SHARES if arm != "xSMQA"),
     ),
     needs=(learnt("MHA"),),
+    requires=REQUIRES,
     data=lambda: standard_library().describe(),
     grid=Grid("learning rate", (2e-3, 3e-3), cells=tuple(SHARES)),
 )  # fmt: skip

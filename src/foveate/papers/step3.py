@@ -17,7 +17,13 @@ import torch
 
 from foveate.papers.harness import Found, Grid, Paper, Trial, difference, ratio
 from foveate.papers.tasks import standard_library
-from foveate.papers.training.language import Sizes, language_model, learnt, trained_on_bytes
+from foveate.papers.training.language import (
+    REQUIRES,
+    Sizes,
+    language_model,
+    learnt,
+    trained_on_bytes,
+)
 
 ARMS = {
     "MHA 8x16": (8, "mha"),
@@ -69,6 +75,7 @@ PAPER = Paper(
         ratio("DeepSeek-V3 MLA", "Step-3 MFA", 1.125, "cache", exact=True),
     ),
     needs=(learnt("MHA 8x16"),),
+    requires=REQUIRES,
     data=lambda: standard_library().describe(),
     grid=Grid("learning rate", (2e-3, 3e-3), cells=tuple(ARMS)),
 )

@@ -22,11 +22,16 @@ from torch import Tensor
 
 from foveate.methods.tpla import TPLA
 from foveate.methods.tpla.basis import Transform
-from foveate.models import to_tpla
 from foveate.papers.harness import Found, Paper, Trial, at_least, difference, ratio
 from foveate.papers.tasks import ByteText, standard_library
 from foveate.papers.training import evaluate
-from foveate.papers.training.language import Sizes, language_model, learnt, trained_on_bytes
+from foveate.papers.training.language import (
+    REQUIRES,
+    Sizes,
+    language_model,
+    learnt,
+    trained_on_bytes,
+)
 from foveate.papers.training.objective import cross_entropy
 
 STEPS, LENGTH = 900, 128
@@ -46,6 +51,8 @@ def run(trial: Trial) -> Found:
     """Train MLA, convert it in every way, and evaluate all; or count at DeepSeek-V3's sizes."""
     if trial.cell == "at size":
         return at_size()
+    from foveate.models import to_tpla
+
     model, found = trained_on_bytes(
         trial, lambda: language_model(Sizes(3, 128, 4, LENGTH), MLA), steps=STEPS, lr=2e-3
     )
@@ -148,5 +155,6 @@ PAPER = Paper(
         ratio("DeepSeek-V3 MLA", "DeepSeek-V3 TPLA", 0.944, "multiply-adds", exact=True),
     ),
     needs=(learnt("MLA"),),
+    requires=REQUIRES,
     data=lambda: standard_library().describe(),
 )  # fmt: skip

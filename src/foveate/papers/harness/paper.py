@@ -157,6 +157,7 @@ class Paper:
         data: describes the data with a digest; also part of what a stored figure depends on.
         seeds: that are judged, paired over all arms.
         grid: what is tuned for each cell; None tunes nothing.
+        requires: packages besides torch.
     """
 
     key: str
@@ -171,6 +172,7 @@ class Paper:
     data: Callable[[], str] = lambda: "generated"
     seeds: tuple[int, ...] = (0, 1, 2)
     grid: Grid | None = None
+    requires: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(set(self.cells)) < len(self.cells) or not self.cells or not self.checks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import sysconfig
 from collections.abc import Iterator
@@ -119,9 +120,7 @@ def standard_library(length: int = 128, size: int = STDLIB_BYTES, held: int = 51
     root = Path(sysconfig.get_path("stdlib"))
     parts: list[bytes] = []
     total = 0
-    for path in sorted(p.relative_to(root).as_posix() for p in root.rglob("*.py")):
-        if _LEFT_OUT & set(path.split("/")[:-1]) or path.startswith("_sysconfigdata"):
-            continue
+    for path in _sources(root):
         parts.append((root / path).read_bytes())
         total += len(parts[-1])
         if total >= size:
@@ -133,6 +132,16 @@ def standard_library(length: int = 128, size: int = STDLIB_BYTES, held: int = 51
         )
     title = f"standard library of Python {platform.python_version()}"
     return ByteText(b"".join(parts)[:size], length, title, held=held)
+
+
+def _sources(root: Path) -> list[str]:
+    """Paths of the library's source files, relative to its folder, sorted."""
+    found = []
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if name not in _LEFT_OUT]
+        inside = Path(folder).relative_to(root)
+        found += [(inside / name).as_posix() for name in names if name.endswith(".py")]
+    return sorted(path for path in found if not path.startswith("_sysconfigdata"))
 
 
 def text_file(path: str | Path, length: int, *, offset: int = 0, held: int = 512) -> ByteText:

@@ -13,6 +13,8 @@ from foveate.papers.training.loop import train
 from foveate.papers.training.objective import evaluate
 from foveate.papers.training.regime import Regime
 
+REQUIRES = ("transformers", "safetensors")
+
 
 @dataclass(frozen=True)
 class Sizes:

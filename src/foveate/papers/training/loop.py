@@ -110,11 +110,7 @@ def train(
             batch = task.batch(regime.seed, done.steps, regime.batch).to(device)
             loss = objective(model, batch)
             losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise DivergedError(
-                    f"The loss is {losses[-1]} at step {done.steps}; take a learning rate below "
-                    f"{regime.lr:g}, or more warm-up."
-                )
+            _check_finite(losses[-1], "loss", done.steps, regime)
             rate = optimizer.param_groups[0]["lr"]
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -129,6 +125,7 @@ def train(
             if done.steps % regime.every and done.steps < regime.steps:
                 continue
             entry = _entry(model, task, regime, done.steps, rate, losses)
+            _check_finite(entry["validation"], "validation loss", done.steps, regime)
             done.history.append(entry)
             losses = []
             bad += 1
@@ -146,6 +143,14 @@ def train(
         put_weights(model, best)
     model.eval()
     return done
+
+
+def _check_finite(loss: float, name: str, step: int, regime: Regime) -> None:
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"The {name} is {loss} at step {step}; take a learning rate below {regime.lr:g}, or "
+            "more warm-up."
+        )
 
 
 def _entry(
