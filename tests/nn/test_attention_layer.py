@@ -299,3 +299,22 @@ def test_bounded_and_growing_caches_declare_alike():
     assert [f._replace(name="", limit=None) for f in bounded.fields] == [
         f._replace(name="") for f in ours
     ]
+
+
+# -- rotary positions ------------------------------------------------------------------------------
+def test_tables_of_positions_outlive_a_forward_and_grow():
+    made = layer("mfa-kr", torch.float32)
+    short, long = tokens(5, dtype=torch.float32), tokens(70, dtype=torch.float32)
+    before = made(short, mask=causal()).y
+    y = made(long, mask=causal()).y
+    again = layer("mfa-kr", torch.float32)(long, mask=causal()).y
+    assert torch.equal(y, again)
+    assert torch.equal(made(short, mask=causal()).y, before)
+
+
+def test_far_positions_are_turned_exactly():
+    """At position 10**6 an angle in fp32 is off by a tenth of a radian."""
+    made, x = layer("mha", torch.float32), tokens(6, dtype=torch.float32)
+    far = torch.arange(6) + 10**6
+    ctx = Context(mask=causal(), q_positions=far, kv_positions=far)
+    torch.testing.assert_close(made(x, ctx=ctx).y, made(x, mask=causal()).y, atol=2e-5, rtol=0)

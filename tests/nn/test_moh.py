@@ -177,9 +177,9 @@ def test_auto_is_ragged_only_where_it_pays_and_can():
         made(tokens(length, 1), ctx=stats)
         return seen[0].q_index is not None
 
-    assert run(520, mask=causal())
+    assert run(1030, mask=causal())
     assert not run(100, mask=causal())
-    assert not run(520, mask=causal() & foveate.window(9, 0))
+    assert not run(1030, mask=causal() & foveate.window(9, 0))
 
 
 def test_kv_masked_drops_keys_too():

@@ -83,7 +83,10 @@ class FoveateModel(_Foveate):
     def __init__(self, config: FoveateConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(_block(config, i) for i in range(config.num_hidden_layers))
+        ropes: dict[tuple[int, bool], Rope | None] = {}  # one for all layers, so are its tables
+        self.layers = nn.ModuleList(
+            _block(config, i, ropes) for i in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
 
@@ -255,7 +258,7 @@ def _gathered(layers: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return out | {name: torch.stack(values).mean() for name, values in losses.items()}
 
 
-def _block(config: FoveateConfig, layer: int) -> Block:
+def _block(config: FoveateConfig, layer: int, ropes: dict[tuple[int, bool], Rope | None]) -> Block:
     attention = Attention(
         config.hidden_size,
         config.num_attention_heads,
@@ -268,7 +271,10 @@ def _block(config: FoveateConfig, layer: int) -> Block:
         dropout=config.attention_dropout,
         layer=layer,
     )
-    attention.rope = _rope(config, attention.projection)
+    kind = (attention.projection.rope_dim, attention.projection.interleaved)
+    if kind not in ropes:
+        ropes[kind] = _rope(config, attention.projection)
+    attention.rope = ropes[kind]
     feedforward: SwiGLU | MoE
     if layer in (config.moe_layers or ()):
         router = Router(

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from foveate.methods import make
 from foveate.nn.output import LayerOutput
-from foveate.nn.position import rope_for, turned
+from foveate.nn.position import counted, rope_for, turned
 from foveate.ops import Mask
 from foveate.ops.errors import InputError
 from foveate.parts import Attention as Method
@@ -119,7 +118,7 @@ class Attention(nn.Module):
         new = p.entries(x_kv, cache, known.phase)
         at = where
         if past and not p.rotates_on_read:
-            at = where._replace(key=where.key[..., past:])
+            at = where._replace(key=_tail(where.key, past, known))
         if not p.rotates_on_read:
             q, new = self._rotate(q, new, at, known)
         held = new if cache is None else cache.append(new)
@@ -127,7 +126,9 @@ class Attention(nn.Module):
             q, held = self._rotate(q, held, at, known)
         absorbed = p.absorbs(known.phase)
         qkv = p.absorb(q, held) if absorbed else QKV(q, *p.expand(held))
-        selection = p.select(x, raw_query, self._real(qkv, known), known.phase)
+        selection = None
+        if p.selects:
+            selection = p.select(x, raw_query, _real(qkv, known), known.phase)
         if not absorbed:
             known.raw_query = raw_query
         o = p.attend(self.attention, qkv, known, selection)
@@ -159,12 +160,6 @@ class Attention(nn.Module):
             ctx.scale = self.projection.scale
         return ctx
 
-    def _real(self, qkv: QKV, ctx: Context) -> Tensor | None:
-        """(B, Lq) bool: tokens that aren't padding; None where the mask knows none."""
-        if ctx.mask is None or (ctx.mask.groups()[0] == 1 and ctx.q_positions is None):
-            return None
-        return tokens_of(qkv.q, qkv.k, ctx).q_real.expand(len(qkv.q), -1)
-
     def _checked(self, x: Tensor, x_kv: Tensor | None) -> Tensor:
         if x.dim() != 3 or x.shape[2] != self.dim:
             raise InputError(f"Attention: expected x (B, L, {self.dim}), got {tuple(x.shape)}.")
@@ -183,19 +178,23 @@ class Attention(nn.Module):
         return f"{self.dim}, position={position}{shown}"
 
 
+def _real(qkv: QKV, ctx: Context) -> Tensor | None:
+    """(B, Lq) bool: tokens that aren't padding; None where the mask knows none."""
+    if ctx.mask is None or (ctx.mask.groups()[0] == 1 and ctx.q_positions is None):
+        return None
+    return tokens_of(qkv.q, qkv.k, ctx).q_real.expand(len(qkv.q), -1)
+
+
 def _positions(ctx: Context, q_len: int, past: int, x_kv: Tensor) -> Positions:
     """Of the new queries, and of all keys."""
     kv_len = past + x_kv.shape[1]
-    key = ctx.kv_positions
+    key, query = ctx.kv_positions, ctx.q_positions
     if key is None:
-        key = _counted(ctx, kv_len, x_kv.device)
-    query = ctx.q_positions
+        key = counted(ctx.store, 0, kv_len, x_kv.device)
     if query is None:  # the last query stands with the last key
         start = kv_len - q_len
-        if start < 0:
-            query = _counted(ctx, q_len, x_kv.device) + start
-        else:
-            query = key[..., start:] if start else key
+        before = start < 0 or ctx.kv_positions is None
+        query = counted(ctx.store, start, kv_len, x_kv.device) if before else key[..., start:]
     if key.shape[-1] != kv_len or query.shape[-1] != q_len:
         raise InputError(
             f"Attention: positions are for {query.shape[-1]} queries and {key.shape[-1]} keys, "
@@ -204,12 +203,11 @@ def _positions(ctx: Context, q_len: int, past: int, x_kv: Tensor) -> Positions:
     return Positions(query, key)
 
 
-def _counted(ctx: Context, length: int, device: torch.device) -> Tensor:
-    """0 ... length - 1, the same tensor for all layers of a forward."""
-    kept = ctx.store.setdefault((_counted, length, device), [])
-    if not kept:
-        kept.append(torch.arange(length, device=device))
-    return kept[0]
+def _tail(key: Tensor, past: int, ctx: Context) -> Tensor:
+    """Positions of the keys that aren't in the cache yet."""
+    if ctx.kv_positions is not None:
+        return key[..., past:]
+    return counted(ctx.store, past, key.shape[-1], key.device)
 
 
 def _projection(projection: Any, sizes: Sizes) -> Projection:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
 from foveate.ops.errors import InputError, nearest
@@ -11,6 +13,7 @@ from foveate.parts.projection import Projection
 from foveate.parts.rope import Rope, rotate
 
 POSITIONS = ("rope", "none")
+_HELD: WeakKeyDictionary[Rope, dict[Any, tuple[Tensor, Tensor]]] = WeakKeyDictionary()
 
 
 def rope_for(
@@ -39,11 +42,50 @@ def rope_for(
 
 
 def turned(rope: Rope, x: Tensor, positions: Tensor, store: dict[Any, Any]) -> Tensor:
-    """Rotate x (B, H, L, R) to positions (L,) or (B, L); tables are kept in `store`."""
-    kept = store.setdefault((turned, rope), [])
+    """Rotate x (B, H, L, R) to positions (L,) or (B, L); tables are kept in `store`.
+
+    Angles are formed in float64; the rotation runs in fp32, or x's dtype if that is wider.
+    """
+    work = torch.promote_types(x.dtype, torch.float32)
+    kept = store.setdefault((turned, rope, work), [])
     tables = next((tables for known, tables in kept if known is positions), None)
     if tables is None:
-        cos, sin = rope.tables(positions)
-        tables = (cos * rope.scaling, sin * rope.scaling)
+        first = store.get((counted, id(positions)))
+        if first == 0:
+            tables = _from_start(rope, len(positions), positions.device, work)
+        else:
+            tables = _tables(rope, positions, work)
         kept.append((positions, tables))
     return rotate(x, *tables, interleaved=rope.interleaved)
+
+
+def counted(store: dict[Any, Any], start: int, stop: int, device: torch.device) -> Tensor:
+    """Positions start ... stop - 1, one tensor for all layers of a forward: so are its tables."""
+    kept = store.setdefault((counted, start, stop, device), [])
+    if not kept:
+        kept.append(torch.arange(start, stop, device=device))
+        store[counted, id(kept[0])] = start
+    return kept[0]
+
+
+def _tables(rope: Rope, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    cos, sin = rope.tables(positions)
+    return (cos * rope.scaling).to(dtype), (sin * rope.scaling).to(dtype)
+
+
+def _from_start(
+    rope: Rope, length: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Tables of positions 0 ... length - 1, out of longer ones that outlive the forward.
+
+    A cache that is rotated when it is read needs them anew at every step.
+    """
+    if torch.compiler.is_compiling():
+        return _tables(rope, torch.arange(length, device=device), dtype)
+    held = _HELD.setdefault(rope, {})
+    tables = held.get((device, dtype))
+    if tables is None or len(tables[0]) < length:
+        room = max(length, 2 * len(tables[0]) if tables is not None else 0)
+        with torch.inference_mode(False), torch.no_grad():
+            tables = held[device, dtype] = _tables(rope, torch.arange(room, device=device), dtype)
+    return tables[0][:length], tables[1][:length]

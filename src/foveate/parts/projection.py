@@ -131,6 +131,7 @@ class Projection(nn.Module, ABC):
         rope_dim: how many dimensions turn, 0 for none.
         interleaved: whether rotary pairs are neighbours by default.
         rotates_on_read: whether entries are kept un-rotated, and `rotate` runs on all of them.
+        selects: whether `select` chooses heads; it is only called then.
     """
 
     heads: int
@@ -138,6 +139,7 @@ class Projection(nn.Module, ABC):
     rope_dim: int
     interleaved: ClassVar[bool] = False
     rotates_on_read: ClassVar[bool] = False
+    selects: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -172,8 +174,8 @@ class Projection(nn.Module, ABC):
         """The same attention on the entries as they are, for a projection with two forms."""
         raise InputError(f"{type(self).__name__} has one form only; use expand.")
 
-    def select(self, x: Tensor, q: Tensor, real: Tensor | None, phase: Phase) -> Selection | None:
-        """Which heads count for which token, from the layer's input or q; None is all alike.
+    def select(self, x: Tensor, q: Tensor, real: Tensor | None, phase: Phase) -> Selection:
+        """Which heads count for which token, from the layer's input or q.
 
         Args:
             x: (B, Lq, dim).
@@ -181,7 +183,7 @@ class Projection(nn.Module, ABC):
             real: (B, Lq) bool, False on padding; None is all real.
             phase: losses are only made for training.
         """
-        return None
+        raise InputError(f"{type(self).__name__} has no heads to choose from; all of them count.")
 
     def attend(
         self, attention: Attention, qkv: QKV, ctx: Context, selection: Selection | None

@@ -11,7 +11,7 @@ gate of 0, which ragged execution doesn't compute. Jin et al. 2024, arXiv 2410.1
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from torch import Tensor
 from typing_extensions import override
@@ -26,7 +26,7 @@ from foveate.parts.balance import load_balance
 from foveate.parts.context import Context, Phase
 from foveate.parts.projection import QKV, Recipe, Selection, Sizes, share
 
-RAGGED_FROM = 512  # keys; with fewer, listing the pairs costs more than it saves
+RAGGED_FROM = 1024  # keys; with fewer, listing the pairs costs more than it saves
 _CHOICES = {
     "gates": ("normalized", "paper"),
     "router": ("input", "query"),
@@ -110,6 +110,8 @@ class MoH(Recipe):
 
 class MoHProjection(GroupedProjection):
     """Steps 1 to 12 of the sheet; weights as in grouped-query attention, and the router's."""
+
+    selects: ClassVar[bool] = True
 
     def __init__(self, sizes: Sizes, recipe: MoH) -> None:
         heads = sizes.num_heads
