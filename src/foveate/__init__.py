@@ -1,7 +1,8 @@
 """foveate: efficient attention for PyTorch, exact, measured and adopted in one line.
 
-Importing this imports torch and nothing else heavy, and registers nothing in other libraries;
-`use` and `Context` load what they need when they are first named.
+Importing this imports torch and nothing else heavy, and changes nothing in other libraries; it only
+lets transformers' Auto classes find foveate's own models, if transformers is imported at all.
+`Attention`, `use` and `Context` load what they need when they are first named.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from foveate import catalog
+from foveate.models import auto as _auto
 from foveate.ops import (
     AttentionOutput,
     Layout,
@@ -35,11 +37,13 @@ from foveate.ops import (
 
 if TYPE_CHECKING:
     from foveate.hf import use
+    from foveate.nn import Attention
     from foveate.parts import Context
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Attention",
     "AttentionOutput",
     "Context",
     "Layout",
@@ -66,7 +70,9 @@ __all__ = [
     "window",
 ]
 
-_LAZY = {"Context": "foveate.parts", "use": "foveate.hf"}
+_LAZY = {"Attention": "foveate.nn", "Context": "foveate.parts", "use": "foveate.hf"}
+
+_auto.announce()
 
 
 def __getattr__(name: str) -> Any:

@@ -74,7 +74,7 @@ def test_fresh_puts_earlier_results_aside(tmp_path):
 
 def test_two_writers_are_refused(tmp_path):
     pytest.importorskip("fcntl")
-    with Records(tmp_path), pytest.raises(InputError, match="Another foveate compare"):
+    with Records(tmp_path), pytest.raises(InputError, match="Another foveate command"):
         Records(tmp_path)
     Records(tmp_path).close()
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foveate import catalog
-from foveate.methods import make, make_all, spec, split
+from foveate.methods import make, make_all, make_attention, spec, split
 from foveate.methods.attention_sink import SinkWindow
 from foveate.methods.full import Full
 from foveate.methods.mminference import AShape, BlockSparse, VerticalSlash
@@ -126,3 +126,9 @@ def test_lists_that_do_not_close_are_refused(text):
 
 def test_a_list_is_made():
     assert make_all("full,sink-window(window=3)") == [Full(), SinkWindow(window=3)]
+
+
+def test_a_projection_is_no_attention_for_a_model_in_use():
+    assert make_attention("sink-window") == SinkWindow()
+    with pytest.raises(InputError, match="is a projection.*projection="):
+        make_attention("mfa(head_dim=16)")

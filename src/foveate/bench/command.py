@@ -1,4 +1,4 @@
-"""`foveate bench kernels` and `foveate bench decode`: options, progress, tables, files."""
+"""`foveate bench kernels`, `decode` and `projections`: options, progress, tables, files."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ def register(app: typer.Typer) -> None:
     bench = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
     bench.command("kernels")(kernels)
     bench.command("decode")(decode)
+    bench.command("projections")(projections)
     app.add_typer(bench, name="bench", help="How fast the kernels are on this machine.")
 
 
@@ -201,6 +202,67 @@ def decode(
     console.print(decode_table(found))
     console.print()
     _close(console, lines, [Path(out) / "results.jsonl", path])
+
+
+def projections(
+    names: Annotated[
+        str | None,
+        typer.Argument(
+            help='Projections, such as "mha,mfa(head_dim=64),mla". The first is the base. Default: '
+            "all, against multi-head.",
+        ),
+    ] = None,
+    contexts: Annotated[str | None, typer.Option(help="Tokens in the cache, such as 8192.")] = None,
+    dim: Annotated[int, typer.Option(help="Width of the layer.")] = 1024,
+    heads: Annotated[int, typer.Option(help="Heads of the model.")] = 16,
+    dtypes: Dtypes = None,
+    threads: Threads = None,
+    footprint: Annotated[
+        int, typer.Option(help="MiB of caches gone through in turn: several times the L3.")
+    ] = 256,
+    repeats: Repeats = None,
+    budget: Budget = 60.0,
+    clock: Clock = "wall",
+    seed: Seed = 0,
+    out: Out = OUT,
+    as_json: AsJson = False,
+    fresh: Fresh = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A short cache, in a minute; options still count.")
+    ] = False,
+) -> None:
+    """Decoding one token by every projection: what its cache holds, and how fast a step is.
+
+    "of read" holds the attention of a step against plain reading of the same bytes, in the same
+    rounds: 100% is the limit of memory. A speed is printed only if the step agreed with float64.
+    """
+    from foveate.bench import projections as job
+    from foveate.bench.show import projection_table
+    from foveate.methods import split
+
+    base = job.Options()
+    if quick:
+        base = job.Options(contexts=(2048,))
+    options = job.Options(
+        projections=tuple(split(names)) if names else base.projections,
+        contexts=_numbers("--contexts", contexts) or base.contexts,
+        dim=dim,
+        heads=heads,
+        dtypes=_words(dtypes) or base.dtypes,
+        threads=_numbers("--threads", threads) or _threads(quick, clock),
+        footprint=footprint << 20,
+        pace=_pace(repeats, budget, clock, quick),
+        seed=seed,
+    )
+    options.check()
+    found = _run(lambda *where: job.run(options, *where), out, fresh)
+    if as_json:
+        _json(found, [])
+        return
+    console = _console()
+    console.print(projection_table(found))
+    console.print()
+    _close(console, [], [Path(out) / "results.jsonl"])
 
 
 def _run(job: Callable[..., list[dict[str, Any]]], out: str, fresh: bool) -> list[dict[str, Any]]:

@@ -120,6 +120,36 @@ def _step(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def projection_table(found: list[Found]) -> Table:
+    """One row for each projection of each cell."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("tokens", "dim", "heads", "dtype", "thr", "projection"):
+        table.add_column(name, no_wrap=True)
+    for name in ("numbers/token", "MiB", "ms", "× base", "attention ms", "GB/s", "of read"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for one in found:
+        cell = one["cell"]
+        sizes = [str(cell[name]) for name in ("context", "dim", "heads", "dtype", "threads")]
+        for result in one["values"]["results"]:
+            figures = ["-"] * 7
+            if "seconds" in result:
+                figures = [
+                    str(result["elements"]),
+                    f"{result['bytes'] / 2**20:.1f}",
+                    f"{result['seconds']['median'] * 1e3:.3f}",
+                    _times(result.get("vs_base")),
+                    f"{result['attend_seconds']['median'] * 1e3:.3f}",
+                    f"{result['gbps']:.1f}",
+                    _share(result["of_read"]),
+                ]
+            table.add_row(
+                *sizes, result["projection"], *figures,
+                Text(_remark(result), style="red" if "failed" in result else "dim"),
+            )  # fmt: skip
+    return table
+
+
 def summary(found: list[Found], by: str) -> list[str]:
     """What the cells of a backend come to: a line for each dtype, pass, threads and question.
 

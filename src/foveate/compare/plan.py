@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from foveate.compare.records import digest
-from foveate.methods import make, spec
+from foveate.methods import make, make_attention, spec
 
 DEFAULT_METHODS = (
     "full, sink-window(sinks=4, window=1024), a-shape(sinks=128, local=512), "
@@ -149,7 +149,7 @@ def entries_of(methods: list[str], *, sweep: bool = False) -> tuple[Entry, ...]:
     """
     found: dict[str, Entry] = {}
     for text in methods:
-        for method in _budgets(make(text)) if sweep else [make(text)]:
+        for method in _budgets(make_attention(text)) if sweep else [make_attention(text)]:
             name = spec(method) if sweep or "(" not in text else _tidy(text)
             entry = _entry(name, method)
             found.setdefault(digest([entry.key, entry.parameters]), entry)

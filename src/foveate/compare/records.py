@@ -169,7 +169,7 @@ def _locked(folder: Path) -> Any:
     except OSError:
         lock.close()
         raise InputError(
-            f"Another foveate compare is writing into {folder}; wait for it or give another --out."
+            f"Another foveate command is writing into {folder}; wait for it or give another --out."
         ) from None
     return lock
 

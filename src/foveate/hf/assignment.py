@@ -24,7 +24,7 @@ from torch import nn
 
 from foveate.hf.errors import AssignmentError
 from foveate.hf.places import Site, self_stacks
-from foveate.methods import make, spec
+from foveate.methods import make, make_attention, spec
 from foveate.ops.errors import InputError
 from foveate.parts import Attention
 
@@ -55,7 +55,7 @@ def _heads_of(text: object, where: str) -> tuple[int, ...]:
 def _text(pattern: object) -> str:
     """A pattern as text, checked."""
     text = pattern if isinstance(pattern, str) else spec(pattern)
-    make(text)
+    make_attention(text)
     return text
 
 
@@ -181,7 +181,7 @@ class Assignment:
 
     def _groups(self, what: str | Mapping[int | str, str], site: Site) -> list[HeadGroup]:
         if isinstance(what, str):
-            return [HeadGroup(None, make(what))]
+            return [HeadGroup(None, make_attention(what))]
         groups: list[HeadGroup] = []
         named: set[int] = set()
         for heads, pattern in what.items():
@@ -192,14 +192,14 @@ class Assignment:
                     f"{max(numbers)}."
                 )
             named.update(numbers)
-            groups.append(HeadGroup(numbers, make(pattern)))
+            groups.append(HeadGroup(numbers, make_attention(pattern)))
         if site.heads is None:
             raise AssignmentError(
                 f"{site.name} doesn't tell its number of heads; assign one pattern to the layer."
             )
         rest = tuple(h for h in range(site.heads) if h not in named)
         if rest:
-            groups.append(HeadGroup(rest, make(self.default)))
+            groups.append(HeadGroup(rest, make_attention(self.default)))
         return groups
 
     def _unknown(
@@ -291,10 +291,10 @@ def plan_of(
     if isinstance(pattern, Assignment):
         return pattern.resolve(found)
     if isinstance(pattern, str):
-        make(pattern)
+        make_attention(pattern)
 
         def one() -> Attention:
-            return make(pattern)
+            return make_attention(pattern)
     elif isinstance(pattern, Attention):
 
         def one() -> Attention:

@@ -12,6 +12,7 @@ from typing import Any
 
 from foveate import catalog
 from foveate.ops.errors import InputError, nearest
+from foveate.parts.projection import Recipe
 
 _SPEC = re.compile(r"\s*([^\s()]+)\s*(\(.*\))?\s*", re.DOTALL)
 _PAIRS = {"(": ")", "[": "]", "{": "}"}
@@ -53,6 +54,23 @@ def make(spec: str) -> Any:
         return method(**values)
     except TypeError as error:
         raise InputError(f"{spec!r}: {error}.") from error
+
+
+def make_attention(spec: str) -> Any:
+    """As `make`, for a place that runs an attention on q, k and v: a model in use, or a comparison.
+
+    Raises:
+        UnknownMethodError: no method has that key; the nearest ones are offered.
+        InputError: as `make`; or the method is a projection, which is part of how a model is built.
+    """
+    method = make(spec)
+    if isinstance(method, Recipe):
+        raise InputError(
+            f"{spec!r} is a projection: it has weights of its own, so a model must be built and "
+            "trained with it, by foveate.Attention(dim, num_heads, projection=...) or foveate "
+            "train. What can run in a model that is trained already is listed by: foveate methods."
+        )
+    return method
 
 
 def _listed(known: list[str]) -> str:

@@ -1,0 +1,184 @@
+"""`foveate reproduce`: run the miniatures of papers and say which claims hold."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from foveate import papers
+from foveate.cli.progress import Screen, console
+from foveate.ops.errors import FoveateError, InputError, MissingPackageError
+
+if TYPE_CHECKING:
+    from foveate.papers.harness.run import Result
+
+OUT = "foveate-report/claims"
+_STYLE = {"holds": "green", "refuted": "red", "inconclusive": "yellow"}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("reproduce")(reproduce)
+
+
+def reproduce(
+    keys: Annotated[list[str] | None, typer.Argument(metavar="[KEY ...]", help="Papers.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every paper that has a miniature.")] = False,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="The same path in a minute; it is no verdict."),
+    ] = False,
+    out: Annotated[str, typer.Option(help="Folder for results, verdicts and figures.")] = OUT,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="Threads of the CPU.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print each verdict as one line of JSON.")
+    ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Put earlier results aside and run anew.")
+    ] = False,
+) -> None:
+    """Check what papers claim: a small experiment each, with its threshold stated before the run.
+
+    Every arm is trained alike, with several seeds, and the verdict is "holds", "refuted" or
+    "inconclusive". Finished seeds are kept in --out; stopped at any moment, a run goes on from
+    there when it's started again.
+    """
+    wanted = _wanted(keys or [], every)
+    from foveate.compare.options import parse_device
+    from foveate.papers.harness.run import Run
+
+    place = parse_device(device)
+    failed = False
+    with ExitStack() as stack:
+        if threads is not None:
+            stack.enter_context(_threads(threads))
+        screen = stack.enter_context(Screen())
+        chosen = [papers.load(key) for key in wanted]
+        runs = [
+            stack.enter_context(
+                Run(paper, Path(out).expanduser(), quick=quick, fresh=fresh, device=place,
+                    listener=screen)
+            )
+            for paper in chosen
+        ]  # fmt: skip
+        for run in runs:
+            try:
+                result = run()
+            except FoveateError as error:
+                if len(runs) == 1:
+                    raise
+                screen.end()
+                screen.console.print(Text.assemble(("error: ", "bold red"), str(error)))
+                failed = True
+                continue
+            _draw(result, run.folder, screen)
+            if as_json:
+                sys.stdout.write(json.dumps(result.verdict, allow_nan=False) + "\n")
+                sys.stdout.flush()
+            else:
+                show(result, console())
+    if failed:
+        raise typer.Exit(2)
+
+
+def _wanted(keys: list[str], every: bool) -> list[str]:
+    """The keys, checked.
+
+    Raises:
+        InputError: none is given, or together with --all.
+        UnknownMethodError: one has no miniature.
+    """
+    known = papers.available()
+    if every and keys:
+        raise InputError(f"--all runs every paper; leave out {', '.join(keys)}, or --all.")
+    if not every and not keys:
+        raise InputError(f"Give the papers' keys, or --all; there are {', '.join(known)}.")
+    for key in keys:
+        papers.known(key)
+    return list(known) if every else list(dict.fromkeys(keys))
+
+
+class _threads:
+    """Sets torch's threads, and puts them back."""
+
+    def __init__(self, count: int) -> None:
+        if count < 1:
+            raise InputError(f"--threads {count}: expected 1 or more.")
+        self.count = count
+
+    def __enter__(self) -> None:
+        import torch
+
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(self.count)
+
+    def __exit__(self, *error: object) -> None:
+        import torch
+
+        torch.set_num_threads(self.before)
+
+
+def _draw(result: Result, folder: Path, screen: Screen) -> None:
+    from foveate.papers.harness.figure import draw
+
+    name = "figure.quick.png" if result.verdict["environment"]["quick"] else "figure.png"
+    try:
+        result.files["figure"] = draw(result, folder / name)
+    except MissingPackageError as error:
+        screen.say(str(error))
+
+
+def show(result: Result, screen: Console) -> None:
+    """A verdict for people: the arms, the checks with their intervals, and what was written."""
+    verdict = result.verdict
+    screen.print(Text.assemble((verdict["key"], "bold"), f"  {verdict['claim']}"), soft_wrap=True)
+    screen.print(Text(f"{verdict['metric']}; seeds {_list(verdict['seeds'])}", style="dim"))
+    arms = Table(box=None, pad_edge=False)
+    metrics = list(dict.fromkeys(m for kind in ("baseline", "ours") for a in verdict[kind].values()
+                                 for m in a))  # fmt: skip
+    for name in ("", *metrics):
+        arms.add_column(name, justify="left" if not name else "right")
+    for kind in ("baseline", "ours"):
+        for arm, found in verdict[kind].items():
+            arms.add_row(Text(arm), *(_figure(found.get(metric)) for metric in metrics))
+    screen.print(arms)
+    checks = Table(box=None, pad_edge=False)
+    for name in ("holds if", "mean", "90% interval", ""):
+        checks.add_column(name, overflow="fold")
+    for one in result.outcomes:
+        interval = f"{one.found.low:.4g} to {one.found.high:.4g}"
+        checks.add_row(
+            Text(("needs " if one.need else "") + one.check.text),
+            f"{one.found.mean:.4g}",
+            "counted" if one.check.exact else interval if len(one.found.values) > 1 else "one seed",
+            Text(one.verdict, style=_STYLE[one.verdict]),
+        )
+    screen.print(checks)
+    word = verdict["verdict"]
+    said = f"{verdict['key']}: {word}"
+    if verdict["environment"]["quick"]:
+        said += " (a quick run decides nothing but what is counted)"
+    screen.print(Text(said, style=f"bold {_STYLE[word]}"))
+    for kind, path in result.files.items():
+        screen.print(Text(f"{kind:8} {path}", style="dim"), soft_wrap=True)
+    screen.print()
+
+
+def _figure(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    spread = f" ± {found['sd']:.2g}" if len(found["values"]) > 1 else ""
+    return f"{found['mean']:.5g}{spread}"
+
+
+def _list(values: list[int]) -> str:
+    return ", ".join(map(str, values))

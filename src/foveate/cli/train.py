@@ -1,0 +1,126 @@
+"""`foveate train`: a small language model with any projection and attention."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from foveate.cli.progress import Screen, console
+from foveate.ops.errors import MissingPackageError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("train")(train)
+
+
+def train(
+    projection: Annotated[
+        str, typer.Option(help='How heads are made, such as "mfa(head_dim=16)"; foveate methods.')
+    ] = "mha",
+    attention: Annotated[
+        str, typer.Option(help='Such as full, or "sink-window(window=64)"; see foveate methods.')
+    ] = "full",
+    data: Annotated[
+        str | None, typer.Option(help="A text file. Default: WikiText-2's test split, shipped.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Of the optimizer.")] = 1000,
+    batch: Annotated[int, typer.Option(help="Sequences in each step.")] = 16,
+    length: Annotated[int, typer.Option(help="Bytes in each sequence.")] = 128,
+    layers: Annotated[int, typer.Option(help="Blocks.")] = 4,
+    dim: Annotated[int, typer.Option(help="Width.")] = 128,
+    heads: Annotated[int, typer.Option(help="Heads, as the projection counts them.")] = 8,
+    lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 2e-3,
+    warmup: Annotated[float, typer.Option(help="Share of the steps in which it rises.")] = 0.05,
+    every: Annotated[int, typer.Option(help="Steps between evaluations and checkpoints.")] = 100,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after so many evaluations without a better loss.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the first weights and of the data's order.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    out: Annotated[str, typer.Option(help="Folder for the model and its checkpoints.")] = (
+        "foveate-model"
+    ),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the training in --out, bit by bit.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Train a small language model, byte by byte, with any composition of foveate's layers.
+
+    The folder is a transformers model: after `import foveate`, AutoModelForCausalLM and
+    AutoTokenizer load it. Stopped at any moment, the same command with --resume goes on.
+    """
+    from foveate.compare.options import parse_device
+    from foveate.papers.training.regime import Regime
+
+    try:
+        from foveate.papers.training import job
+    except ModuleNotFoundError as error:
+        raise _missing(error) from error
+    made = job.Job(
+        projection=projection,
+        attention=attention,
+        data=data,
+        sizes=job.Sizes(layers, dim, heads, length, 256 + job.SPECIAL),
+        regime=Regime(
+            steps=steps, batch=batch, lr=lr, warmup=warmup, every=every, patience=patience,
+            seed=seed,
+        ),
+        out=Path(out).expanduser(),
+        device=parse_device(device),
+        resume=resume,
+    )  # fmt: skip
+    with Screen() as screen:
+        screen.begin(f"training {projection}", steps)
+        try:
+            facts = job.run(
+                made, lambda share, doing: screen.advance(share * steps, doing), screen.say
+            )
+        except ModuleNotFoundError as error:
+            raise _missing(error) from error
+    if as_json:
+        sys.stdout.write(json.dumps(facts, indent=2, allow_nan=False) + "\n")
+    else:
+        show(facts, console())
+
+
+def _missing(error: ModuleNotFoundError) -> Exception:
+    name = (error.name or "").partition(".")[0]
+    if name not in {"transformers", "safetensors"}:
+        return error
+    return MissingPackageError(f"foveate train needs {name}: pip install 'foveate[hf]'")
+
+
+def show(facts: dict[str, Any], screen: Console) -> None:
+    """The figures for people, a sample, and the Python that loads the model."""
+    test = facts["test"]
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in (
+        ("model", f"{facts['projection']}, {facts['attention']}, {facts['parameters']:,} weights"),
+        ("data", facts["data"]),
+        ("steps", f"{facts['steps']}{' (stopped early)' if facts['stopped_early'] else ''}"),
+        ("test", f"{test['bits_per_byte']:.4g} bits for each byte ({test['loss']:.4g} nats), "
+                 f"{test['accuracy']:.1%} of the next bytes right"),
+        ("writes", f"{facts['sample']['prompt']}▸{facts['sample']['followed']}"),
+    ):  # fmt: skip
+        table.add_row(name, Text(value))
+    screen.print(table)
+    folder = facts["folder"]
+    screen.print(
+        Text(
+            "\nimport foveate\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            f"model = AutoModelForCausalLM.from_pretrained({folder!r})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({folder!r})"
+        ),
+        soft_wrap=True,
+    )

@@ -1,0 +1,96 @@
+"""The configuration of foveate's causal language model, in transformers' form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from foveate.models.auto import register_models
+from foveate.ops.errors import InputError
+
+
+class FoveateConfig(PreTrainedConfig):
+    """Sizes and composition of a causal language model.
+
+    `projection` and `attention` are texts as `foveate.Attention` takes them, or one for each layer:
+
+        FoveateConfig(vocab_size=256, hidden_size=128, num_hidden_layers=3, num_attention_heads=8,
+                      projection="mfa(head_dim=16)", attention="full")
+
+    Layers in `moe_layers` have experts in place of the dense feed-forward (see `foveate.nn.MoE`).
+
+    Attributes:
+        head_dim: None is hidden_size / num_attention_heads, or what the projection says.
+        intermediate_size: of the dense feed-forward; None is 8/3 of hidden_size, rounded up to 8.
+        position: "rope" or "none".
+        rope_parameters: as everywhere in transformers; rope_theta, rope_type, scaling.
+        rope_interleaved: whether rotary pairs are neighbours; None is the projection's habit.
+        moe_layers: indices of layers with experts; None is no layer.
+        num_experts, num_experts_per_tok, moe_intermediate_size, shared_expert_intermediate_size,
+            router_score, router_renormalize, router_scaling, router_groups, router_top_groups,
+            router_balance: as in `foveate.nn.MoE` and `Router`.
+
+    Raises:
+        InputError: as many texts as layers were expected, or an expert's size is missing.
+    """
+
+    model_type = "foveate"
+    keys_to_ignore_at_inference = ["past_key_values", "aux"]
+
+    vocab_size: int = 256
+    hidden_size: int = 256
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    projection: str | list[str] = "mha"
+    attention: str | list[str] = "full"
+    position: str = "rope"
+    rope_parameters: dict[str, Any] | None = None
+    rope_interleaved: bool | None = None
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-6
+    attention_bias: bool = False
+    attention_out_bias: bool = False
+    attention_dropout: float = 0.0
+    moe_layers: list[int] | None = None
+    num_experts: int = 0
+    num_experts_per_tok: int = 1
+    moe_intermediate_size: int = 0
+    shared_expert_intermediate_size: int = 0
+    router_score: str = "softmax"
+    router_renormalize: bool = False
+    router_scaling: float = 1.0
+    router_groups: int = 1
+    router_top_groups: int = 1
+    router_balance: float = 0.0
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Fill in what follows from other fields, and let transformers find the model's class."""
+        if self.intermediate_size is None:
+            self.intermediate_size = -(-self.hidden_size // 3) * 8
+        for name in ("projection", "attention"):
+            given = getattr(self, name)
+            if isinstance(given, list | tuple) and len(given) != self.num_hidden_layers:
+                raise InputError(
+                    f"FoveateConfig({name}): {len(given)} texts for {self.num_hidden_layers} "
+                    "layers; give one for each layer, or one for all."
+                )
+        if self.moe_layers and not (self.num_experts and self.moe_intermediate_size):
+            raise InputError(
+                "FoveateConfig(moe_layers=...): give num_experts and moe_intermediate_size too."
+            )
+        super().__post_init__(**kwargs)
+        register_models()
+
+    def of_layer(self, name: str, layer: int) -> str:
+        """The projection's or the attention's text for a layer."""
+        given = getattr(self, name)
+        return given if isinstance(given, str) else given[layer]

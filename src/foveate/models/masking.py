@@ -1,0 +1,82 @@
+"""From transformers' attention_mask and position_ids to a mask and positions."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from foveate.ops import Mask, causal, documents, padding
+from foveate.ops.errors import InputError
+
+
+class Seen(NamedTuple):
+    """Who sees whom.
+
+    mask; positions of the queries (B, Lq) and of all keys (B, Lkv), None where index is position;
+    real (B, Lq) bool, None where all new tokens are.
+    """
+
+    mask: Mask
+    q_positions: Tensor | None = None
+    kv_positions: Tensor | None = None
+    real: Tensor | None = None
+
+
+def seen_by(
+    attention_mask: Tensor | None, position_ids: Tensor | None, batch: int, past: int, new: int
+) -> Seen:
+    """What `new` tokens behind `past` cached ones see.
+
+    Args:
+        attention_mask: (B, past + new), 1 for real tokens: padding on either side.
+        position_ids: (B, new) as transformers makes them; without an attention_mask and a cache
+            they may start again from 0, where a packed sequence begins.
+        batch: B.
+        past: tokens in the cache.
+        new: tokens now.
+
+    Raises:
+        InputError: another kind of mask, holes between real tokens, or other positions.
+    """
+    length = past + new
+    if attention_mask is None:
+        return Seen(causal() if position_ids is None else _by_position(position_ids, past, new))
+    if attention_mask.dim() != 2 or tuple(attention_mask.shape) != (batch, length):
+        raise InputError(
+            f"attention_mask: expected ({batch}, {length}) with 1 for real tokens, those in the "
+            f"cache included, got {tuple(attention_mask.shape)}."
+        )
+    real = attention_mask.bool()
+    if bool(real.all()):
+        return Seen(causal())
+    first, counts = real.int().argmax(1), real.sum(1)
+    index = torch.arange(length, device=real.device)
+    if not torch.equal(real, (index >= first[:, None]) & (index < (first + counts)[:, None])):
+        raise InputError(
+            "attention_mask: there are holes between real tokens; expected padding in front of "
+            "them or behind them only."
+        )
+    positions = index - first[:, None]
+    return Seen(causal() & padding(counts), positions[:, past:], positions, real=real[:, past:])
+
+
+def _by_position(position_ids: Tensor, past: int, new: int) -> Mask:
+    ids = position_ids.reshape(-1, position_ids.shape[-1])
+    plain = torch.arange(past, past + new, device=ids.device)
+    if ids.shape[-1] == new and bool((ids == plain).all()):
+        return causal()
+    steps = ids.diff(dim=1)
+    if (
+        past
+        or len(ids) != 1
+        or int(ids[0, 0])
+        or not bool(((steps == 1) | (ids[:, 1:] == 0)).all())
+    ):
+        raise InputError(
+            "position_ids: expected 0, 1, 2, ... (starting again from 0 for each packed sequence, "
+            "in a batch of one and without a cache); for padding give an attention_mask."
+        )
+    starts = (ids[0] == 0).nonzero()[:, 0].tolist()
+    return causal() & documents([*starts, new])

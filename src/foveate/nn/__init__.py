@@ -1,0 +1,9 @@
+"""Layers to build models from: the one composable attention, feed-forward, MoE, blocks."""
+
+from foveate.nn.attention import Attention
+from foveate.nn.block import Block
+from foveate.nn.feedforward import SwiGLU
+from foveate.nn.moe import MoE, Router
+from foveate.nn.output import LayerOutput
+
+__all__ = ["Attention", "Block", "LayerOutput", "MoE", "Router", "SwiGLU"]

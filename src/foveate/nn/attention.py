@@ -1,0 +1,238 @@
+"""`foveate.Attention`: the one composable layer, a projection and an attention put together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from foveate.methods import make
+from foveate.nn.output import LayerOutput
+from foveate.nn.position import counted, rope_for, turned
+from foveate.ops import Mask
+from foveate.ops.errors import InputError
+from foveate.parts import Attention as Method
+from foveate.parts.context import Context, Phase
+from foveate.parts.kv_cache import TokenCache
+from foveate.parts.projection import QKV, Positions, Projection, Recipe, Sizes
+from foveate.parts.rope import Rope
+from foveate.parts.tokens import tokens_of
+
+
+class Attention(nn.Module):
+    """An attention layer: x (B, L, dim) -> y (B, L, dim), in training, prefill and decoding.
+
+        layer = foveate.Attention(512, 8, projection="mfa", attention="sink-window(window=256)")
+        y, _, aux = layer(x, mask=foveate.causal())
+
+        cache = layer.new_cache()
+        y, cache, _ = layer(prompt, mask=foveate.causal(), cache=cache)
+        y, cache, _ = layer(token, mask=foveate.causal(), cache=cache)      # the same numbers
+
+    As in `foveate.attention`, no mask means that every token sees every token.
+
+    Args:
+        dim: width of x and y.
+        num_heads: heads of the model, as the projection counts them.
+        projection: a key of the catalog with its hyper-parameters, such as "gqa(kv_heads=2)"; its
+            recipe; or a projection that was built already, whose sizes then count.
+        attention: a key of the catalog, or any attention of `foveate.parts`.
+        position: "rope", a `Rope`, or "none".
+        theta: base of the rotary frequencies, where position is "rope".
+        interleaved: whether rotary pairs are neighbours; None is the projection's own habit.
+        head_dim: width of a head; None is dim / num_heads or the projection's own.
+        kv_dim: width of x_kv, for cross-attention; None is dim.
+        bias: biases on the maps into heads.
+        out_bias: a bias on the map out of them.
+        dropout: probability of dropping an attention weight in training.
+        layer: index of the layer, for methods that differ by layer.
+
+    Raises:
+        UnknownMethodError: no such projection or attention.
+        InputError: sizes don't fit, or a name of the wrong kind.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        projection: str | Recipe | Projection = "mha",
+        attention: str | Method = "full",
+        position: str | Rope | None = "rope",
+        *,
+        theta: float = 10_000.0,
+        interleaved: bool | None = None,
+        head_dim: int | None = None,
+        kv_dim: int | None = None,
+        bias: bool = False,
+        out_bias: bool = False,
+        dropout: float = 0.0,
+        layer: int = 0,
+    ) -> None:
+        super().__init__()
+        sizes = Sizes(dim, num_heads, head_dim, kv_dim, bias, out_bias)
+        self.dim, self.kv_dim, self.layer = dim, sizes.source, layer
+        self.dropout = dropout
+        self.projection = _projection(projection, sizes)
+        self.attention = _attention(attention)
+        self.rope = rope_for(position, self.projection, theta, interleaved)
+
+    def new_cache(self, capacity: int = 0) -> TokenCache:
+        """An empty cache for this layer, with room for `capacity` tokens."""
+        return self.projection.new_cache(capacity)
+
+    def forward(
+        self,
+        x: Tensor,
+        x_kv: Tensor | None = None,
+        *,
+        mask: Mask | None = None,
+        cache: TokenCache | None = None,
+        ctx: Context | None = None,
+    ) -> LayerOutput:
+        """Run the layer.
+
+        Args:
+            x: (B, Lq, dim), the new tokens.
+            x_kv: (B, L, kv_dim), where keys and values come from; None is x.
+            mask: who may attend, over the Lkv = len(cache) + L keys; None is everyone.
+            cache: what earlier calls kept; the new tokens are added to it.
+            ctx: more that is known: positions (of queries, and of all Lkv keys), phase, bias, ...
+                Without it a single token against a cache is decoding, training is as the module.
+
+        Returns:
+            y (B, Lq, dim), the cache, and losses and statistics by name.
+
+        Raises:
+            InputError: shapes don't fit, or a mask both here and in ctx.
+        """
+        x_kv = self._checked(x, x_kv)
+        past = 0 if cache is None else len(cache)
+        known = self._context(x, mask, past, ctx)
+        known.hidden, known.cache = x, cache
+        where = _positions(known, x.shape[1], past, x_kv)
+        p = self.projection
+        q = p.query(x)
+        raw_query = q
+        new = p.entries(x_kv, cache, known.phase)
+        at = where
+        if past and not p.rotates_on_read:
+            at = where._replace(key=_tail(where.key, past, known))
+        if not p.rotates_on_read:
+            q, new = self._rotate(q, new, at, known)
+        held = new if cache is None else cache.append(new)
+        if p.rotates_on_read:
+            q, held = self._rotate(q, held, at, known)
+        absorbed = p.absorbs(known.phase)
+        qkv = p.absorb(q, held) if absorbed else QKV(q, *p.expand(held))
+        selection = None
+        if p.selects:
+            selection = p.select(x, raw_query, _real(qkv, known), known.phase)
+        if not absorbed:
+            known.raw_query = raw_query
+        o = p.attend(self.attention, qkv, known, selection)
+        aux = {} if selection is None else selection.aux
+        return LayerOutput(p.output(o, x, absorbed=absorbed), cache, aux)
+
+    def _rotate(
+        self, q: Tensor, entries: dict[str, Tensor], at: Positions, ctx: Context
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        rope = self.rope
+        if rope is None:
+            return self.projection.rotate(q, entries, at, lambda x, _: x)
+        return self.projection.rotate(
+            q, entries, at, lambda x, positions: turned(rope, x, positions, ctx.store)
+        )
+
+    def _context(self, x: Tensor, mask: Mask | None, past: int, ctx: Context | None) -> Context:
+        if ctx is None:
+            phase: Phase = "train" if self.training and not past else "prefill"
+            ctx = Context(phase="decode" if past and x.shape[1] == 1 else phase, mask=mask)
+            ctx.layer = self.layer
+        elif mask is not None and ctx.mask is not None:
+            raise InputError("Attention: give the mask as mask= or in ctx, not both.")
+        else:
+            ctx = replace(ctx, mask=ctx.mask if mask is None else mask)
+        if self.dropout and self.training:
+            ctx.dropout = self.dropout
+        if ctx.scale is None:
+            ctx.scale = self.projection.scale
+        return ctx
+
+    def _checked(self, x: Tensor, x_kv: Tensor | None) -> Tensor:
+        if x.dim() != 3 or x.shape[2] != self.dim:
+            raise InputError(f"Attention: expected x (B, L, {self.dim}), got {tuple(x.shape)}.")
+        if x_kv is None:
+            x_kv = x
+        if x_kv.dim() != 3 or x_kv.shape[0] != len(x) or x_kv.shape[2] != self.kv_dim:
+            raise InputError(
+                f"Attention: expected x_kv ({len(x)}, L, {self.kv_dim}), got {tuple(x_kv.shape)}."
+            )
+        return x_kv
+
+    def extra_repr(self) -> str:
+        """What torch prints of it."""
+        position = "none" if self.rope is None else "rope"
+        shown = "" if isinstance(self.attention, nn.Module) else f", attention={self.attention}"
+        return f"{self.dim}, position={position}{shown}"
+
+
+def _real(qkv: QKV, ctx: Context) -> Tensor | None:
+    """(B, Lq) bool: tokens that aren't padding; None where the mask knows none."""
+    if ctx.mask is None or (ctx.mask.groups()[0] == 1 and ctx.q_positions is None):
+        return None
+    return tokens_of(qkv.q, qkv.k, ctx).q_real.expand(len(qkv.q), -1)
+
+
+def _positions(ctx: Context, q_len: int, past: int, x_kv: Tensor) -> Positions:
+    """Of the new queries, and of all keys."""
+    kv_len = past + x_kv.shape[1]
+    key, query = ctx.kv_positions, ctx.q_positions
+    if key is None:
+        key = counted(ctx.store, 0, kv_len, x_kv.device)
+    if query is None:  # the last query stands with the last key
+        start = kv_len - q_len
+        before = start < 0 or ctx.kv_positions is None
+        query = counted(ctx.store, start, kv_len, x_kv.device) if before else key[..., start:]
+    if key.shape[-1] != kv_len or query.shape[-1] != q_len:
+        raise InputError(
+            f"Attention: positions are for {query.shape[-1]} queries and {key.shape[-1]} keys, "
+            f"but there are {q_len} and {kv_len} (with what the cache holds)."
+        )
+    return Positions(query, key)
+
+
+def _tail(key: Tensor, past: int, ctx: Context) -> Tensor:
+    """Positions of the keys that aren't in the cache yet."""
+    if ctx.kv_positions is not None:
+        return key[..., past:]
+    return counted(ctx.store, past, key.shape[-1], key.device)
+
+
+def _projection(projection: Any, sizes: Sizes) -> Projection:
+    if isinstance(projection, Projection):
+        return projection
+    recipe = make(projection) if isinstance(projection, str) else projection
+    if not isinstance(recipe, Recipe):
+        raise InputError(
+            f"Attention(projection={projection!r}): that is {_kind(recipe)}, no projection; "
+            'expected one such as "mha" or "mfa" (see foveate methods).'
+        )
+    return recipe.build(sizes)
+
+
+def _attention(attention: Any) -> Method:
+    method = make(attention) if isinstance(attention, str) else attention
+    if not isinstance(method, Method):
+        raise InputError(
+            f"Attention(attention={attention!r}): that is {_kind(method)}, no attention; expected "
+            'one such as "full" or "sink-window" (see foveate methods).'
+        )
+    return method
+
+
+def _kind(thing: Any) -> str:
+    if isinstance(thing, Recipe):
+        return "a projection"
+    return "an attention" if isinstance(thing, Method) else f"a {type(thing).__name__}"

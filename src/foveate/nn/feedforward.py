@@ -1,0 +1,27 @@
+"""The dense feed-forward layer: SwiGLU."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class SwiGLU(nn.Module):
+    """(silu(x W_gate) * (x W_up)) W_down, without biases.
+
+    Source: Shazeer 2020, arXiv 2002.05202, equation 6.
+
+    Args:
+        dim: width of x and y.
+        hidden: width between.
+    """
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, hidden, bias=False)
+        self.up = nn.Linear(dim, hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., dim) to y of the same shape."""
+        return self.down(functional.silu(self.gate(x)) * self.up(x))

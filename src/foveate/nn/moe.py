@@ -1,0 +1,168 @@
+"""A mixture of experts: a router, SwiGLU experts of which each token runs a few, a shared one.
+
+    y = shared(x) + sum over the chosen experts i of w_i expert_i(x)
+
+Step-3 (arXiv 2507.19427): w is the softmax over all experts, not renormalised over the top 3.
+DeepSeek-V3 (arXiv 2412.19437, section 2.1.2): sigmoid scores, a bias that counts for the choice
+only, a choice of groups before the choice of experts, w renormalised and scaled.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from foveate.nn.feedforward import SwiGLU
+from foveate.ops.errors import InputError
+from foveate.parts.balance import load_balance
+from foveate.parts.selection import topk_mask
+
+
+class Routed(NamedTuple):
+    """(N, E) each: probabilities or scores, weights of the chosen experts (0 elsewhere), chosen."""
+
+    probs: Tensor
+    weights: Tensor
+    chosen: Tensor
+
+
+class Router(nn.Module):
+    """Which experts run for a token, and with which weight; in fp32, ties to the lower index.
+
+    Args:
+        dim: width of x.
+        experts: E.
+        top_k: experts for each token.
+        score: "softmax" over all experts, or a "sigmoid" for each.
+        renormalize: whether the chosen experts' weights sum to 1.
+        scaling: factor on the weights.
+        groups: experts are cut into so many groups, contiguously.
+        top_groups: of them the best are kept, by the sum of their two best experts' scores.
+
+    Raises:
+        InputError: numbers that don't fit.
+    """
+
+    bias: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        experts: int,
+        top_k: int,
+        score: Literal["softmax", "sigmoid"] = "softmax",
+        *,
+        renormalize: bool = False,
+        scaling: float = 1.0,
+        groups: int = 1,
+        top_groups: int = 1,
+    ) -> None:
+        super().__init__()
+        if not 1 <= top_k <= experts:
+            raise InputError(f"Router(top_k={top_k}): expected 1 to {experts} experts.")
+        if score not in ("softmax", "sigmoid"):
+            raise InputError(f"Router(score={score!r}): expected 'softmax' or 'sigmoid'.")
+        if experts % groups or not 1 <= top_groups <= groups:
+            raise InputError(
+                f"Router(groups={groups}, top_groups={top_groups}): expected a divisor of "
+                f"{experts} experts, and no more groups kept than there are."
+            )
+        if top_k > experts // groups * top_groups:
+            raise InputError(
+                f"Router(top_k={top_k}): {top_groups} groups hold {experts // groups * top_groups} "
+                "experts only."
+            )
+        self.top_k, self.score, self.renormalize, self.scaling = top_k, score, renormalize, scaling
+        self.groups, self.top_groups = groups, top_groups
+        self.weight = nn.Parameter(torch.zeros(experts, dim))
+        self.register_buffer("bias", torch.zeros(experts))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As torch's Linear; the bias of the choice starts from 0."""
+        nn.init.uniform_(self.weight, -(self.weight.shape[1] ** -0.5), self.weight.shape[1] ** -0.5)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Routed:
+        """Route x (N, dim)."""
+        work = torch.promote_types(x.dtype, torch.float32)
+        logits = functional.linear(x.to(work), self.weight.to(work))
+        probs = logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()
+        ranks = probs.detach() + self.bias.to(work)
+        allowed = None
+        if self.groups > 1:
+            by_group = ranks.unflatten(-1, (self.groups, -1))
+            two = by_group.topk(min(2, by_group.shape[-1]), -1).values.sum(-1)
+            kept = topk_mask(two, self.top_groups)
+            allowed = kept.repeat_interleave(by_group.shape[-1], -1)
+        chosen = topk_mask(ranks, self.top_k, allowed)
+        weights = probs * chosen
+        if self.renormalize:
+            weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
+        return Routed(probs, weights * self.scaling, chosen)
+
+    def extra_repr(self) -> str:
+        """What torch prints of it."""
+        return f"{self.weight.shape[1]}, experts={len(self.weight)}, top_k={self.top_k}"
+
+
+class MoE(nn.Module):
+    """Experts behind a router, and optionally one expert that every token runs.
+
+    Weights of the experts: gate and up (E, hidden, dim), down (E, dim, hidden).
+
+    Args:
+        router: as made for the same dim.
+        hidden: width of an expert.
+        shared: width of the shared expert, 0 for none.
+        balance: weight of the load-balance loss, 0 for none.
+    """
+
+    def __init__(
+        self, router: Router, hidden: int, *, shared: int = 0, balance: float = 0.0
+    ) -> None:
+        super().__init__()
+        experts, dim = router.weight.shape
+        self.router, self.balance = router, balance
+        self.gate = nn.Parameter(torch.zeros(experts, hidden, dim))
+        self.up = nn.Parameter(torch.zeros(experts, hidden, dim))
+        self.down = nn.Parameter(torch.zeros(experts, dim, hidden))
+        self.shared = SwiGLU(dim, shared) if shared else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As torch's Linear, expert by expert."""
+        for weight in (self.gate, self.up, self.down):
+            bound = weight.shape[2] ** -0.5
+            nn.init.uniform_(weight, -bound, bound)
+
+    def forward(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run the experts.
+
+        Args:
+            x: (B, L, dim).
+            real: (B, L) bool, False on padding, which then doesn't count for the balance.
+
+        Returns:
+            y (B, L, dim); "expert_load" (E,) and, in training, "expert_balance_loss".
+        """
+        rows = x.reshape(-1, x.shape[-1])
+        routed = self.router(rows)
+        out = torch.zeros_like(rows)
+        for expert in routed.chosen.any(0).nonzero()[:, 0].tolist():
+            at = routed.chosen[:, expert].nonzero()[:, 0]
+            mine = rows[at]
+            inner = functional.silu(mine @ self.gate[expert].T) * (mine @ self.up[expert].T)
+            weight = routed.weights[at, expert, None]
+            out = out.index_add(0, at, ((inner @ self.down[expert].T) * weight).to(out.dtype))
+        if self.shared is not None:
+            out = out + self.shared(rows)
+        flat = None if real is None else real.reshape(-1)
+        kept = load_balance(routed.probs, routed.chosen, flat)
+        aux = {"expert_load": kept.load}
+        if self.training and self.balance:
+            aux["expert_balance_loss"] = self.balance * kept.loss
+        return out.view_as(x), aux

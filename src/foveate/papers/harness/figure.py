@@ -1,0 +1,114 @@
+"""The figure of a verdict: every arm by seed, every check against its threshold, and the curves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from foveate.ops.errors import MissingPackageError
+from foveate.papers.harness.run import Result
+
+_COLOURS = {"holds": "#0b6e4f", "refuted": "#a4161a", "inconclusive": "#b08900"}
+_BASELINE, _OURS = "#555555", "#3d5a98"
+COLUMNS = 3
+
+
+def draw(result: Result, path: Path) -> Path:
+    """Write the figure as a PNG, or whatever the path's suffix says.
+
+    Raises:
+        MissingPackageError: matplotlib isn't there.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise MissingPackageError(
+            "The figure needs matplotlib: pip install 'foveate[report]'"
+        ) from error
+    verdict = result.verdict
+    arms = verdict["baseline"] | verdict["ours"]
+    metrics = list(dict.fromkeys(metric for found in arms.values() for metric in found))
+    curves = _curves(result)
+    if result.paper.grid is not None:
+        metrics = [metric for metric in metrics if metric != result.paper.grid.metric]
+    panels = len(metrics) + 1 + bool(curves)
+    rows = -(-panels // COLUMNS)
+    tall = 0.8 + 0.3 * max(len(arms), len(result.outcomes))
+    figure, grid = pyplot.subplots(
+        rows,
+        min(panels, COLUMNS),
+        figsize=(5.2 * min(panels, COLUMNS), tall * rows + 0.6),
+        squeeze=False,
+        layout="constrained",
+    )
+    axes = list(grid.flat)
+    for axis, metric in zip(axes, metrics):
+        _arms(axis, metric, verdict)
+    _checks(axes[len(metrics)], result)
+    if curves:
+        _lines(axes[len(metrics) + 1], curves)
+    for axis in axes[panels:]:
+        axis.set_axis_off()
+    figure.suptitle(f"{verdict['key']}: {verdict['verdict']}", x=0.01, ha="left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return path
+
+
+def _arms(axis: Any, metric: str, verdict: dict[str, Any]) -> None:
+    rows = [
+        (arm, found[metric], colour)
+        for kind, colour in (("baseline", _BASELINE), ("ours", _OURS))
+        for arm, found in verdict[kind].items()
+        if metric in found
+    ]
+    for row, (_, found, colour) in enumerate(rows):
+        axis.scatter(found["values"], [row] * len(found["values"]), s=16, color=colour, alpha=0.6)
+        axis.plot([found["mean"]] * 2, [row - 0.3, row + 0.3], color=colour, linewidth=2)
+    axis.set_yticks(range(len(rows)), [arm for arm, _, _ in rows])
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_xlabel(metric)
+    axis.grid(axis="x", alpha=0.3)
+
+
+def _checks(axis: Any, result: Result) -> None:
+    """The interval of each check that isn't counted, its threshold at 0, good to the left."""
+    rows = [one for one in result.outcomes if not one.check.exact]
+    for row, one in enumerate(rows):
+        sign = -1 if one.check.at_least else 1
+        found, colour = one.found, _COLOURS[one.verdict]
+        values = [sign * (value - one.check.holds) for value in found.values]
+        axis.scatter(values, [row] * len(values), s=16, color=colour, alpha=0.6)
+        if len(values) > 1:
+            ends = sorted(sign * (end - one.check.holds) for end in (found.low, found.high))
+            axis.plot(ends, [row, row], color=colour, linewidth=2)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(rows)), [one.check.text for one in rows], fontsize=7)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_xlabel("distance from the threshold (left is good)")
+    axis.grid(axis="x", alpha=0.3)
+
+
+def _curves(result: Result) -> dict[str, list[tuple[float, float]]]:
+    """The mean curve of each arm that has one."""
+    found: dict[str, list[list[list[float]]]] = {}
+    for seed in result.seeds.values():
+        for arm, metrics in seed.items():
+            if "curve" in metrics:
+                found.setdefault(arm, []).append(metrics["curve"])
+    return {
+        arm: [(points[0][0], sum(y for _, y in points) / len(points)) for points in zip(*curves)]
+        for arm, curves in found.items()
+    }
+
+
+def _lines(axis: Any, curves: dict[str, list[tuple[float, float]]]) -> None:
+    for arm, points in curves.items():
+        axis.plot(*zip(*points), marker="o", markersize=3, label=arm)
+    axis.set(xlabel="step", ylabel="validation loss, mean of the seeds")
+    axis.legend(fontsize=7)
+    axis.grid(alpha=0.3)

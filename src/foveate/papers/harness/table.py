@@ -1,0 +1,125 @@
+"""The table of all claims: what each miniature states, and what a kept verdict says of it.
+
+Verdicts are kept as `<key>.json`, one object each. The table judges their figures again by today's
+thresholds, so that a threshold that was changed after a run shows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from foveate.ops.errors import InputError
+from foveate.papers.harness.paper import Paper
+from foveate.papers.harness.verdict import FIELDS, Outcome, conclude, figures_of, outcomes
+
+
+def kept_verdicts(folder: Path) -> dict[str, dict[str, Any]]:
+    """The verdicts in a folder, by key.
+
+    Raises:
+        InputError: a file is damaged, is named after another key, or holds a quick run.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            verdict = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path} is no JSON ({error}); run its miniature again.") from error
+        if not isinstance(verdict, dict) or set(verdict) != set(FIELDS):
+            raise InputError(f"{path} is no verdict; expected the fields {', '.join(FIELDS)}.")
+        if verdict["key"] != path.stem:
+            raise InputError(f"{path} holds the verdict of {verdict['key']}; rename it.")
+        if verdict["environment"].get("quick"):
+            raise InputError(f"{path} is of a quick run, which decides nothing; run it whole.")
+        found[path.stem] = verdict
+    return found
+
+
+def judged_again(paper: Paper, verdict: dict[str, Any]) -> list[Outcome]:
+    """The outcomes of a kept verdict's figures under today's checks.
+
+    Raises:
+        InputError: today's miniature states something else, or judges these figures otherwise.
+    """
+    stated = {"claim": paper.claim, "metric": paper.metric, "holds_if": paper.holds_if}
+    for name, today in stated.items():
+        if verdict[name] != today:
+            raise InputError(
+                f"{paper.key}: the miniature's {name} is {today!r}, that of the kept verdict "
+                f"{verdict[name]!r}; run it again."
+            )
+    found = outcomes(paper, figures_of(verdict))
+    if (again := str(conclude(found))) != verdict["verdict"]:
+        raise InputError(
+            f"{paper.key}: its figures give {again!r} by today's rule, the kept verdict says "
+            f"{verdict['verdict']!r}; run it again."
+        )
+    return found
+
+
+def markdown(papers: Iterable[Paper], kept: dict[str, dict[str, Any]]) -> str:
+    """The page of all claims.
+
+    Raises:
+        InputError: a kept verdict doesn't fit its miniature.
+    """
+    summary = ["| paper | verdict | claim |", "| --- | --- | --- |"]
+    sections = []
+    for paper in papers:
+        verdict = kept.get(paper.key)
+        word = "not run yet" if verdict is None else f"**{verdict['verdict']}**"
+        summary.append(f"| [{paper.key}](#{paper.key}) | {word} | {_cell(paper.claim)} |")
+        sections.append(_section(paper, verdict))
+    return "\n".join([*summary, "", *sections])
+
+
+def _section(paper: Paper, verdict: dict[str, Any] | None) -> str:
+    lines = [f"## {paper.key}", "", paper.claim, "", f"Measured: {paper.metric}.", ""]
+    if verdict is None:
+        lines += ["Holds if:", ""]
+        lines += [f"- {check.text}" for check in paper.checks]
+        lines += [f"- it says nothing unless {check.text}" for check in paper.needs]
+        lines += ["", f"Not run yet: `foveate reproduce {paper.key}`.", ""]
+        return "\n".join(lines)
+    lines += ["| holds if | mean | 90% interval | |", "| --- | --- | --- | --- |"]
+    for one in judged_again(paper, verdict):
+        low, high = one.found.low, one.found.high
+        interval = "counted" if one.check.exact else f"{low:.4g} to {high:.4g}"
+        text = ("needs " if one.need else "") + one.check.text
+        lines.append(f"| {_cell(text)} | {one.found.mean:.4g} | {interval} | {one.verdict} |")
+    lines += ["", *_arms(verdict), "", _circumstances(verdict), ""]
+    return "\n".join(lines)
+
+
+def _arms(verdict: dict[str, Any]) -> list[str]:
+    arms = verdict["baseline"] | verdict["ours"]
+    metrics = list(dict.fromkeys(metric for found in arms.values() for metric in found))
+    lines = ["| | " + " | ".join(metrics) + " |", "| --- |" + " --- |" * len(metrics)]
+    for arm, found in arms.items():
+        cells = [
+            f"{found[metric]['mean']:.5g} ± {found[metric]['sd']:.2g}" if metric in found else ""
+            for metric in metrics
+        ]
+        lines.append(f"| {_cell(arm)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _circumstances(verdict: dict[str, Any]) -> str:
+    where = verdict["environment"]
+    said = (
+        f"**{verdict['verdict']}**, seeds {', '.join(map(str, verdict['seeds']))}, "
+        f"{verdict['seconds'] / 60:.0f} minutes on {where['threads']} threads of "
+        f"{where['processor']}; torch {where['torch']}, Python {where['python']}; "
+        f"data: {where['data']}."
+    )
+    for name, points in where.get("tuned", {}).items():
+        tuned = ", ".join(f"{arm} {point}" for arm, point in points.items())
+        said += f" Tuned {name}: {tuned}."
+    return said
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

@@ -1,0 +1,131 @@
+"""Sparse query attention: fewer query heads, for less work on whole sequences.
+
+Speed: the attention core of one layer of width 256 with 16 heads, as its projection feeds it, in
+fp32; the arms take turns in one run. Quality: small language models on bytes, 3 layers of width 128
+with 8 heads, learning rates tuned for every arm alike. All arms have the same width of a head, so
+those with fewer heads are smaller, as in the paper.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+
+from foveate.papers.harness import Check, Found, Grid, Paper, Trial, at_most, difference, ratio
+from foveate.papers.tasks import standard_library
+from foveate.papers.training.language import (
+    REQUIRES,
+    Sizes,
+    language_model,
+    learnt,
+    trained_on_bytes,
+)
+
+# Query and key/value heads as shares of the model's heads; 0 is one head.
+SHARES = {
+    "MHA": (1, 1),
+    "GQA": (1, 1 / 4),
+    "MQA": (1, 0),
+    "SQA": (1 / 2, 1 / 4),
+    "sSQA": (1 / 2, 1 / 2),
+    "xSQA": (1 / 4, 1 / 4),
+    "xSMQA": (1 / 4, 0),
+}
+LENGTHS = (1024, 4096, 8192)
+STEPS = 500
+
+
+def projection(arm: str, heads: int) -> str:
+    """The arm's projection in a model of so many heads."""
+    query, kv = (max(1, round(share * heads)) for share in SHARES[arm])
+    if query == heads:
+        return f"gqa(kv_heads={kv})"
+    return f"sqa(query_heads={query}, kv_heads={kv})"
+
+
+def run(trial: Trial) -> Found:
+    """Time all arms, or train one."""
+    if trial.cell == "speed":
+        return speed(trial)
+    sizes = Sizes(layers=3, dim=128, heads=8, length=128)
+    given = projection(trial.cell, sizes.heads)
+    _, found = trained_on_bytes(trial, lambda: language_model(sizes, given), steps=STEPS)
+    return {trial.cell: found}
+
+
+@torch.no_grad()
+def speed(trial: Trial) -> Found:
+    """Seconds of each arm's core, median of rounds in which all arms take turns; counted FLOPs."""
+    from foveate.bench.timing import Pace, race
+    from foveate.nn import Attention
+    from foveate.ops import attention, causal
+
+    lengths = tuple(n // 32 for n in LENGTHS) if trial.quick else LENGTHS
+    found: dict[str, dict[str, Any]] = {arm: {} for arm in SHARES}
+    for number, (n, real) in enumerate(zip(lengths, LENGTHS)):
+        trial.tell(number / len(lengths), f"{n} tokens")
+        x = torch.randn(1, n, 256, device=trial.device)
+        calls: dict[str, Callable[[], object]] = {}
+        for arm in SHARES:
+            layer = Attention(256, 16, projection=projection(arm, 16)).to(trial.device)
+            q, k, v = (
+                layer.projection.query(x),
+                *layer.projection.expand(layer.projection.entries(x)),
+            )
+            calls[arm] = lambda q=q, k=k, v=v: attention(q, k, v)  # type: ignore[misc]
+            calls[f"{arm} causal"] = lambda q=q, k=k, v=v: attention(q, k, v, causal())  # type: ignore[misc]
+            found[arm]["FLOPs"] = causal().layout(n, n).flops(1, q.shape[1], 16, 16)
+        samples = race(calls, Pace(repeats=3))
+        for arm in SHARES:
+            for tail in ("", " causal"):
+                found[arm][f"seconds {real}{tail}"] = median(samples[arm + tail].wall)
+    return found
+
+
+def _as_fast(arm: str, metric: str) -> tuple[Check, Check]:
+    at_most_faster = at_most(
+        f"{metric}: MHA / {arm}", lambda at: at["MHA"][metric] / at[arm][metric], 1.15
+    )
+    return ratio("MHA", arm, 0.9, metric), at_most_faster
+
+
+def _flops(arm: str, times: float) -> Check:
+    return at_most(
+        f"|FLOPs: MHA / {arm} - {times:g}|",
+        lambda at: abs(at["MHA"]["FLOPs"] / at[arm]["FLOPs"] - times),
+        0.0,
+        exact=True,
+    )
+
+
+WHOLE = f"seconds {LENGTHS[-1]}"
+MASKS = (WHOLE, f"{WHOLE} causal")
+PAPER = Paper(
+    key="sqa",
+    claim="Halving or quartering the query heads makes attention on whole sequences two or four "
+    "times as fast, at a small loss of quality; sharing key/value heads alone does not.",
+    metric="seconds of the attention core at 8192 tokens, fp32; test loss in nats for each byte",
+    cells=("speed", *SHARES),
+    run=run,
+    baseline=("MHA", "GQA", "MQA"),
+    ours=("SQA", "sSQA", "xSQA", "xSMQA"),
+    checks=(
+        *(_flops(arm, times) for arm, times in
+          (("SQA", 2), ("sSQA", 2), ("xSQA", 4), ("GQA", 1), ("MQA", 1))),
+        *(ratio("MHA", arm, 1.6, metric) for arm in ("SQA", "sSQA") for metric in MASKS),
+        *(ratio("MHA", "xSQA", 2.8, metric) for metric in MASKS),
+        *(check for arm in ("GQA", "MQA") for metric in MASKS for check in _as_fast(arm, metric)),
+        difference("MHA", "GQA", 0.0, refuted=math.inf),
+        difference("MHA", "sSQA", 0.0, refuted=math.inf),
+        difference("sSQA", "MQA", 0.02),
+        *(difference(arm, "xSMQA", 0.0, refuted=math.inf) for arm in SHARES if arm != "xSMQA"),
+    ),
+    needs=(learnt("MHA"),),
+    requires=REQUIRES,
+    data=lambda: standard_library().describe(),
+    grid=Grid("learning rate", (2e-3, 3e-3), cells=tuple(SHARES)),
+)  # fmt: skip

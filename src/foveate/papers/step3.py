@@ -1,0 +1,81 @@
+"""Step-3's attention, MFA: many query heads of low rank on one key and value head.
+
+Arms are small language models on bytes, 3 layers of width 128: multi-head and multi-query
+attention with 8 heads of 16, and MFA with 16 heads of 16 through a query latent of 16, whose cache
+is that of multi-query attention. MFA with key reuse (8 heads of 32) stands beside them without a
+condition: its paper, too, has it below. Learning rates are tuned for every arm alike.
+
+Counted, at the papers' own sizes: numbers cached for each token and layer by Step-3, by
+Qwen3-235B's grouped queries and by DeepSeek-V3's latent.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from foveate.papers.harness import Found, Grid, Paper, Trial, difference, ratio
+from foveate.papers.tasks import standard_library
+from foveate.papers.training.language import (
+    REQUIRES,
+    Sizes,
+    language_model,
+    learnt,
+    trained_on_bytes,
+)
+
+ARMS = {
+    "MHA 8x16": (8, "mha"),
+    "MQA 8x16": (8, "mqa"),
+    "MFA 16x16": (16, "mfa(head_dim=16, query_rank=16)"),
+    "MFA-KR 8x32": (8, "mfa-kr(head_dim=32, query_rank=32)"),
+}
+AT_SIZE = {
+    "Step-3 MFA": (7168, 64, 256, "mfa(query_rank=2048)"),
+    "Qwen3-235B GQA": (4096, 64, 128, "gqa(kv_heads=4)"),
+    "DeepSeek-V3 MLA": (7168, 128, 128, "mla(latent=512, rope_dim=64)"),
+}
+STEPS = 500
+
+
+def run(trial: Trial) -> Found:
+    """Train one arm, or count the caches at the papers' sizes."""
+    if trial.cell == "at size":
+        return {name: {"cache": _cache(*given)} for name, given in AT_SIZE.items()}
+    heads, projection = ARMS[trial.cell]
+    sizes = Sizes(layers=3, dim=128, heads=heads, length=128)
+    _, found = trained_on_bytes(trial, lambda: language_model(sizes, projection), steps=STEPS)
+    return {trial.cell: found}
+
+
+def _cache(dim: int, heads: int, head_dim: int, projection: str) -> float:
+    from foveate.nn import Attention
+
+    with torch.device("meta"):
+        layer = Attention(dim, heads, projection=projection, head_dim=head_dim)
+    return float(layer.new_cache().elements_per_token)
+
+
+PAPER = Paper(
+    key="step3",
+    claim="MFA is as good as multi-head attention with a small part of its cache, and better than "
+    "multi-query attention with the same cache.",
+    metric="test loss in nats for each byte; cache in numbers for each token and layer",
+    cells=("at size", *ARMS),
+    run=run,
+    baseline=("MHA 8x16", "MQA 8x16", "Qwen3-235B GQA", "DeepSeek-V3 MLA"),
+    ours=("MFA 16x16", "MFA-KR 8x32", "Step-3 MFA"),
+    checks=(
+        difference("MFA 16x16", "MHA 8x16", 0.03, refuted=math.inf),
+        difference("MFA 16x16", "MQA 8x16", 0.0, refuted=0.02),
+        ratio("MHA 8x16", "MFA 16x16", 8, "cache", exact=True),
+        ratio("MQA 8x16", "MFA 16x16", 1, "cache", exact=True),
+        ratio("Qwen3-235B GQA", "Step-3 MFA", 2, "cache", exact=True),
+        ratio("DeepSeek-V3 MLA", "Step-3 MFA", 1.125, "cache", exact=True),
+    ),
+    needs=(learnt("MHA 8x16"),),
+    requires=REQUIRES,
+    data=lambda: standard_library().describe(),
+    grid=Grid("learning rate", (2e-3, 3e-3), cells=tuple(ARMS)),
+)

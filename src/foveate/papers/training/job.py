@@ -1,0 +1,137 @@
+"""The job of `foveate train`: a language model on the bytes of a text, saved for transformers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foveate.compare.records import writable_folder
+from foveate.compare.text import default_text
+from foveate.hf.demo_models import quiet
+from foveate.ops.errors import InputError
+from foveate.papers.tasks.text import ByteText, text_file
+from foveate.papers.training.language import Sizes, language_model
+from foveate.papers.training.loop import Trained, train
+from foveate.papers.training.objective import evaluate
+from foveate.papers.training.regime import Regime
+
+SPECIAL = 3  # ByT5's tokens: padding, end, unknown, then the 256 bytes
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training of `foveate train`.
+
+    Attributes:
+        projection, attention: as `foveate.Attention` takes them.
+        data: a text file; None is the text that is shipped (WikiText-2).
+        sizes: of the model.
+        regime: of the training.
+        out: folder of the model, in transformers' form, and of checkpoints.
+        device: to run on.
+        resume: go on from the checkpoints in `out`.
+    """
+
+    projection: str
+    attention: str
+    data: str | None
+    sizes: Sizes
+    regime: Regime
+    out: Path
+    device: torch.device
+    resume: bool
+
+
+def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]) -> dict[str, Any]:
+    """Train, and save what plain transformers loads after `import foveate`.
+
+    Returns:
+        The composition, regime, data, figures on the test split (loss in nats and bits for each
+        byte, perplexity, accuracy), a sample and the history.
+
+    Raises:
+        FoveateError: bad input, before any work; or the training diverged.
+    """
+    from transformers import ByT5Tokenizer
+
+    task = _text(job)
+    checkpoints = job.out / "checkpoints"
+    held = job.out / "config.json"
+    if not job.resume and (held.exists() or any(checkpoints.glob("step-*"))):
+        raise InputError(
+            f"{job.out} holds a training already; give --resume to go on with it, or another --out."
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(job.regime.seed)
+        model = language_model(
+            job.sizes, job.projection, job.attention, pad_token_id=0, eos_token_id=1
+        )
+    writable_folder(job.out)
+    model.to(job.device)
+    done = train(model, task, job.regime, folder=checkpoints, tell=tell)
+    for note in done.notes:
+        say(note)
+    with quiet():
+        model.save_pretrained(job.out)
+        ByT5Tokenizer(extra_ids=0).save_pretrained(job.out)
+    facts = _facts(job, task, model, done)
+    new = job.out / ".training.new"
+    new.write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    new.replace(job.out / "training.json")
+    return facts
+
+
+def _text(job: Job) -> ByteText:
+    if job.data is not None:
+        return text_file(job.data, job.sizes.length, offset=SPECIAL)
+    shipped = default_text().encode()
+    return ByteText(shipped, job.sizes.length, "WikiText-2 test split", (0.9, 0.05), 512, SPECIAL)
+
+
+def _facts(job: Job, task: ByteText, model: Any, done: Trained) -> dict[str, Any]:
+    found = evaluate(model, task, "test", job.regime.batch)
+    return {
+        "projection": job.projection,
+        "attention": job.attention,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "data": task.describe(),
+        "regime": job.regime.as_dict(),
+        "steps": done.steps,
+        "stopped_early": done.stopped_early,
+        "resumed_at": done.resumed_at,
+        "seconds": round(done.seconds, 1),
+        "test": found | {"bits_per_byte": found["loss"] / math.log(2)},
+        "sample": sample(model, task),
+        "history": done.history,
+        "folder": str(job.out),
+    }
+
+
+@torch.no_grad()
+def sample(model: Any, task: ByteText, prompt: int = 48, tokens: int = 96) -> dict[str, str]:
+    """What the model writes on from the beginning of the test split, greedily.
+
+    Args:
+        model: with transformers' `generate`.
+        task: whose text it was trained on.
+        prompt: tokens of the beginning, at most the task's length.
+        tokens: to write.
+
+    Returns:
+        The prompt and what followed; bytes that are no UTF-8 are shown as replaced.
+    """
+    batch = next(iter(task.held_out("test", 1)))
+    ids = batch.inputs[:, :prompt].to(next(model.parameters()).device)
+    out = model.generate(ids, max_new_tokens=tokens, do_sample=False)[0]
+    parts = (out[: ids.shape[1]], out[ids.shape[1] :])
+    texts = [
+        bytes(t - task.offset for t in part.tolist() if t >= task.offset).decode("utf-8", "replace")
+        for part in parts
+    ]
+    return {"prompt": texts[0], "followed": texts[1]}

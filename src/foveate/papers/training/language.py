@@ -1,0 +1,124 @@
+"""Small language models on bytes: what the miniatures share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from foveate.ops.errors import InputError
+from foveate.papers.harness.paper import Check, Trial, at_most
+from foveate.papers.tasks.text import standard_library
+from foveate.papers.training.loop import train
+from foveate.papers.training.objective import evaluate
+from foveate.papers.training.regime import Regime
+
+REQUIRES = ("transformers", "safetensors")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a small language model; see `foveate.models.FoveateConfig`.
+
+    Attributes:
+        layers: blocks.
+        dim: width.
+        heads: of the model, as the projection counts them.
+        length: of the training windows, in tokens.
+        vocab: tokens.
+    """
+
+    layers: int = 3
+    dim: int = 128
+    heads: int = 8
+    length: int = 128
+    vocab: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "dim", "heads", "length"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+
+
+def language_model(
+    sizes: Sizes, projection: str = "mha", attention: str = "full", **more: Any
+) -> Any:
+    """A `foveate.models.FoveateForCausalLM` with fresh weights from torch's random state.
+
+    Args:
+        sizes: as they say.
+        projection: such as "mfa(head_dim=16)".
+        attention: such as "sink-window(window=64)".
+        more: further fields of `FoveateConfig`.
+
+    Raises:
+        InputError: sizes and composition don't fit together.
+        MissingPackageError: transformers isn't there.
+    """
+    from foveate import models
+
+    config = models.FoveateConfig(
+        vocab_size=sizes.vocab,
+        hidden_size=sizes.dim,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        max_position_embeddings=max(4096, sizes.length),
+        projection=projection,
+        attention=attention,
+        **more,
+    )
+    return models.FoveateForCausalLM(config)
+
+
+def trained_on_bytes(
+    trial: Trial,
+    make: Callable[[], Any],
+    *,
+    steps: int,
+    lr: float | None = None,
+    length: int = 128,
+    **regime: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """Train a miniature's arm on the standard library's source and take its figures.
+
+    Args:
+        trial: whose checkpoints are kept while it runs.
+        make: builds the model, from torch's random state as the trial's seed has set it.
+        steps: of a whole run; two fifths of them where a learning rate is tried, four where all
+            is quick.
+        lr: the learning rate; None is the trial's tuned point.
+        length: of the windows.
+        regime: further fields of `Regime`.
+
+    Returns:
+        The model, and by metric: loss (test split, nats for each byte), validation (at the end),
+        parameters, cache (numbers kept for each token, mean of the layers), curve.
+    """
+    task = standard_library(length, held=16 if trial.quick else 512)
+    if trial.tuning:
+        steps = steps * 2 // 5
+    chosen = Regime(
+        steps=4 if trial.quick else steps,
+        lr=trial.tuned if lr is None else lr,
+        every=2 if trial.quick else max(1, steps // 5),
+        seed=trial.seed,
+        **regime,
+    )
+    model = make().to(trial.device)
+    done = train(model, task, chosen, folder=trial.folder, tell=trial.tell)
+    caches = [layer.attention.new_cache().elements_per_token for layer in model.model.layers]
+    return model, {
+        "loss": evaluate(model, task, "test", chosen.batch)["loss"],
+        "validation": done.history[-1]["validation"],
+        "parameters": float(sum(p.numel() for p in model.parameters())),
+        "cache": sum(caches) / len(caches),
+        "curve": done.curve,
+    }
+
+
+def learnt(arm: str) -> Check:
+    """That a baseline learnt the text: a table of byte pairs has about 2.46 nats on the test split.
+
+    Without it a comparison says nothing: two models that learnt nothing are equal.
+    """
+    return at_most(f"loss: {arm}", lambda at: at[arm]["loss"], 2.2)

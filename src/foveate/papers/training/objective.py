@@ -1,0 +1,72 @@
+"""The loss of a batch, and the figures of a held-out split."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from foveate.papers.tasks.base import IGNORED, Batch, Split, Task
+
+
+def logits_of(output: Any) -> Tensor:
+    """(B, L, vocab): of a model that returns them, or an object that holds them."""
+    logits = output if isinstance(output, Tensor) else output.logits
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Nats over the scored positions; logits (B, L, vocab), targets (B, L)."""
+    return F.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction=reduction
+    )
+
+
+def next_token(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross entropy, plus the losses that the model returns itself (a router's balance).
+
+    Those are the entries of its `aux` whose names end with "_loss", weighted already.
+    """
+    output = model(batch.inputs)
+    loss = cross_entropy(logits_of(output), batch.targets)
+    for name, value in (getattr(output, "aux", None) or {}).items():
+        if name.endswith("_loss"):
+            loss = loss + value
+    return loss
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, task: Task, split: Split, size: int = 16) -> dict[str, float]:
+    """Loss in nats for each scored token, its exponential, and next-token accuracy.
+
+    Args:
+        model: as for `train`.
+        task: whose split is taken, all of it, in batches of `size`.
+        split: validation or test.
+        size: sequences at a time; changes nothing.
+
+    Returns:
+        loss, perplexity and accuracy (of the tokens with the largest logit).
+    """
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    loss = right = scored = 0.0
+    for batch in task.held_out(split, size):
+        batch = batch.to(device)
+        logits = logits_of(model(batch.inputs))
+        asked = batch.targets != IGNORED
+        loss += cross_entropy(logits, batch.targets, "sum").item()
+        right += (logits.argmax(-1) == batch.targets)[asked].sum().item()
+        scored += asked.sum().item()
+    model.train(training)
+    mean = loss / max(1.0, scored)
+    return {
+        "loss": mean,
+        "perplexity": math.exp(min(mean, 700.0)),
+        "accuracy": right / max(1.0, scored),
+    }

@@ -1,0 +1,460 @@
+"""MLA, TPLA and GLA: the sheet's oracles 1 to 10, by their numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from projections import DIM, HEADS, decoded, layer, rotated, softmax_attention, tokens
+from torch.nn import functional
+
+import foveate
+from foveate import Context, attention, causal
+from foveate.methods import make
+from foveate.methods.tpla import (
+    TPLA,
+    align,
+    find_basis,
+    fold_gain,
+    hadamard,
+    orthogonal_basis,
+    rebase,
+    to_tpla,
+)
+from foveate.ops.errors import InputError
+
+R, DH, DR = 32, 12, 6
+SIZES = f"latent={R}, rope_dim={DR}"
+MLA = f"mla({SIZES})"
+EXACT = {"atol": 1e-12, "rtol": 0}
+OFF = TPLA(pd_sep=False)
+
+
+def mla(text=MLA, dtype=torch.float64, gain=True, **options):
+    made = layer(text, dtype, **options)
+    if gain:
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            made.projection.kv_norm.weight.copy_(0.5 + torch.rand(R, generator=generator))
+    return made
+
+
+def around(projection, heads=HEADS, **options):
+    """A layer around a projection that was made already."""
+    return foveate.Attention(DIM, heads, projection, **options).eval()
+
+
+def run(made, x, phase="prefill"):
+    return made(x, ctx=Context(mask=causal(), phase=phase)).y
+
+
+def converted(source, x, recipe=OFF, **options):
+    return around(to_tpla(source.projection, recipe, hidden=x, **options))
+
+
+# -- MLA -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("query_rank", [None, 20])
+def test_mla_by_definition(query_rank):
+    """Steps 1 to 5 written out, every head by itself."""
+    made, x = mla(f"mla({SIZES}, query_rank={query_rank}, value_dim=10)"), tokens()
+    p = made.projection
+    cq = x
+    if query_rank:
+        cq = functional.rms_norm(x @ p.q_down.weight.T, (20,), p.q_norm.weight, 1e-6)
+    c = x @ p.kv_down.weight[:R].T
+    chat = functional.rms_norm(c, (R,), p.kv_norm.weight, 1e-6)
+    k_pe = rotated(x @ p.kv_down.weight[R:].T, interleaved=True)
+    heads = []
+    for q_up, kv_up in zip(p.q_up.weight.chunk(HEADS), p.kv_up.weight.chunk(HEADS)):
+        q = cq @ q_up.T
+        q = torch.cat((q[..., :DH], rotated(q[..., DH:], interleaved=True)), -1)
+        k = torch.cat((chat @ kv_up[:DH].T, k_pe), -1)
+        v = chat @ kv_up[DH:].T
+        o = softmax_attention(q[:, None], k[:, None], v[:, None], (DH + DR) ** -0.5)
+        heads.append(o[:, 0])
+    expected = torch.cat(heads, -1) @ p.out.weight.T
+    torch.testing.assert_close(made(x, mask=causal()).y, expected)
+
+
+@pytest.mark.parametrize("query_rank", [None, 20])
+def test_tpla_oracle_1_naive_equals_absorbed(query_rank):
+    made, x = mla(f"mla({SIZES}, query_rank={query_rank})"), tokens()
+    torch.testing.assert_close(run(made, x), run(made, x, "decode"), **EXACT)
+
+
+def test_cache_of_mla_is_r_plus_dr_whatever_the_heads():
+    for heads in (4, 8):
+        made = layer(f"mla(latent=64, rope_dim=8, head_dim={DH})", num_heads=heads)
+        assert made.new_cache().elements_per_token == 72
+    with torch.device("meta"):
+        v3 = foveate.Attention(
+            7168, 128, "mla(latent=512, rope_dim=64, head_dim=128, query_rank=1536)"
+        )
+        tpla = foveate.Attention(
+            7168, 128, "tpla(latent=512, rope_dim=64, head_dim=128, query_rank=1536)"
+        )
+    assert v3.new_cache().elements_per_token == 576
+    assert tpla.projection.elements_per_device == 320
+    assert v3.projection.scale == 192**-0.5
+
+
+def test_long_context_models_scale_by_mscale_squared():
+    p = layer(f"mla({SIZES}, mscale=1.3)").projection
+    assert p.scale == pytest.approx(1.69 * (DH + DR) ** -0.5)
+
+
+def test_tpla_oracle_10_interleaved_and_half_split_agree_after_permuting():
+    one, x = mla(), tokens()
+    two = mla(interleaved=False)
+    order = torch.cat((torch.arange(0, DR, 2), torch.arange(1, DR, 2)))
+    with torch.no_grad():
+        two.projection.load_state_dict(one.projection.state_dict())
+        two.projection.kv_down.weight[R:] = one.projection.kv_down.weight[R:][order]
+        theirs = one.projection.q_up.weight.unflatten(0, (HEADS, -1))
+        ours = two.projection.q_up.weight.unflatten(0, (HEADS, -1))
+        ours[:, DH:] = theirs[:, DH:][:, order]
+    torch.testing.assert_close(run(one, x), run(two, x), **EXACT)
+    assert one.rope.interleaved
+    assert not two.rope.interleaved
+
+
+# -- reparametrisation -----------------------------------------------------------------------------
+@pytest.mark.parametrize("transform", ["hadamard", "pca", "identity", "random"])
+def test_tpla_oracle_2_any_orthogonal_basis_reproduces_mla(transform):
+    made, x = mla(bias=True), tokens()
+    if transform == "random":
+        u = torch.linalg.qr(torch.randn(R, R, dtype=torch.float64)).Q
+    else:
+        u = orthogonal_basis(transform, R, torch.randn(100, R))
+    turned = around(rebase(fold_gain(made.projection), u))
+    for phase in ("prefill", "decode"):
+        torch.testing.assert_close(run(turned, x, phase), run(made, x), **EXACT)
+
+
+def test_tpla_oracle_2_a_gain_left_in_place_breaks_it():
+    made, x = mla(), tokens()
+    u = orthogonal_basis("hadamard", R)
+    assert (run(around(rebase(made.projection, u)), x) - run(made, x)).abs().max() > 1e-3
+
+
+def test_converting_leaves_the_mla_alone():
+    made, x = mla(), tokens()
+    before = {k: v.clone() for k, v in made.state_dict().items()}
+    to_tpla(made.projection, hidden=x)
+    for name, value in made.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+# -- TPLA ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("groups", [2, 4])
+@pytest.mark.parametrize("transform", ["hadamard", "pca"])
+def test_tpla_oracle_3_exact_norm_and_softmax_is_mla(transform, groups):
+    made, x = mla(), tokens()
+    recipe = TPLA(groups=groups, norm="exact", softmax="exact", pd_sep=False)
+    sliced = converted(made, x, recipe, transform=transform, mu="one")
+    torch.testing.assert_close(run(sliced, x, "decode"), run(made, x), **EXACT)
+
+
+def test_tpla_oracle_3_one_group_is_mla():
+    made, x = mla(), tokens()
+    one = converted(made, x, TPLA(groups=1, pd_sep=False))
+    assert one.projection.alpha.tolist() == one.projection.mu.tolist() == [1.0]
+    torch.testing.assert_close(run(one, x, "decode"), run(made, x), **EXACT)
+
+
+def test_tpla_oracle_4a_two_equal_halves():
+    made, x = mla(gain=False), tokens()
+    half = R // 2
+    with torch.no_grad():
+        down, up = made.projection.kv_down.weight, made.projection.kv_up.weight
+        down[half:R] = down[:half]
+        up[:, half:] = up[:, :half]
+    sliced = converted(made, x, transform="identity")
+    assert sliced.projection.alpha.tolist() == sliced.projection.mu.tolist() == [2.0, 2.0]
+    torch.testing.assert_close(run(sliced, x, "decode"), run(made, x), **EXACT)
+
+
+def test_tpla_oracle_4b_second_half_empty():
+    made, x = mla(gain=False), tokens()
+    with torch.no_grad():
+        made.projection.kv_down.weight[R // 2 : R] = 0
+    sliced = converted(made, x, transform="identity")
+    sliced.projection.alpha.copy_(torch.ones(2))
+    sliced.projection.mu.copy_(torch.ones(2))
+    torch.testing.assert_close(run(sliced, x, "decode"), run(made, x), **EXACT)
+    alone = sliced.projection.shard(1, 2)
+    assert not run(around(alone), x, "decode").any()
+
+
+def test_tpla_oracle_4b_by_pca():
+    """An empty slice is found by PCA, whose shares are then 1 and 0, and does no harm."""
+    made, x = mla(gain=False), tokens()
+    with torch.no_grad():
+        made.projection.kv_down.weight[: R // 2] = 0
+    sliced = converted(made, x, transform="pca")
+    torch.testing.assert_close(run(sliced, x, "decode"), run(made, x), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("transform", ["hadamard", "pca"])
+def test_tpla_by_definition(transform):
+    """Steps 11 to 16, one group at a time."""
+    made, x = mla(), tokens()
+    sliced = converted(made, x, transform=transform)
+    p, total = sliced.projection, 0
+    width = R // 2
+    q = p.q_up(x).unflatten(2, (HEADS, -1)).transpose(1, 2)
+    q_pe = rotated(q[..., DH:], interleaved=True)
+    c, k_pe = p.kv_down(x).split((R, DR), -1)
+    k_pe = rotated(k_pe, interleaved=True)[:, None].expand(-1, HEADS, -1, -1)
+    up = p.kv_up.weight.unflatten(0, (HEADS, -1))
+    for j in range(2):
+        at = slice(j * width, (j + 1) * width)
+        c_j = c[..., at]
+        chat = c_j / (p.alpha[j] / 2 * c_j.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        q_j = torch.einsum("bhld,hdr->bhlr", q[..., :DH], up[:, :DH, at])
+        s = p.mu[j] * q_j @ chat[:, None].transpose(-1, -2) + q_pe @ k_pe.transpose(-1, -2)
+        s = s * (DH + DR) ** -0.5
+        s = s.masked_fill(torch.ones(37, 37, dtype=torch.bool).triu(1), -torch.inf)
+        o = s.softmax(-1) @ chat[:, None] @ up[:, DH:, at].transpose(-1, -2)
+        total = total + o.transpose(1, 2).flatten(2) @ p.out.weight.T
+    torch.testing.assert_close(run(sliced, x, "decode"), total)
+
+
+@pytest.mark.parametrize(("norm", "softmax"), [("local", "exact"), ("exact", "local")])
+def test_each_half_of_the_approximation_alone(norm, softmax):
+    """Cutting only the norm, or only the softmax, is neither MLA nor TPLA."""
+    made, x = mla(), tokens(200)
+    recipe = TPLA(norm=norm, softmax=softmax, pd_sep=False)
+    one, both = (
+        run(converted(made, x, r, transform="hadamard"), x, "decode") for r in (recipe, OFF)
+    )
+    assert (one - run(made, x)).abs().max() > 1e-3
+    assert (one - both).abs().max() > 1e-3
+
+
+def test_tpla_oracle_5_prefill_is_exact():
+    made, x = mla(), tokens()
+    separate = converted(made, x, TPLA())
+    torch.testing.assert_close(run(separate, x, "prefill"), run(made, x), **EXACT)
+    torch.testing.assert_close(run(separate, x, "train"), run(made, x), **EXACT)
+
+
+def test_tpla_oracle_5_the_first_decoded_key_has_the_only_norm_error():
+    made, x = mla(), tokens(20)
+    separate = converted(made, x, TPLA())
+    _, cache = decoded(separate, x, 19)
+    held = cache.entries["latent"]
+    exact = separate.projection.entries(x, phase="prefill")["latent"]
+    width = R // 2
+    torch.testing.assert_close(held[:, :, :19, :width], exact[:, :, :19, :width], **EXACT)
+    assert not torch.allclose(held[:, :, 19:, :width], exact[:, :, 19:, :width])
+    # With exact norms nothing at all is different in the cache.
+    separate.projection.local_norm = False
+    _, cache = decoded(separate, x, 19)
+    torch.testing.assert_close(cache.entries["latent"][..., :width], exact[..., :width], **EXACT)
+
+
+def test_tpla_oracle_6_hadamard_worked_example():
+    h = hadamard(4) / 2
+    one = torch.tensor([100.0, 0, 0, 0], dtype=torch.float64) @ h
+    two = torch.tensor([0, 0, 80.0, 0], dtype=torch.float64) @ h
+    assert one.tolist() == [50.0] * 4
+    assert two.tolist() == [40.0, 40.0, -40.0, -40.0]
+    product = one * two
+    assert (float(product[:2].sum()), float(product[2:].sum())) == (4000.0, -4000.0)
+    assert float(product.sum()) == 0
+
+
+@pytest.mark.parametrize("size", [1, 2, 64])
+def test_hadamard_matrices(size):
+    h = hadamard(size)
+    assert torch.equal(h @ h.T, size * torch.eye(size, dtype=torch.float64))
+    u = orthogonal_basis("hadamard", size)
+    torch.testing.assert_close(u.T @ u, torch.eye(size, dtype=torch.float64))
+
+
+def test_tpla_oracle_7_pca():
+    latents = torch.randn(500, R) @ torch.randn(R, R)
+    basis = find_basis("pca", R, 4, latents)
+    assert (basis.shares.diff() <= 0).all()
+    assert float(basis.shares.sum()) == pytest.approx(1)
+    u = basis.matrix.float()
+    torch.testing.assert_close(u.T @ u, torch.eye(R), atol=1e-5, rtol=0)
+    turned = latents.double() @ basis.matrix
+    moment = turned.T @ turned / 500
+    assert (moment - moment.diag().diag()).abs().max() < 1e-9 * moment.max()
+    torch.testing.assert_close(basis.alpha, 1 / basis.shares)
+    assert basis.mu.tolist() == [1.0] * 4
+
+
+@torch.no_grad()
+def test_the_norms_condition_holds_on_average():
+    """alpha_j |(c U)_j|^2 = |c U|^2 in the mean, for PCA; alpha = g for the others."""
+    made, x = mla(), tokens(300)
+    basis = converted(made, x).projection
+    chat = basis.entries(x, phase="decode")["latent"]
+    whole = to_tpla(made.projection, TPLA(), hidden=x).entries(x)["latent"]
+    width = R // 2
+    for j in range(2):
+        energy = whole[:, j, :, :width].square().sum(-1).mean()
+        assert float(basis.alpha[j] * energy) == pytest.approx(R, rel=1e-3)
+    assert chat.shape == whole.shape
+    assert converted(made, x, transform="hadamard").projection.alpha.tolist() == [2.0, 2.0]
+
+
+def test_clamped_inverse_of_an_empty_slice():
+    latents = torch.randn(50, R)
+    latents[:, R // 2 :] = 0
+    assert find_basis("pca", R, 2, latents, "inverse").mu[1] == 1e3
+
+
+@torch.no_grad()
+def test_fitted_mu_is_the_least_squares():
+    made, x = mla(), tokens(60, 1)
+    fitted = converted(made, x, transform="hadamard", mu="fit").projection
+    p = fitted
+    whole = fold_gain(made.projection)
+    q = torch.einsum("bhld,hdr->bhlr", whole.query(x)[..., :DH], whole.key_up())
+    s = q @ functional.rms_norm(whole.kv_down(x)[..., :R], (R,), eps=1e-6)[:, None].mT
+    ours = p._absorbed(p.query(x)).unflatten(-1, (2, -1))
+    chat = p.entries(x, phase="decode")["latent"][..., : R // 2]
+    for j in range(2):
+        s_j = ours[..., j, :] @ chat[:, j][:, None].mT
+        expected = (s * s_j).sum() / (s_j * s_j).sum()
+        assert float(p.mu[j]) == pytest.approx(float(expected), rel=1e-5)
+
+
+# -- GLA -------------------------------------------------------------------------------------------
+def test_tpla_oracle_8_a_gla_kernel_with_duplicated_heads_is_tpla():
+    """TPLA(h heads, g) as GLA of g h heads: head block j is a copy of all heads."""
+    made, x = mla(), tokens()
+    sliced = converted(made, x, transform="hadamard")
+    p = sliced.projection
+    p.mu.fill_(1.0)
+    text = f"tpla({SIZES}, head_dim={DH}, heads='blocks', pd_sep=False)"
+    gla = layer(text, num_heads=2 * HEADS)
+    with torch.no_grad():
+        for name in ("q_up", "kv_up"):
+            getattr(gla.projection, name).weight.copy_(getattr(p, name).weight.repeat(2, 1))
+        gla.projection.kv_down.weight.copy_(p.kv_down.weight)
+        gla.projection.out.weight.copy_(p.out.weight.repeat(1, 2))
+        gla.projection.alpha.copy_(p.alpha)
+    difference = run(gla, x, "decode") - run(sliced, x, "decode")
+    assert difference.abs().max() < 1e-6
+
+
+def test_gla_by_definition():
+    made, x = mla(), tokens()
+    gla = converted(made, x, TPLA(heads="blocks", pd_sep=False), transform="pca")
+    p, width = gla.projection, R // 2
+    held = p.entries(x, phase="decode")["latent"]
+    q = p.q_up(x).unflatten(2, (HEADS, -1)).transpose(1, 2)
+    up = p.kv_up.weight.unflatten(0, (HEADS, -1))
+    heads = []
+    for h in range(HEADS):
+        j = h // 2
+        at = slice(j * width, (j + 1) * width)
+        chat = held[:, j, :, :width]
+        k_pe = rotated(held[:, j, :, width:], interleaved=True)
+        q_h = torch.cat(
+            (q[:, h, :, :DH] @ up[h, :DH, at], rotated(q[:, h, :, DH:], interleaved=True)), -1
+        )
+        k = torch.cat((chat, k_pe), -1)
+        z = softmax_attention(q_h[:, None], k[:, None], chat[:, None], (DH + DR) ** -0.5)[:, 0]
+        heads.append(z @ up[h, DH:, at].T)
+    torch.testing.assert_close(run(gla, x, "decode"), torch.cat(heads, -1) @ p.out.weight.T)
+
+
+@pytest.mark.parametrize("heads", ["all", "blocks"])
+@pytest.mark.parametrize("norm", ["local", "exact"])
+def test_every_variant_decodes_as_it_runs(heads, norm):
+    made, x = mla(), tokens()
+    sliced = converted(made, x, TPLA(heads=heads, norm=norm, pd_sep=False)).float()
+    whole = run(sliced, x.float())
+    assert (decoded(sliced, x.float(), 11)[0] - whole).abs().max() < 1e-5
+
+
+# -- several devices -------------------------------------------------------------------------------
+@pytest.mark.parametrize("heads", ["all", "blocks"])
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_tpla_oracle_9_the_same_result_for_any_number_of_devices(devices, heads):
+    made, x = mla(out_bias=True), tokens()
+    sliced = converted(made, x, TPLA(heads=heads, pd_sep=False))
+    parts = [around(sliced.projection.shard(i, devices)) for i in range(devices)]
+    total = sum(run(part, x, "decode") for part in parts)
+    torch.testing.assert_close(total, run(sliced, x, "decode"), **EXACT)
+    if devices > 1:
+        widths = {part.new_cache().elements_per_token for part in parts}
+        assert widths == {R // 2 + DR}
+
+
+def test_tpla_oracle_9_causality():
+    made, x = mla(), tokens()
+    sliced = converted(made, x)
+    other = x.clone()
+    other[:, 20:] += 1
+    before, after = run(sliced, x, "decode"), run(sliced, other, "decode")
+    assert torch.equal(before[:, :20], after[:, :20])
+
+
+def test_flops_of_decoding_grow_by_the_duplicated_rope():
+    """Per cached token and device at TP 2, V3: MLA (h/2) 2 (2r + d_r), TPLA h 2 (r + d_r)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def flops(heads, width, value):
+        q, k = torch.randn(1, heads, 1, width), torch.randn(1, 1, 10, width)
+        with FlopCounterMode(display=False) as counter:
+            attention(q, k, k[..., :value], backend="reference")
+        return counter.get_total_flops() // 10
+
+    assert (flops(64, 576, 512), flops(128, 320, 256)) == (139_264, 147_456)
+
+
+def test_align_brings_a_tpla_nearer_to_its_mla():
+    made, x = mla(dtype=torch.float32), tokens(64, dtype=torch.float32)
+    sliced = converted(made, x, transform="hadamard").train()
+    losses = align(
+        lambda h: run(sliced, h, "train"),
+        lambda h: run(made, h),
+        sliced.parameters(),
+        [x],
+        epochs=12,
+        lr=5e-3,
+    )
+    assert losses[-1] < 0.8 * losses[0]
+    with pytest.raises(InputError, match="at least one batch"):
+        align(run, run, sliced.parameters(), [])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("tpla(groups=5)", "divisor of the latent"),
+        ("tpla(heads='some')", "is unknown"),
+        ("tpla(heads='blocks', softmax='exact')", "no partial scores"),
+        ("tpla(groups=3, heads='blocks')", "divisor of 4 heads"),
+        ("mla(rope_dim=3)", "even number"),
+        ("mla(latent=0)", "at least 1"),
+    ],
+)
+def test_refusals(text, said):
+    with pytest.raises(InputError, match=said):
+        foveate.Attention(DIM, HEADS, make(text))
+
+
+def test_refused_conversions():
+    made, x = mla(), tokens()
+    p = made.projection
+    with pytest.raises(InputError, match="PCA needs latents"):
+        to_tpla(p)
+    with pytest.raises(InputError, match="mu='fit' needs"):
+        to_tpla(p, transform="hadamard", mu="fit")
+    with pytest.raises(InputError, match="mu='ones' is unknown"):
+        to_tpla(p, hidden=x, mu="ones")
+    with pytest.raises(InputError, match="transform='pcb'"):
+        to_tpla(p, transform="pcb", hidden=x)
+    with pytest.raises(InputError, match="powers of two"):
+        to_tpla(layer("mla(latent=24)").projection, transform="hadamard")
+    with pytest.raises(InputError, match="divisor"):
+        to_tpla(p, TPLA(groups=3), hidden=x)
+    with pytest.raises(InputError, match="exact prefill"):
+        to_tpla(p, hidden=x).shard(0, 2)

@@ -1,0 +1,239 @@
+"""Running miniatures: verdicts, resuming, tuning, and what lands on the disk."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from toys import GRID, paper
+
+from foveate.ops.errors import InputError
+from foveate.papers.harness import Grid, at_least, at_most
+from foveate.papers.harness.run import Run
+from foveate.papers.harness.verdict import FIELDS, figures_of
+from foveate.papers.training import DivergedError
+
+
+def run(made, folder, **more):
+    with Run(made, folder, **more) as ready:
+        return ready()
+
+
+def test_the_verdict_has_the_fields_of_the_design(tmp_path):
+    result = run(paper(), tmp_path)
+    verdict = result.verdict
+    assert list(verdict) == [
+        "key", "claim", "metric", "baseline", "ours", "holds_if", "verdict", "seeds", "seconds",
+        "environment",
+    ] == list(FIELDS)  # fmt: skip
+    assert verdict["verdict"] == "holds"
+    assert verdict["seeds"] == [0, 1, 2]
+    assert verdict["baseline"]["dense"]["loss"]["values"] == [1.5, 1.7, 1.9]
+    assert verdict["baseline"]["dense"]["loss"]["mean"] == pytest.approx(1.7)
+    assert verdict["baseline"]["dense"]["loss"]["sd"] == pytest.approx(0.2)
+    assert "curve" not in verdict["ours"]["ours"]
+    assert verdict["holds_if"] == (
+        "loss(ours) - loss(dense) <= 0.03; cache(dense) / cache(ours) >= 8"
+    )
+    assert verdict["environment"]["torch"] == torch.__version__
+    assert verdict["environment"]["data"] == "generated"
+    assert json.loads(result.files["verdict"].read_text()) == verdict
+    assert figures_of(verdict)[1]["ours"]["cache"] == 32.0
+
+
+@pytest.mark.parametrize(
+    ("gap", "noise", "expected"),
+    [(0.01, 0.001, "holds"), (0.06, 0.001, "refuted"), (0.03, 0.01, "inconclusive")],
+)
+def test_each_verdict_can_come_out(tmp_path, gap, noise, expected):
+    assert run(paper(gap, noise), tmp_path).verdict["verdict"] == expected
+
+
+def test_an_unmet_need_makes_it_inconclusive(tmp_path):
+    learnt = at_most("loss(dense)", lambda at: at["dense"]["loss"], 0.5)
+    made = paper(gap=0.9, needs=(learnt,))
+    result = run(made, tmp_path)
+    assert [str(one.verdict) for one in result.outcomes] == ["refuted", "holds", "refuted"]
+    assert result.verdict["verdict"] == "inconclusive"
+    assert "says nothing unless loss(dense) <= 0.5" in result.verdict["holds_if"]
+
+
+def test_a_quick_run_decides_only_what_is_counted(tmp_path):
+    calls = []
+    result = run(paper(calls=calls), tmp_path, quick=True)
+    assert [call[1:] for call in calls] == [(0, None, True)] * 2
+    assert [str(one.verdict) for one in result.outcomes] == ["inconclusive", "holds"]
+    assert result.verdict["verdict"] == "inconclusive"
+    assert result.verdict["environment"]["quick"] is True
+    assert result.files["verdict"].name == "verdict.quick.json"
+    counted = at_least("cache", lambda at: at["dense"]["cache"], 256, exact=True)
+    result = run(paper(checks=(counted,)), tmp_path / "other", quick=True)
+    assert result.verdict["verdict"] == "holds"
+
+
+@pytest.mark.parametrize("stop", range(6))
+def test_stopped_at_any_cell_it_goes_on_and_runs_nothing_twice(tmp_path, stop):
+    calls = []
+    with pytest.raises(KeyboardInterrupt):
+        run(paper(calls=calls, fail_at=stop), tmp_path)
+    result = run(paper(calls=calls), tmp_path)
+    order = [(cell, seed) for seed in (0, 1, 2) for cell in ("dense", "ours")]
+    assert [call[:2] for call in calls] == order
+    assert (result.ran, result.found) == (6 - stop, stop)
+    whole = run(paper(), tmp_path / "other")
+    for name in ("baseline", "ours", "verdict"):
+        assert result.verdict[name] == whole.verdict[name]
+
+
+def test_what_was_found_with_other_data_or_sizes_is_not_taken(tmp_path):
+    run(paper(), tmp_path)
+    assert run(paper(), tmp_path).ran == 0
+    assert run(paper(data=lambda: "other text"), tmp_path).ran == 6
+    assert run(paper(), tmp_path, quick=True).ran == 2
+    assert run(paper(seeds=(0, 1, 2, 3)), tmp_path).ran == 2
+    assert run(paper(), tmp_path, fresh=True).ran == 6
+
+
+def test_a_damaged_file_is_kept_aside_and_the_good_seeds_stay(tmp_path):
+    run(paper(), tmp_path)
+    path = tmp_path / "toy" / "results.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], b"rubbish\n", *lines[2:]]))
+    with pytest.raises(InputError, match="kept as results.corrupt-1.jsonl; its 5 good records"):
+        Run(paper(), tmp_path)
+    assert run(paper(), tmp_path).ran == 1
+
+
+def test_a_record_that_was_cut_off_is_run_again(tmp_path):
+    run(paper(), tmp_path)
+    path = tmp_path / "toy" / "results.jsonl"
+    path.write_bytes(path.read_bytes()[:-30])
+    result = run(paper(), tmp_path)
+    assert (result.ran, result.found) == (1, 5)
+    assert (tmp_path / "toy" / "results.unfinished-1.jsonl").exists()
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    pytest.importorskip("fcntl")
+    with Run(paper(), tmp_path), pytest.raises(InputError, match="is writing into"):
+        Run(paper(), tmp_path)
+
+
+def test_every_arm_is_tuned_alike_on_a_seed_that_is_not_judged(tmp_path):
+    calls = []
+    result = run(paper(calls=calls, grid=GRID), tmp_path)
+    trials, judged = calls[:6], calls[6:]
+    assert [call[:3] for call in trials] == [
+        (cell, 1000, point) for cell in ("dense", "ours") for point in (1, 3, 4)
+    ]
+    assert all(tuned == 3 for _, _, tuned, _ in judged)
+    assert len(judged) == 6
+    assert result.verdict["environment"]["tuned"] == {"rate": {"dense": 3, "ours": 3}}
+    assert run(paper(grid=GRID), tmp_path).ran == 0
+
+
+def test_a_cell_that_is_no_training_is_not_tuned_and_adds_to_the_arms(tmp_path):
+    plain = paper().run
+
+    def with_counts(trial):
+        if trial.cell == "counts":
+            assert trial.tuned is None
+            return {"dense": {"cache": 256.0}, "ours": {"cache": 16.0}}
+        return plain(trial)
+
+    grid = Grid("rate", (1, 3), cells=("dense", "ours"))
+    made = paper(run=with_counts, grid=grid, cells=("dense", "ours", "counts"))
+    verdict = run(made, tmp_path).verdict
+    assert verdict["environment"]["tuned"]["rate"] == {"dense": 3, "ours": 3}
+    assert verdict["ours"]["ours"]["cache"]["values"] == [16.0] * 3
+    assert verdict["ours"]["ours"]["loss"]["values"][0] > 0
+
+
+def test_a_point_that_diverges_is_not_taken(tmp_path):
+    plain = paper().run
+
+    def wild(trial):
+        if trial.tuned in (3, 4):
+            raise DivergedError("too much")
+        return plain(trial)
+
+    result = run(paper(run=wild, grid=GRID), tmp_path)
+    assert result.verdict["environment"]["tuned"]["rate"] == {"dense": 1, "ours": 1}
+
+    def hopeless(trial):
+        raise DivergedError("too much")
+
+    with pytest.raises(DivergedError, match="dense diverged at every rate"):
+        run(paper(run=hopeless, grid=GRID), tmp_path / "other")
+
+
+def test_each_cell_starts_from_its_seed_and_leaves_torch_alone(tmp_path):
+    def random(trial):
+        return {trial.cell: {"loss": torch.rand(()).item(), "cache": 1.0}}
+
+    state = torch.random.get_rng_state()
+    one = run(paper(run=random), tmp_path / "one").verdict
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.rand(7)
+    other = run(paper(run=random), tmp_path / "other").verdict
+    assert one["ours"] == other["ours"]
+    assert one["ours"]["ours"]["loss"] == one["baseline"]["dense"]["loss"]
+
+
+def test_checkpoints_of_a_finished_cell_are_removed(tmp_path):
+    seen: list[Path] = []
+    plain = paper().run
+
+    def keeping(trial):
+        trial.folder.mkdir(parents=True)
+        seen.append(trial.folder)
+        return plain(trial)
+
+    run(paper(run=keeping), tmp_path)
+    assert len(set(seen)) == 6
+    assert not any(path.exists() for path in seen)
+
+
+def test_a_cell_that_is_stopped_finds_its_checkpoints_unless_all_begins_anew(tmp_path):
+    seen = []
+    plain = paper().run
+
+    def stopped(trial):
+        seen.append((trial.folder / "kept").exists())
+        trial.folder.mkdir(parents=True, exist_ok=True)
+        (trial.folder / "kept").touch()
+        raise KeyboardInterrupt
+
+    for fresh in (False, False, True, False):
+        with pytest.raises(KeyboardInterrupt):
+            run(paper(run=stopped), tmp_path, fresh=fresh)
+    assert seen == [False, True, False, True]
+    assert run(paper(run=plain), tmp_path).ran == 6
+
+
+def test_an_arm_that_no_cell_returns_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="no cell returned the arms missing"):
+        run(paper(ours=("ours", "missing")), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"cells": ("dense", "dense")}, "cells must be distinct"),
+        ({"checks": ()}, "there must be checks"),
+        ({"ours": ("dense",)}, "both baseline and ours"),
+        ({"seeds": (0, 1000), "grid": GRID}, "tuned on a seed that is judged"),
+    ],
+)
+def test_a_miniature_that_makes_no_sense_is_refused(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        paper(**wrong)
+
+
+def test_figures_that_are_no_number_are_refused(tmp_path):
+    def nan(trial):
+        return {trial.cell: {"loss": math.nan, "cache": 1.0}}
+
+    with pytest.raises(InputError, match="loss of dense is nan"):
+        run(paper(run=nan), tmp_path)
