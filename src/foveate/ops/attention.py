@@ -75,6 +75,8 @@ def attention(
         if backend != "auto":
             forced(inputs, backend)
         if _plain(inputs):
+            if inputs.layout is not None:
+                inputs = replace(inputs, layout=inputs.layout.checked())
             result = choose(inputs, backend).forward(inputs)
             return result if sink_logits is None else with_sinks(result, sink_logits)
         packed = library.pack(inputs.mask, inputs.layout)

@@ -87,7 +87,7 @@ def _inputs(
         layout = _layouts.get(id(lists[0]))
         if layout is None or any(getattr(layout, n) is not x for n, x in zip(_LISTS, lists)):
             layout = Layout(*sizes, *lists)  # type: ignore[arg-type]
-        assert layout.sound
+        layout = layout.checked()
     return Inputs(query, key, value, mask, layout, bias, scale, softcap, bias_first=bias_first)
 
 

@@ -223,6 +223,15 @@ class Layout:
         check_lists(self)
         return True
 
+    def checked(self) -> Layout:
+        """This layout, its lists looked at: kernels follow them without looking.
+
+        Raises:
+            InputError: the lists contradict each other.
+        """
+        _ = self.sound
+        return self
+
     # -- counts ----------------------------------------------------------------------------------
     def _count(self) -> Tensor:
         """(2, Bm, Hm) int64: exact pairs, and elements of visited tiles."""
