@@ -6,20 +6,21 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import engines
 import pytest
 import torch
+from engines import DTYPES, SHAPES, every_tile, make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import attend, masks
-from torch import Tensor
 
 from foveate.ops import Layout, causal, cpu, padding, window
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.reason())
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FUZZ = settings(
     max_examples=60,
     deadline=None,
@@ -49,62 +50,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     cpu.use(best)
 
 
-def make(
-    shape: tuple[int, int, int, int, int, int, int], dtype: torch.dtype, strided: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key, value for (B, Hq, Hkv, Lq, Lkv, D, Dv), as (B, L, H, D) memory if `strided`."""
-    batch, heads, kv_heads, q_len, kv_len, dim, value_dim = shape
-
-    def one(h: int, n: int, d: int) -> Tensor:
-        if strided:
-            return torch.randn(batch, n, h, d + 3).to(dtype)[..., 1 : d + 1].transpose(1, 2)
-        return torch.randn(batch, h, n, d).to(dtype)
-
-    return one(heads, q_len, dim), one(kv_heads, kv_len, dim), one(kv_heads, kv_len, value_dim)
-
-
-def compare(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: Any,
-    allowed: Tensor | None,
-    softcap: float | None = None,
-    bias: Tensor | None = None,
-    scale: float | None = None,
-) -> None:
-    """Run and compare; `allowed` is bool (B or 1, H or 1, Lq, Lkv)."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = cpu.forward(q, k, v, layout, scale, softcap, bias)
-    if allowed is None:
-        allowed = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool)
-    if allowed.shape[1] > 1:
-        allowed = allowed.repeat_interleave(q.shape[1] // allowed.shape[1], 1)
-    want, want_lse = attend(q, k, v, allowed, scale=scale, softcap=softcap, bias=bias)
-    # Rounding of the inputs' dtype, on values of size about 3; fp32 sums err by a few ulp more, and
-    # a score's own rounding shows in its weight.
-    unit = torch.finfo(q.dtype).eps
-    size = v.double().abs().amax().item() if v.numel() else 1.0
-    size *= sharpness(q, k, scale)
-    tolerance = (1.2 if unit > 1e-5 else 16) * unit * size
-    torch.testing.assert_close(out.double(), want, rtol=0, atol=tolerance)
-    torch.testing.assert_close(lse.double(), want_lse, rtol=2e-6, atol=2e-5)
-
-
-def sharpness(q: Tensor, k: Tensor, scale: float) -> float:
-    """How much larger than usual the scores may be, at least 1."""
-    norms = [x.double().norm(dim=-1).amax().item() if x.numel() else 0.0 for x in (q, k)]
-    return max(1.0, abs(scale) * norms[0] * norms[1] / 16)
-
-
-SHAPES = [
-    (1, 1, 1, 1, 1, 1, 1),
-    (1, 2, 2, 64, 64, 64, 64),
-    (2, 4, 2, 100, 131, 37, 53),
-    (1, 8, 1, 1, 300, 128, 64),
-    (1, 6, 3, 200, 77, 16, 256),
-    (2, 3, 1, 17, 515, 8, 5),
-]
+compare = partial(engines.compare, cpu)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -155,39 +101,6 @@ def test_fuzz_of_shapes_strides_masks_and_tiles(data: st.DataObject) -> None:
     scale = draw(st.sampled_from([None, 0.0, -0.3, 1.0]))
     compare(
         q, k, v, mask.layout(q_len, kv_len, tile), mask.dense(q_len, kv_len), softcap, bias, scale
-    )
-
-
-@dataclass
-class Lists:
-    """A layout made by hand."""
-
-    q_len: int
-    kv_len: int
-    q_tile: int
-    kv_tile: int
-    ptr: Tensor
-    cols: Tensor
-    kinds: Tensor
-    bits: Tensor
-    gathered: Tensor | None = None
-    q_index: Tensor | None = None
-    kv_index: Tensor | None = None
-    key_range: Tensor | None = None
-    row_range: Tensor | None = None
-
-
-def every_tile(q_len: int, kv_len: int, tile: int, kind: int) -> Lists:
-    rows, cols = -(-q_len // tile), -(-kv_len // tile)
-    return Lists(
-        q_len,
-        kv_len,
-        tile,
-        tile,
-        torch.arange(0, rows * cols + 1, cols).reshape(1, 1, -1),
-        torch.arange(cols, dtype=torch.int32).repeat(rows),
-        torch.full((rows * cols,), kind, dtype=torch.int32),
-        torch.zeros(0, tile, tile // 8, dtype=torch.uint8),
     )
 
 
@@ -331,7 +244,7 @@ def test_paged_caches_are_layouts_over_the_pool(kernels: str, dtype: torch.dtype
     bits = torch.zeros(page, page, 1, dtype=torch.uint8)
     for n in range(page):
         bits[n, :n] = 1
-    layout = Lists(
+    layout = Layout(
         q_len=1,
         kv_len=pages * page,
         q_tile=8,

@@ -6,12 +6,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import engines
 import pytest
 import torch
+from engines import DTYPES, SHAPES, every_tile, make
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import attend, masks
-from test_cpu_engine import DTYPES, FUZZ, SHAPES, every_tile, kernels, make, sharpness  # noqa: F401
+from test_cpu_engine import FUZZ, kernels  # noqa: F401
 from torch import Tensor
 
 from foveate.ops import Layout, causal, cpu, window
@@ -19,48 +21,7 @@ from foveate.ops import Layout, causal, cpu, window
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.reason())
 
 
-def compare(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: Any,
-    allowed: Tensor | None,
-    softcap: float | None = None,
-    bias: Tensor | None = None,
-    grads: tuple[bool, bool] = (True, True),
-    scale: float | None = None,
-) -> None:
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = cpu.forward(q, k, v, layout, scale, softcap, bias)
-    given = [x for x in (q, k, v, bias) if x is not None]
-    wide = [x.detach().double().requires_grad_() for x in given]
-    if allowed is None:
-        allowed = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool)
-    if allowed.shape[1] > 1:
-        allowed = allowed.repeat_interleave(q.shape[1] // allowed.shape[1], 1)
-    b = None if bias is None else wide[3]
-    want, want_lse = attend(*wide[:3], allowed, scale=scale, softcap=softcap, bias=b)
-    do = torch.randn(out.shape).to(q.dtype) if grads[0] else None
-    dlse = torch.randn(lse.shape) if grads[1] else None
-    loss = want.sum() * 0 + want_lse.masked_fill(want_lse == -torch.inf, 0).sum() * 0
-    if do is not None:
-        loss = loss + (want * do.double()).sum()
-    if dlse is not None:
-        loss = loss + (want_lse * dlse.double()).masked_fill(want_lse == -torch.inf, 0).sum()
-    right = torch.autograd.grad(loss, wide)
-    found = cpu.backward(do, dlse, q, k, v, out, lse, layout, scale, softcap, bias)
-    unit = torch.finfo(q.dtype).eps * sharpness(q, k, scale)
-    for name, got, x, good in zip(("q", "k", "v", "bias"), found, given, right):
-        assert got is not None
-        assert got.dtype == x.dtype, name
-        assert got.shape == x.shape, name
-        # Rounding relative to the largest gradient; sums over many pairs carry more of it.
-        size = max(good.abs().max().item(), 0.1) * max(1.0, (q.shape[2] * k.shape[2]) ** 0.25 / 4)
-        size *= (x.numel() and out.numel() / x.numel()) ** 0.5 if name == "bias" else 1.0
-        tolerance = (4 if torch.finfo(q.dtype).eps > 1e-5 else 40) * unit * max(1.0, size)
-        torch.testing.assert_close(
-            got.double(), good, rtol=0, atol=tolerance, msg=partial("d{}: {}".format, name)
-        )
+compare = partial(engines.compare_gradients, cpu)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,204 @@
+"""Sizes of blocks, warps and stages: what is shipped, and what tuning has found on this device.
+
+A choice depends on the kernel, the head sizes, the dtype and the device, never on a mask. `tune`
+measures the candidates once and keeps the best in a file; without it the shipped ones serve. They
+were chosen with the compiler's own account of registers and shared memory (see the tests), so that
+none spills.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Config:
+    """rows, keys: largest blocks of either side; the owned one is in registers."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+Key = tuple[str, int, int, int]  # kernel, padded head size, padded value head size, bytes
+
+# (kernel, largest head size, bytes of an element) -> for compute capability 8.0, and 9.0 on.
+_SHIPPED: dict[tuple[str, int, int], tuple[Config, Config]] = {
+    ("forward", 64, 2): (Config(128, 64, 4, 3), Config(128, 128, 8, 3)),
+    ("forward", 128, 2): (Config(128, 64, 8, 3), Config(128, 64, 8, 3)),
+    ("forward", 256, 2): (Config(64, 32, 8, 2), Config(128, 64, 8, 2)),
+    ("forward", 1024, 2): (Config(32, 32, 8, 1), Config(64, 32, 8, 2)),
+    ("forward", 64, 4): (Config(64, 32, 4, 2), Config(64, 32, 4, 2)),
+    ("forward", 128, 4): (Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
+    ("forward", 256, 4): (Config(32, 32, 8, 1), Config(32, 32, 8, 2)),
+    ("forward", 1024, 4): (Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+    ("decode", 64, 2): (Config(16, 128, 4, 3), Config(16, 128, 4, 3)),
+    ("decode", 128, 2): (Config(16, 64, 4, 3), Config(16, 128, 4, 3)),
+    ("decode", 256, 2): (Config(16, 64, 4, 2), Config(16, 64, 4, 3)),
+    ("decode", 1024, 2): (Config(16, 32, 4, 2), Config(16, 32, 4, 2)),
+    ("decode", 64, 4): (Config(16, 64, 4, 2), Config(16, 64, 4, 3)),
+    ("decode", 128, 4): (Config(16, 32, 4, 2), Config(16, 64, 4, 2)),
+    ("decode", 256, 4): (Config(16, 32, 4, 2), Config(16, 32, 4, 2)),
+    ("decode", 1024, 4): (Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+    ("query gradient", 64, 2): (Config(128, 64, 8, 2), Config(128, 64, 8, 2)),
+    ("query gradient", 128, 2): (Config(64, 64, 8, 2), Config(128, 64, 8, 2)),
+    ("query gradient", 256, 2): (Config(64, 32, 8, 1), Config(64, 32, 8, 2)),
+    ("query gradient", 64, 4): (Config(64, 32, 8, 1), Config(64, 32, 8, 1)),
+    ("query gradient", 128, 4): (Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+    ("query gradient", 256, 4): (Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+    ("key gradient", 64, 2): (Config(64, 128, 8, 2), Config(64, 128, 8, 2)),
+    ("key gradient", 128, 2): (Config(64, 64, 8, 2), Config(64, 128, 8, 2)),
+    ("key gradient", 256, 2): (Config(32, 64, 8, 1), Config(32, 64, 8, 2)),
+    ("key gradient", 64, 4): (Config(32, 64, 8, 1), Config(32, 64, 8, 1)),
+    ("key gradient", 128, 4): (Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+    ("key gradient", 256, 4): (Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+}
+
+
+def shipped(kernel: str, dim: int, value_dim: int, itemsize: int, capability: int) -> Config:
+    """The configuration that foveate brings along.
+
+    Args:
+        kernel: forward, decode, query gradient or key gradient.
+        dim: D.
+        value_dim: Dv.
+        itemsize: bytes of an element; 1 is taken as 2.
+        capability: major compute capability.
+    """
+    largest = max(dim, value_dim)
+    for bound in (64, 128, 256, 1024):
+        if largest <= bound:
+            found = _SHIPPED.get((kernel, bound, max(2, itemsize)))
+            if found is not None:
+                return found[capability >= 9]
+    raise ValueError(f"no {kernel} kernel for head sizes {dim} and {value_dim}")
+
+
+def cache_file() -> Path:
+    """Where tuned configurations are kept; FOVEATE_CACHE names another folder."""
+    folder = os.environ.get("FOVEATE_CACHE")
+    base = Path(folder) if folder else Path.home() / ".cache" / "foveate"
+    return base / "triton.json"
+
+
+@lru_cache(maxsize=1)
+def _tuned() -> dict[str, Config]:
+    try:
+        found = json.loads(cache_file().read_text())
+        return {name: Config(**values) for name, values in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def name_of(
+    kernel: str, dim: int, value_dim: int, dtype: torch.dtype, device: torch.device
+) -> str:
+    """The key of a choice in the file: kernel, head sizes, dtype, device and Triton's version."""
+    import triton
+
+    model = torch.cuda.get_device_name(device)
+    kind = str(dtype).removeprefix("torch.")
+    return f"{kernel} {dim} {value_dim} {kind} | {model} | triton {triton.__version__}"
+
+
+def keep(name: str, config: Config) -> None:
+    """Put a tuned configuration into the file, beside what others have put there."""
+    _tuned.cache_clear()
+    found = {**_tuned(), name: config}
+    path = cache_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps({n: asdict(c) for n, c in found.items()}, indent=1))
+    part.replace(path)
+    _tuned.cache_clear()
+
+
+_forced: list[Config] = []
+
+
+class Forced:
+    """Within it every kernel takes this configuration, as tuning needs."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def __enter__(self) -> None:
+        _forced.append(self.config)
+
+    def __exit__(self, *_: object) -> None:
+        _forced.pop()
+
+
+def config_for(
+    kernel: str, dim: int, value_dim: int, dtype: torch.dtype, device: torch.device
+) -> Config:
+    """The tuned configuration if there is one, else the shipped one."""
+    if _forced:
+        return _forced[-1]
+    if device.type != "cuda":  # the interpreter
+        return replace(shipped(kernel, dim, value_dim, dtype.itemsize, 9), rows=32, keys=32)
+    found = _tuned()
+    if found and (mine := found.get(name_of(kernel, dim, value_dim, dtype, device))) is not None:
+        return mine
+    major, _ = _capability(device.index or 0)
+    return shipped(kernel, dim, value_dim, dtype.itemsize, major)
+
+
+@lru_cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@lru_cache
+def processors(index: int) -> int:
+    """Multiprocessors of a device."""
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def owned_block(rows: int, most: int) -> int:
+    """The block for `rows` owned rows that costs least, a power of two from 16 to `most`.
+
+    Small blocks pad less, but each streams the other side once more.
+    """
+    sizes = []
+    size = max(16, most)
+    while size >= 16:
+        padded_rows = -(-rows // size) * size
+        sizes.append((padded_rows * (1 + 16 / size), -size))
+        size //= 2
+    return -min(sizes)[1]
+
+
+def streamed_block(tile: int, most: int) -> tuple[int, bool]:
+    """(block that streams tiles of this size, whether a step takes slots of several tiles)."""
+    size = max(16, most)
+    while size >= 32:
+        if tile % size == 0:
+            return size, False
+        size //= 2
+    if tile == 16 and most <= 16:
+        return 16, False
+    return max(16, most), True
+
+
+def padded(dim: int) -> int:
+    """The power of two, at least 16, that holds a head size."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def split_dim(dim: int) -> tuple[int, int]:
+    """A head size in two powers of two, where that pads less: 96 is 64 and 32, 576 is 512 and 64."""
+    whole = padded(dim)
+    most = whole // 2
+    if most >= 16 and whole > dim:
+        rest = padded(dim - most)
+        if most + rest < whole:
+            return most, rest
+    return whole, 0

@@ -1,0 +1,1 @@
+"""The kernels; importing one imports Triton."""

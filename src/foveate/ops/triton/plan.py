@@ -1,0 +1,223 @@
+"""What the kernels want of a layout beside its lists: made once for each layout, and kept with it.
+
+Lists with their whole tiles first, so that these run without a mask; the tiles in order of the work
+they hold, longest first, so that uneven lists fill the chip; bit tiles as words along either side;
+and where each query or key stands, if several tiles hold it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from foveate.ops.layout import FULL, Layout
+from foveate.ops.layout import bits as bitset
+
+_plans: WeakKeyDictionary[Layout, Plan] = WeakKeyDictionary()
+
+
+def plan_of(layout: Layout) -> Plan:
+    """The plan of a layout, made when it is first asked for."""
+    found = _plans.get(layout)
+    if found is None:
+        found = _plans[layout] = Plan(
+            **{name: getattr(layout, name) for name in Layout.__dataclass_fields__ if name[0] != "_"}
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Lists:
+    """What each tile of one side visits on the other.
+
+    tiles, kinds: (nnz,) int32, by tile of the owned side, whole ones first. start, mid, end: (n,)
+    int64, where the list of a tile begins, its whole tiles end, and all of it ends; a tile counts
+    through (Bm, Hm, tiles). work: (Bm, Hm, tiles) int64, a measure of what it costs.
+    """
+
+    tiles: Tensor
+    kinds: Tensor
+    start: Tensor
+    mid: Tensor
+    end: Tensor
+    work: Tensor
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Where each of a table's indices stands in it.
+
+    unique: nothing stands twice. at: (Bi, Hi, length, copies) int32, -1 where there is no further
+    copy.
+    """
+
+    unique: bool
+    at: Tensor
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The slots that hold each key: slots[begin[g, key] : begin[g, key + 1]], flattened."""
+
+    begin: Tensor
+    slots: Tensor
+
+
+class Plan(Layout):
+    """A layout with all that is derived from it for the kernels."""
+
+    @cached_property
+    def by_row(self) -> Lists:
+        """The key tiles of each query tile."""
+        whole = (self.kinds == FULL) & (self.cols < self.kv_rows // self.kv_tile)
+        if self.kv_index is not None:
+            whole = torch.zeros_like(whole)
+        counts = (self.ptr[..., 1:] - self.ptr[..., :-1]).reshape(-1)
+        start = self.ptr[..., :-1].reshape(-1).contiguous()
+        order = torch.argsort(self.entry_rows * 2 + (~whole).long(), stable=True)
+        inside = torch.bincount(self.entry_rows[whole], minlength=counts.numel())
+        return _lists(self.cols, self.kinds, order, start, inside, counts, self.groups)
+
+    @cached_property
+    def row_order(self) -> Tensor:
+        """Query tiles through (Bm, Hm, tiles), those with the most work first: int32."""
+        return torch.argsort(self.by_row.work.reshape(-1), stable=True, descending=True).int()
+
+    @cached_property
+    def longest(self) -> int:
+        """Entries in the longest list of a query tile."""
+        return int(self.ptr.diff(dim=-1).max()) if self.ptr.numel() > 1 else 0
+
+    @cached_property
+    def by_key(self) -> Lists:
+        """The query tiles of each key tile, and of each tile of single keys."""
+        flipped = self.transposed
+        rows, kinds = flipped.rows, self.kinds[flipped.entries]
+        whole = (kinds == FULL) & (rows < self.q_rows // self.q_tile)
+        if self.q_index is not None:
+            whole = torch.zeros_like(whole)
+        counts = (flipped.ptr[..., 1:] - flipped.ptr[..., :-1]).reshape(-1)
+        start = flipped.ptr[..., :-1].reshape(-1).contiguous()
+        owner = torch.repeat_interleave(
+            torch.arange(counts.numel(), device=self.device), counts, output_size=rows.numel()
+        )
+        order = torch.argsort(owner * 2 + (~whole).long(), stable=True)
+        inside = torch.bincount(owner[whole], minlength=counts.numel())
+        return _lists(rows, kinds, order, start, inside, counts, self.groups)
+
+    def key_order(self, heads: int, kv_heads: int) -> Tensor:
+        """Visited key tiles through (Bm, 1 or Hkv, tiles), those with the most work first: int32."""
+        work = self.by_key.work
+        if work.shape[1] > 1:
+            work = work.repeat_interleave(heads // work.shape[1], 1)
+            work = work.unflatten(1, (kv_heads, -1)).sum(2)
+        flat = work.reshape(-1)
+        order = torch.argsort(flat, stable=True, descending=True)
+        return order[flat[order] > 0].int()
+
+    def key_slots(self, order: Tensor, kv_heads: int) -> Slots:
+        """Where the slots of visited key tiles, numbered as in `order`, hold each key."""
+        groups_h = 1 if self.groups[1] == 1 else kv_heads
+        width = self.by_key.work.shape[2]
+        group, col = order.long() // width, order.long() % width
+        place = col[:, None] * self.kv_tile + torch.arange(self.kv_tile, device=self.device)
+        if self.gathered is not None:
+            listed = self.gathered[(col - self.kv_tiles).clamp_min(0)].long()
+            place = torch.where((col >= self.kv_tiles)[:, None], listed, place)
+        real = (place >= 0) & (place < self.kv_rows)
+        key = place
+        if self.kv_index is not None:
+            table = self.kv_index.expand(*self.groups, -1)
+            size = max(1, groups_h // self.groups[1])  # key heads of one list
+            b, h = group // groups_h, group % groups_h // size
+            h = h.clamp_max(self.groups[1] - 1)
+            key = table[b[:, None], h[:, None], place.clamp(0, self.kv_rows - 1)].long()
+            real = real & (key >= 0)
+        last = self.groups[0] * groups_h * self.kv_len
+        which = torch.where(real, group[:, None] * self.kv_len + key, last).reshape(-1)
+        slots = torch.argsort(which, stable=True)
+        counts = torch.bincount(which, minlength=last + 1)[:last]
+        begin = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+        return Slots(begin, slots)
+
+    @cached_property
+    def row_words(self) -> Tensor:
+        """The bit tiles as words along the keys: (n, q_tile, ceil(kv_tile / 32)) int32."""
+        return _words(bitset.unpack(self.bits, self.q_tile))
+
+    @cached_property
+    def key_words(self) -> Tensor:
+        """The bit tiles as words along the queries: (n, kv_tile, ceil(q_tile / 32)) int32."""
+        return _words(bitset.unpack(self.bits, self.q_tile).mT)
+
+    @cached_property
+    def seen_keys(self) -> Tensor:
+        """The keys of each bit tile that some row sees: (n, ceil(kv_tile / 32)) int32."""
+        return _words(bitset.unpack(self.bits, self.q_tile).any(1))
+
+    @cached_property
+    def query_places(self) -> Repeats:
+        """Where each query stands among the rows of `q_index`."""
+        assert self.q_index is not None
+        return _repeats(self.q_index, self.q_len)
+
+    @cached_property
+    def keys_stand_once(self) -> bool:
+        """Whether no key stands in two slots, so that its gradient has one home."""
+        if self.gathered is not None:
+            return False
+        return self.kv_index is None or _repeats(self.kv_index, self.kv_len).unique
+
+
+def _lists(
+    tiles: Tensor,
+    kinds: Tensor,
+    order: Tensor,
+    start: Tensor,
+    inside: Tensor,
+    counts: Tensor,
+    groups: tuple[int, int],
+) -> Lists:
+    """Lists in a new order; a partial tile counts for more than a whole one, by about a half."""
+    work = 2 * inside + 3 * (counts - inside)
+    return Lists(
+        tiles[order].int(),
+        kinds[order].int(),
+        start,
+        start + inside,
+        start + counts,
+        work.reshape(*groups, -1),
+    )
+
+
+def _words(tiles: Tensor) -> Tensor:
+    """Booleans (..., n) as int32 words along the last axis, bit j % 32 of word j // 32."""
+    spare = -tiles.shape[-1] % 32
+    wide = torch.nn.functional.pad(tiles, (0, spare)).unflatten(-1, (-1, 32))
+    powers = torch.ones(32, dtype=torch.int64, device=tiles.device) << torch.arange(
+        32, device=tiles.device
+    )
+    parts = [(part.long() * powers).sum(-1).int() for part in wide.split(4096)]
+    return torch.cat(parts) if parts else wide.new_zeros(wide.shape[:-1], dtype=torch.int32)
+
+
+def _repeats(index: Tensor, length: int) -> Repeats:
+    """The inverse of a table of indices (Bi, Hi, n), -1 is nothing."""
+    batches, heads, n = index.shape
+    flat = index.reshape(-1, n).long()
+    group = torch.arange(flat.shape[0], device=index.device)[:, None]
+    which = torch.where(flat < 0, flat.shape[0] * length, group * length + flat).reshape(-1)
+    order = torch.argsort(which, stable=True)
+    counts = torch.bincount(which, minlength=flat.shape[0] * length + 1)[:-1]
+    copies = max(1, int(counts.max())) if counts.numel() else 1
+    at = torch.full((flat.shape[0] * length, copies), -1, dtype=torch.int32, device=index.device)
+    named = which[order]
+    named = named[named < flat.shape[0] * length]
+    order = order[: len(named)]
+    rank = torch.arange(len(named), device=index.device) - (counts.cumsum(0) - counts)[named]
+    at[named, rank] = (order % n).int()
+    return Repeats(copies == 1, at.reshape(batches, heads, length, copies))

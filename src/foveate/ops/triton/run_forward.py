@@ -1,0 +1,149 @@
+"""The forward: which blocks, how many splits, and the launch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.ops.layout import Layout
+from foveate.ops.triton.call import (
+    Blocks,
+    Call,
+    describe,
+    head_sizes,
+    row_blocks,
+    row_lists,
+    strides,
+)
+from foveate.ops.triton.config import Config, config_for, processors, split_dim
+
+_FEW = 64  # rows of a tile, all packed heads together, from which a block is no longer for decoding
+_SPLIT_SLOTS = 256  # keys that a split has at least
+_SPLITS = 128
+
+
+def run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout | None,
+    scale: float,
+    softcap: float | None,
+    bias: Tensor | None,
+    bias_first: int | None,
+) -> tuple[Tensor, Tensor]:
+    """See `foveate.ops.triton.forward`."""
+    out = query.new_empty((*query.shape[:3], value.shape[3]))
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    if not lse.numel() or not key.shape[2] or not value.shape[3]:
+        return out.zero_(), lse.fill_(-torch.inf)
+    call = describe(query, key, value, layout, scale, softcap, bias, bias_first)
+    launch(call, out, lse)
+    return out, lse
+
+
+def launch(call: Call, out: Tensor, lse: Tensor, splits: int | None = None) -> None:
+    """Run the kernels; `splits` cuts each list into so many parts, None as many as fill the chip."""
+    from foveate.ops.triton.kernels.attend import attend
+
+    device = call.query.device
+    args, cut = arguments(call)
+    programs = args.pop("programs")
+    if splits is None:
+        splits = _splits(call, cut, programs, device)
+    plan = call.plan
+    virtual = plan is not None and plan.q_index is not None and not plan.query_places.unique
+    if plan is not None and plan.q_index is not None:
+        out.zero_()  # queries that no tile holds
+        lse.fill_(-torch.inf)
+    parts, part_lses = out, lse
+    rows = out.shape[2]
+    if virtual or splits > 1:
+        rows = plan.q_rows if virtual and plan is not None else rows
+        shape = (splits, *out.shape[:2], rows, out.shape[3])
+        parts = torch.empty(shape, dtype=torch.float32, device=device)
+        part_lses = torch.full(shape[:4], -torch.inf, device=device)
+    o_s, l_s = (x.stride(0) if x.dim() > y else 0 for x, y in ((parts, 4), (part_lses, 3)))
+    with on_device(device):
+        attend[(programs, splits)](
+            O=parts, L=part_lses, **strides("o", parts if parts.dim() == 4 else parts[0]),
+            o_s=o_s, l_s=l_s, l_b=part_lses.stride(-3), l_h=part_lses.stride(-2), splits=splits,
+            VIRTUAL=virtual, **args,
+        )  # fmt: skip
+        if parts is not out:
+            _merge(call, parts, part_lses, out, lse, virtual)
+
+
+def arguments(call: Call) -> tuple[dict[str, Any], Blocks]:
+    """What `attend` is called with but for outputs and splits, `programs` among it."""
+    config, factor = choose(call)
+    cut = row_blocks(call, config, factor)
+    dim, value_dim = call.query.shape[3], call.value.shape[3]
+    sizes = head_sizes(call)
+    sizes["D1"], sizes["D2"] = split_dim(dim)
+    shared = (
+        call.value.data_ptr() == call.key.data_ptr()
+        and call.value.stride()[:3] == call.key.stride()[:3]
+        and sizes["D1"] == sizes["DV1"]
+        and value_dim <= dim
+    )
+    args = {
+        "Q": call.query, "K": call.key, "V": call.value, "K_TILES": None, "V_TILES": None,
+        **strides("q", call.query), **strides("k", call.key), **strides("v", call.value),
+        **call.bias_strides(), **call.tables(), **call.sizes(), **row_lists(call, cut, factor),
+        **call.numbers(), **call.features(), **sizes,
+        "Q_TILE": cut.owned_tile, "KV_TILE": cut.streamed_tile, "M": cut.owned, "N": cut.streamed,
+        "VECTOR": cut.vector, "PACK": factor, "SHARED": shared,
+        "STAGES": config.stages, "num_warps": config.warps, "num_stages": config.stages,
+    }  # fmt: skip
+    return args, cut
+
+
+def choose(call: Call) -> tuple[Config, int]:
+    """The configuration for a call, and how many heads a block packs."""
+    dim, value_dim = call.query.shape[3], call.value.shape[3]
+    tile = call.query.shape[2] if call.plan is None else min(call.plan.q_tile, call.plan.q_rows)
+    together = call.pack(tile, 1 << 30)
+    kernel = "decode" if tile * together <= 16 else "forward"
+    config = config_for(kernel, dim, value_dim, call.query.dtype, call.query.device)
+    return config, together if tile < _FEW else 1
+
+
+def _splits(call: Call, cut: Blocks, programs: int, device: torch.device) -> int:
+    """Parts of each list, so that a few rows against many keys fill the chip."""
+    wanted = 2 * processors(device.index or 0) if device.type == "cuda" else 8
+    slots = call.key.shape[2]
+    if call.plan is not None:
+        if programs >= wanted:
+            return 1
+        slots = call.plan.longest * cut.streamed_tile
+    return max(1, min(-(-wanted // programs), slots // _SPLIT_SLOTS, _SPLITS))
+
+
+def _merge(
+    call: Call, parts: Tensor, lses: Tensor, out: Tensor, lse: Tensor, virtual: bool
+) -> None:
+    from foveate.ops.triton.kernels.merge import merge_parts
+
+    inverse, copies, i_b, i_h = None, 1, 0, 0
+    if virtual and call.plan is not None:
+        inverse = call.plan.query_places.at
+        copies = inverse.shape[3]
+        size = call.list_size if inverse.shape[1] > 1 else 1
+        if size > 1:
+            inverse = inverse.repeat_interleave(size, 1)
+        i_b, i_h = (inverse.stride(i) if inverse.shape[i] > 1 else 0 for i in (0, 1))
+    batch, heads, q_len, value_dim = out.shape
+    merge_parts[(q_len, batch * heads)](
+        parts, lses, inverse, out, lse,
+        parts.shape[0], copies, heads, parts.shape[3], q_len,
+        lses.stride(0), lses.stride(2), *out.stride()[:3], i_b, i_h,
+        DV=value_dim, DV1=head_sizes(call)["DV1"], CHUNK=8,
+    )  # fmt: skip
+
+
+def on_device(device: torch.device) -> Any:
+    """A context in which `device` is the current one, where kernels are launched."""
+    return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()

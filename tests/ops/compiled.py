@@ -1,0 +1,88 @@
+"""Kernels compiled for a GPU that needn't be there, and what the compiler says of them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # of a block at most, by compute capability
+_TYPES = {
+    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32",
+    torch.int64: "*i64", torch.uint8: "*u8",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """ptx, sass; bytes of shared memory in a block, and of stack in a thread (0: nothing spills)."""
+
+    ptx: str
+    sass: str
+    shared: int
+    stack: int
+    registers: int
+
+
+def compile_kernel(kernel: Any, args: dict[str, Any], capability: int) -> Compiled:
+    """A kernel compiled as a launch with these arguments would compile it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    args = dict(args)
+    options = {name: args.pop(name) for name in ("num_warps", "num_stages")}
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    aligned: dict[tuple[int, ...], list[list[Any]]] = {}
+    for index, param in enumerate(kernel.params):
+        x = args.pop(param.name)
+        kind, special = _kind(x, param)
+        signature[param.name] = kind
+        if kind == "constexpr":
+            constants[param.name] = x
+        elif special:
+            aligned[(index,)] = [["tt.divisibility", 16]]
+    assert not args, args.keys()
+    source = ASTSource(kernel, signature, constants, aligned)
+    found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    usage = _tool("cuobjdump", "-res-usage", found.asm["cubin"])
+    numbers = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return Compiled(
+        found.asm["ptx"],
+        _tool("cuobjdump", "-sass", found.asm["cubin"]),
+        found.metadata.shared,
+        numbers["STACK"] + numbers["LOCAL"],
+        numbers["REG"],
+    )
+
+
+def _kind(x: Any, param: Any) -> tuple[str, bool]:
+    """(type of an argument, whether Triton would see that it is a multiple of 16)."""
+    if param.is_constexpr or x is None:
+        return "constexpr", False
+    if isinstance(x, Tensor):
+        return _TYPES[x.dtype], x.data_ptr() % 16 == 0
+    if isinstance(x, float):
+        return "fp32", False
+    if x == 1 and not param.do_not_specialize:
+        return "constexpr", False
+    wide = not -(1 << 31) <= x < 1 << 31
+    return "i64" if wide else "i32", x % 16 == 0 and not param.do_not_specialize
+
+
+def _tool(name: str, option: str, cubin: bytes) -> str:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        call = [str(path), option, file.name]
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout
