@@ -21,7 +21,7 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """ptx, sass; bytes of shared memory in a block, and of stack in a thread (0: nothing spills)."""
+    """ptx, sass; bytes of shared memory of a block, of stack of a thread (0: nothing spills)."""
 
     ptx: str
     sass: str

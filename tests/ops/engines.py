@@ -97,9 +97,7 @@ def compare_gradients(
     if dlse is not None:
         loss = loss + (want_lse * dlse.double()).masked_fill(want_lse == -torch.inf, 0).sum()
     right = torch.autograd.grad(loss, wide)
-    found = engine.backward(
-        do, dlse, q, k, v, out, lse, layout, scale, softcap, bias, bias_first
-    )
+    found = engine.backward(do, dlse, q, k, v, out, lse, layout, scale, softcap, bias, bias_first)
     unit = torch.finfo(q.dtype).eps * sharpness(q, k, scale)
     for name, got, x, good in zip(("q", "k", "v", "bias"), found, given, right):
         assert got is not None

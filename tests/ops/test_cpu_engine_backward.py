@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import attend, masks
 from test_cpu_engine import FUZZ, kernels  # noqa: F401
-from torch import Tensor
 
 from foveate.ops import Layout, causal, cpu, window
 

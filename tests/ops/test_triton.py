@@ -98,7 +98,15 @@ def test_fuzz_of_shapes_strides_masks_and_tiles(data: st.DataObject) -> None:
     group = draw(st.integers(1, 5))
     q_len, kv_len = draw(st.integers(1, 70)), draw(st.integers(1, 90))
     heads = kv_heads * group
-    shape = (batch, heads, kv_heads, q_len, kv_len, draw(st.integers(1, 70)), draw(st.integers(1, 70)))
+    shape = (
+        batch,
+        heads,
+        kv_heads,
+        q_len,
+        kv_len,
+        draw(st.integers(1, 70)),
+        draw(st.integers(1, 70)),
+    )
     q, k, v = make(shape, draw(st.sampled_from(DTYPES)), draw(st.booleans()))
     mask, _ = draw(masks(kv_len))
     if mask.groups()[0] not in (1, batch):
@@ -218,9 +226,7 @@ def test_few_queries_against_many_keys(group: int, q_len: int, dims: Any) -> Non
     q, k, v = make((2, 2 * group, 2, q_len, 333, *dims), torch.float16, strided=q_len == 2)
     engines.compare(Engine, q, k, v, None, None)
     mask = causal() & window(170, 0)
-    engines.compare(
-        Engine, q, k, v, mask.layout(q_len, 333, (128, 64)), mask.dense(q_len, 333)
-    )
+    engines.compare(Engine, q, k, v, mask.layout(q_len, 333, (128, 64)), mask.dense(q_len, 333))
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 7, 50])

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from foveate.ops.errors import InputError, MissingPackageError
+from foveate.bench import gpu_command as gpu
+from foveate.bench.screen import close, numbers, print_json, run_job, screen, words
+from foveate.ops.errors import MissingPackageError
 
 OUT = "foveate-report/bench"
 
@@ -32,6 +30,9 @@ Threads = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Put earlier results aside, measure anew.")]
 Seed = Annotated[int, typer.Option(help="Of tensors, documents and random patterns.")]
+Device = Annotated[
+    str, typer.Option(help="cpu, or cuda: the GPU has contestants and defaults of its own.")
+]
 Dtypes = Annotated[str | None, typer.Option(help="float32, bfloat16, float16.")]
 Backends = Annotated[
     str | None, typer.Option(help="Who takes part, such as sdpa,cpu,blocks. Default: these.")
@@ -57,7 +58,7 @@ def kernels(
     ] = None,
     lengths: Annotated[str | None, typer.Option(help="Tokens, such as 2048,4096.")] = None,
     head_dims: Annotated[str | None, typer.Option(help="Head sizes, such as 64,128.")] = None,
-    heads: Annotated[int, typer.Option(help="Query heads.")] = 2,
+    heads: Annotated[int | None, typer.Option(help="Query heads; 2, on a GPU 16.")] = None,
     kv_heads: Annotated[int | None, typer.Option(help="Key heads; default as many.")] = None,
     dtypes: Dtypes = None,
     passes: Annotated[str | None, typer.Option(help="forward, backward.")] = None,
@@ -80,6 +81,7 @@ def kernels(
     quick: Annotated[
         bool, typer.Option("--quick", help="A few small cells, in a minute; options still count.")
     ] = False,
+    device: Device = "cpu",
 ) -> None:
     """Prefill and training: every backend on every mask, against SDPA and against the ideal.
 
@@ -87,6 +89,15 @@ def kernels(
     speed is printed only if the same run's output and gradients agreed with float64. Stopped at
     any moment, it goes on from there when it's started again.
     """
+    if device != "cpu":
+        gpu.kernels(
+            device, words(masks), numbers("--lengths", lengths),
+            numbers("--head-dims", head_dims), heads, kv_heads, words(dtypes), words(passes),
+            words(backends), numbers("--tile", tile), documents, repeats, seed, out, as_json,
+            fresh, quick,
+        )  # fmt: skip
+        return
+    heads = 2 if heads is None else heads
     from foveate.bench import kernels as job
     from foveate.bench.figure import kernel_figure
     from foveate.bench.show import kernel_tables, summary
@@ -98,34 +109,34 @@ def kernels(
             lengths=(1024,), head_dims=(64,), dtypes=("float32",), tiles=(64,),
         )  # fmt: skip
     options = job.Options(
-        masks=_words(masks) or base.masks,
-        lengths=_numbers("--lengths", lengths) or base.lengths,
-        head_dims=_numbers("--head-dims", head_dims) or base.head_dims,
+        masks=words(masks) or base.masks,
+        lengths=numbers("--lengths", lengths) or base.lengths,
+        head_dims=numbers("--head-dims", head_dims) or base.head_dims,
         heads=heads,
         kv_heads=heads if kv_heads is None else kv_heads,
-        dtypes=_words(dtypes) or base.dtypes,
-        passes=_words(passes) or base.passes,
-        backends=_words(backends),
+        dtypes=words(dtypes) or base.dtypes,
+        passes=words(passes) or base.passes,
+        backends=words(backends),
         flex=flex,
-        threads=_numbers("--threads", threads) or _threads(quick, clock),
-        tiles=_numbers("--tile", tile) or base.tiles,
+        threads=numbers("--threads", threads) or _threads(quick, clock),
+        tiles=numbers("--tile", tile) or base.tiles,
         documents=documents,
         pace=_pace(repeats, budget, clock, quick),
         seed=seed,
     )
     options.check()
-    found = _run(lambda *where: job.run(options, *where), out, fresh)
+    found = run_job(lambda *where: job.run(options, *where), out, fresh)
     names = [name for name in options.names() if name not in ("sdpa", "flex")]
     lines = [line for name in names for line in summary(found, name)]
     path = _draw(kernel_figure, found, Path(out) / "kernels.png")
     if as_json:
-        _json(found, lines)
+        print_json(found, lines)
         return
-    console = _console()
+    console = screen()
     for table in kernel_tables(found):
         console.print(table)
         console.print()
-    _close(console, lines, [Path(out) / "results.jsonl", path])
+    close(console, lines, [Path(out) / "results.jsonl", path])
 
 
 def decode(
@@ -135,7 +146,7 @@ def decode(
     groups: Annotated[
         str | None, typer.Option(help="Query heads on each key head, such as 1,8,64.")
     ] = None,
-    kv_heads: Annotated[int, typer.Option(help="Key heads.")] = 2,
+    kv_heads: Annotated[int | None, typer.Option(help="Key heads; 2, on a GPU 8.")] = None,
     head_dims: Annotated[str | None, typer.Option(help="Head sizes, such as 64,128.")] = None,
     caches: Annotated[
         str | None,
@@ -160,6 +171,7 @@ def decode(
     quick: Annotated[
         bool, typer.Option("--quick", help="A few small cells, in a minute; options still count.")
     ] = False,
+    device: Device = "cpu",
 ) -> None:
     """Decoding one token against a long cache, as a share of what memory and compute allow.
 
@@ -178,30 +190,30 @@ def decode(
             caches=("whole",),
         )  # fmt: skip
     options = job.Options(
-        contexts=_numbers("--contexts", contexts) or base.contexts,
-        groups=_numbers("--groups", groups) or base.groups,
+        contexts=numbers("--contexts", contexts) or base.contexts,
+        groups=numbers("--groups", groups) or base.groups,
         kv_heads=kv_heads,
-        head_dims=_numbers("--head-dims", head_dims) or base.head_dims,
-        caches=_words(caches) or base.caches,
-        dtypes=_words(dtypes) or base.dtypes,
-        threads=_numbers("--threads", threads) or _threads(quick, clock),
-        backends=_words(backends),
+        head_dims=numbers("--head-dims", head_dims) or base.head_dims,
+        caches=words(caches) or base.caches,
+        dtypes=words(dtypes) or base.dtypes,
+        threads=numbers("--threads", threads) or _threads(quick, clock),
+        backends=words(backends),
         footprint=footprint << 20,
         pace=_pace(repeats, budget, clock, quick),
         seed=seed,
     )
     options.check()
-    found = _run(lambda *where: job.run(options, *where), out, fresh)
+    found = run_job(lambda *where: job.run(options, *where), out, fresh)
     names = [name for name in options.names() if name not in (*job.TORCH, job.GATHER)]
     lines = [line for name in names for line in decode_summary(found, name)]
     path = _draw(decode_figure, found, Path(out) / "decode.png")
     if as_json:
-        _json(found, lines)
+        print_json(found, lines)
         return
-    console = _console()
+    console = screen()
     console.print(decode_table(found))
     console.print()
-    _close(console, lines, [Path(out) / "results.jsonl", path])
+    close(console, lines, [Path(out) / "results.jsonl", path])
 
 
 def projections(
@@ -245,46 +257,24 @@ def projections(
         base = job.Options(contexts=(2048,))
     options = job.Options(
         projections=tuple(split(names)) if names else base.projections,
-        contexts=_numbers("--contexts", contexts) or base.contexts,
+        contexts=numbers("--contexts", contexts) or base.contexts,
         dim=dim,
         heads=heads,
-        dtypes=_words(dtypes) or base.dtypes,
-        threads=_numbers("--threads", threads) or _threads(quick, clock),
+        dtypes=words(dtypes) or base.dtypes,
+        threads=numbers("--threads", threads) or _threads(quick, clock),
         footprint=footprint << 20,
         pace=_pace(repeats, budget, clock, quick),
         seed=seed,
     )
     options.check()
-    found = _run(lambda *where: job.run(options, *where), out, fresh)
+    found = run_job(lambda *where: job.run(options, *where), out, fresh)
     if as_json:
-        _json(found, [])
+        print_json(found, [])
         return
-    console = _console()
+    console = screen()
     console.print(projection_table(found))
     console.print()
-    _close(console, [], [Path(out) / "results.jsonl"])
-
-
-def _run(job: Callable[..., list[dict[str, Any]]], out: str, fresh: bool) -> list[dict[str, Any]]:
-    """Run a job with its records and a bar of progress on standard error."""
-    from foveate.compare.records import Records
-
-    screen = Console(stderr=True)
-    with (
-        Records(Path(out), fresh=fresh) as records,
-        Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TimeElapsedColumn(), console=screen, transient=True,
-        ) as progress,
-    ):  # fmt: skip
-        task = progress.add_task("", total=None)
-        for note in records.notes:
-            screen.print(Text(note, style="dim"), soft_wrap=True)
-
-        def begin(label: str, number: int, total: int) -> None:
-            progress.update(task, description=label, completed=number, total=total)
-
-        return job(records, begin)
+    close(console, [], [Path(out) / "results.jsonl"])
 
 
 def _draw(
@@ -295,23 +285,6 @@ def _draw(
     except MissingPackageError as error:
         Console(stderr=True).print(Text(str(error), style="dim"), soft_wrap=True)
         return None
-
-
-def _json(found: list[dict[str, Any]], lines: list[str]) -> None:
-    sys.stdout.write(json.dumps({"cells": found, "summary": lines}, indent=2) + "\n")
-
-
-def _close(console: Console, lines: list[str], paths: list[Path | None]) -> None:
-    for line in lines:
-        console.print(Text(line, style="bold"), soft_wrap=True)
-    for path in paths:
-        if path is not None:
-            console.print(Text(str(path), style="dim"), soft_wrap=True)
-
-
-def _console() -> Console:
-    wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    return Console(highlight=False, width=170 if wide else None)
 
 
 def _pace(repeats: int | None, budget: float, clock: str, quick: bool) -> Any:
@@ -326,16 +299,3 @@ def _threads(quick: bool, clock: str) -> tuple[int, ...]:
     import torch
 
     return (1,) if quick or clock == "cpu" else tuple(sorted({1, torch.get_num_threads()}))
-
-
-def _words(text: str | None) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(w.strip() for w in (text or "").split(",") if w.strip()))
-
-
-def _numbers(name: str, text: str | None) -> tuple[int, ...]:
-    found = []
-    for word in _words(text):
-        if not word.isdecimal():
-            raise InputError(f"{name} {text!r}: expected whole numbers, such as 64,128.")
-        found.append(int(word))
-    return tuple(found)

@@ -84,12 +84,12 @@ class Judge:
         self.rows = _sample(length, tile, most, random)
         self.allowed = None
         if allowed is not None:
-            seen = allowed(self.rows)
+            seen = allowed(self.rows).to(query.device)
             if seen.shape[1] > 1:
                 seen = seen.repeat_interleave(heads // seen.shape[1], 1)
             self.allowed = seen
         shape = (*query.shape[:2], len(self.rows), value.shape[-1])
-        self.grad_rows = torch.randn(shape, generator=random).to(query.dtype)
+        self.grad_rows = torch.randn(shape, generator=random).to(query)
         self._gradients: tuple[list[Tensor], list[float]] | None = None
         with torch.no_grad():
             right = self._exact(*self._doubled())
@@ -127,7 +127,7 @@ class Judge:
         grad = torch.zeros_like(out)
         grad[:, :, self.rows] = self.grad_rows
         dq, dk, dv = torch.autograd.grad(out, leaves, grad)
-        others = torch.ones(dq.shape[2], dtype=torch.bool)
+        others = torch.ones(dq.shape[2], dtype=torch.bool, device=dq.device)
         others[self.rows] = False
         exact, theirs = self._exact_gradients()
         found = Verdict()

@@ -13,11 +13,14 @@ from foveate.ops.backends.blocks import Blocks
 from foveate.ops.backends.cpu import Cpu
 from foveate.ops.backends.flex import Flex
 from foveate.ops.backends.reference import Reference
-from foveate.ops.backends.sdpa import Sdpa, is_plain
+from foveate.ops.backends.sdpa import Sdpa, passed_over
+from foveate.ops.backends.triton import Triton
 from foveate.ops.errors import BackendError, nearest
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (Cpu(), Sdpa(), Blocks(), Flex(), Reference())}
-ORDER = ("cpu", "sdpa", "blocks", "reference")
+BACKENDS: dict[str, Backend] = {
+    b.name: b for b in (Cpu(), Sdpa(), Triton(), Blocks(), Flex(), Reference())
+}
+ORDER = ("cpu", "sdpa", "triton", "blocks", "reference")
 
 
 def available() -> list[str]:
@@ -102,10 +105,8 @@ def _why_not(name: str, inputs: Inputs) -> list[str]:
 
 def _passed_over(name: str, inputs: Inputs) -> list[str]:
     """Why `auto` doesn't take a backend that could run the call."""
-    if name == "sdpa" and not is_plain(inputs):
-        return [
-            "would hold the whole mask and skip nothing; auto takes it for dense and causal only"
-        ]
+    if name == "sdpa":
+        return passed_over(inputs, not BACKENDS["triton"].not_supported_reasons(inputs))
     if name == "flex":
         return ["compiles for every mask, so auto never takes it"]
     return []

@@ -1,6 +1,7 @@
-"""torch's own fused attention on the CPU: the best dense attention that torch brings.
+"""torch's own fused attention: the best dense attention that torch brings.
 
-Calls the flash operator behind `scaled_dot_product_attention`, since only that returns the lse.
+Calls the flash operators behind `scaled_dot_product_attention`, since only those return the lse;
+what is particular to GPUs is in `sdpa_gpu`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import override
 
+from foveate.ops.backends import sdpa_gpu
 from foveate.ops.backends.base import Backend, Gradients, Inputs
 from foveate.ops.masks import causal
 from foveate.ops.types import AttentionOutput
@@ -19,10 +21,10 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class Sdpa(Backend):
-    """Dense and causal attention by torch's CPU flash kernel; other masks as a dense tensor."""
+    """Dense and causal attention by torch's flash kernels; on a CPU, other masks as a tensor."""
 
     name = "sdpa"
-    device_types = ("cpu",)
+    device_types = ("cpu", "cuda")
     softcap = False
     bias = False
     value_dim_differs = False
@@ -32,12 +34,17 @@ class Sdpa(Backend):
         reasons = super().not_supported_reasons(inputs)
         if 0 in inputs.query.shape or 0 in inputs.key.shape:
             reasons.append("an axis of size 0")
+        if inputs.query.device.type == "cuda":
+            reasons += sdpa_gpu.reasons(inputs.query, is_plain(inputs))
         return reasons
 
     @override
     def forward(self, inputs: Inputs) -> AttentionOutput:
         query, key, value = _per_head(inputs)
         is_causal, extra = _causality(inputs)
+        if query.device.type == "cuda":
+            out, lse = sdpa_gpu.forward(query, key, value, is_causal, inputs.scale)
+            return AttentionOutput(out, lse)
         out, lse = _forward(query, key, value, 0.0, is_causal, attn_mask=extra, scale=inputs.scale)
         if extra is not None:
             empty = (extra == -torch.inf).all(-1).expand(lse.shape)
@@ -57,20 +64,27 @@ class Sdpa(Backend):
         is_causal, extra = _causality(inputs)
         out, lse = output.out, output.lse
         do = torch.zeros_like(out) if grad_out is None else grad_out.to(out.dtype)
+        on_gpu = query.device.type == "cuda"
+        wider = 8 if on_gpu else 1  # head sizes on a GPU are multiples of 8
         if extra is not None:
             # A row that sees nothing has no gradient; a finite lse keeps the kernel's exp at zero.
             lse = lse.masked_fill(lse == -torch.inf, 0.0)
         if grad_lse is not None:
             # dS = P * (dO V' - rowsum(dO * O) + dlse). One more value column, with dO = 1,
             # O = -dlse and V = 0, puts exactly -dlse into the row sum.
-            query, key, value = (pad(x, (0, 1)) for x in (query, key, value))
-            do = torch.cat((do, torch.ones_like(do[..., :1])), -1)
-            out = torch.cat((out, -grad_lse[..., None].to(out.dtype)), -1)
-        dq, dk, dv = _backward(
-            do, query, key, value, out, lse, 0.0, is_causal, attn_mask=extra, scale=inputs.scale
-        )
+            query, key, value = (pad(x, (0, wider)) for x in (query, key, value))
+            do = pad(do, (0, wider))
+            do[..., -1] = 1.0
+            out = pad(out, (0, wider))
+            out[..., -1] = -grad_lse.to(out.dtype)
+        if on_gpu:
+            dq, dk, dv = sdpa_gpu.backward(do, query, key, value, out, lse, is_causal, inputs.scale)
+        else:
+            dq, dk, dv = _backward(
+                do, query, key, value, out, lse, 0.0, is_causal, attn_mask=extra, scale=inputs.scale
+            )
         if grad_lse is not None:
-            dq, dk, dv = dq[..., :-1], dk[..., :-1], dv[..., :-1]
+            dq, dk, dv = (x[..., :-wider] for x in (dq, dk, dv))
         kv_shape = (inputs.key.shape[0], inputs.key.shape[1], -1, *inputs.key.shape[2:])
         return Gradients(dq, dk.reshape(kv_shape).sum(2), dv.reshape(kv_shape).sum(2), None)
 
@@ -105,3 +119,20 @@ def is_plain(inputs: Inputs) -> bool:
         return False
     square = inputs.query.shape[2] == inputs.key.shape[2]
     return inputs.mask is None or (inputs.mask == causal() and square)
+
+
+def passed_over(inputs: Inputs, triton_can: bool) -> list[str]:
+    """Why `auto` doesn't take sdpa for a call that it could run; empty if it does.
+
+    triton_can: whether the Triton engine runs the call.
+    """
+    if not is_plain(inputs):
+        return [
+            "would hold the whole mask and skip nothing; auto takes it for dense and causal only"
+        ]
+    if triton_can and not sdpa_gpu.declared_faster(inputs.query):
+        return [
+            f"{sdpa_gpu.implementation()} isn't declared faster than triton for this head size and "
+            "length; activate FA3 or FA4 with torch.nn.attention.activate_flash_attention_impl"
+        ]
+    return []

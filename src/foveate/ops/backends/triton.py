@@ -78,5 +78,3 @@ def _resolved(inputs: Inputs) -> Inputs:
     if inputs.query.shape[2] == 1 and inputs.mask == causal():
         return replace(inputs, mask=None)  # the last query sees every key: no layout for each step
     return inputs.resolved(_FEW_TILE if few else _TILE)
-
-

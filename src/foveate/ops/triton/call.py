@@ -47,7 +47,7 @@ class Call:
         return self.query.shape[1] // (1 if self.plan is None else self.plan.groups[1])
 
     def pack(self, rows: int, most: int) -> int:
-        """Query heads that one block takes as rows: as many as share keys and list, if rows are few."""
+        """Query heads that a block takes as rows: those that share keys and list, if rows are few."""
         together = math.gcd(self.group, self.list_size)
         return together if rows * 2 <= most else 1
 
@@ -107,9 +107,7 @@ class Call:
         """The bias and its strides, 0 where it is shared."""
         if self.bias is None:
             return {"B": None, "b_b": 0, "b_h": 0, "b_q": 0, "b_k": 0, "b_first": 0, "b_count": 1}
-        b, h, q, k = (
-            step if n > 1 else 0 for step, n in zip(self.bias.stride(), self.bias.shape)
-        )
+        b, h, q, k = (step if n > 1 else 0 for step, n in zip(self.bias.stride(), self.bias.shape))
         return {
             "B": self.bias, "b_b": b, "b_h": h, "b_q": q, "b_k": k,
             "b_first": self.bias_first or 0, "b_count": self.bias.shape[3],

@@ -97,9 +97,7 @@ def _tuned() -> dict[str, Config]:
         return {}
 
 
-def name_of(
-    kernel: str, dim: int, value_dim: int, dtype: torch.dtype, device: torch.device
-) -> str:
+def name_of(kernel: str, dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> str:
     """The key of a choice in the file: kernel, head sizes, dtype, device and Triton's version."""
     import triton
 
@@ -194,7 +192,7 @@ def padded(dim: int) -> int:
 
 
 def split_dim(dim: int) -> tuple[int, int]:
-    """A head size in two powers of two, where that pads less: 96 is 64 and 32, 576 is 512 and 64."""
+    """A head size in two powers of two, where that pads less: 96 is 64 + 32, 576 is 512 + 64."""
     whole = padded(dim)
     most = whole // 2
     if most >= 16 and whole > dim:

@@ -25,7 +25,11 @@ def plan_of(layout: Layout) -> Plan:
     found = _plans.get(layout)
     if found is None:
         found = _plans[layout] = Plan(
-            **{name: getattr(layout, name) for name in Layout.__dataclass_fields__ if name[0] != "_"}
+            **{
+                name: getattr(layout, name)
+                for name in Layout.__dataclass_fields__
+                if name[0] != "_"
+            }
         )
     return found
 
@@ -110,7 +114,7 @@ class Plan(Layout):
         return _lists(rows, kinds, order, start, inside, counts, self.groups)
 
     def key_order(self, heads: int, kv_heads: int) -> Tensor:
-        """Visited key tiles through (Bm, 1 or Hkv, tiles), those with the most work first: int32."""
+        """Visited key tiles through (Bm, 1 or Hkv, tiles), most work first: int32."""
         work = self.by_key.work
         if work.shape[1] > 1:
             work = work.repeat_interleave(heads // work.shape[1], 1)

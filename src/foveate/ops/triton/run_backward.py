@@ -55,7 +55,7 @@ def run(
 
 
 def _delta(out: Tensor, grad: Tensor | None, grad_lse: Tensor | None) -> Tensor:
-    from foveate.ops.triton.kernels.gradients import row_products
+    from foveate.ops.triton.kernels.query_gradient import row_products
 
     batch, heads, length, value_dim = out.shape
     delta = torch.empty(batch, heads, length, dtype=torch.float32, device=out.device)
@@ -73,7 +73,7 @@ def _query_gradient(
     call: Call, grad: Tensor | None, lse: Tensor, delta: Tensor, grad_lse: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """(dq, gradient of the bias in fp32 or None)."""
-    from foveate.ops.triton.kernels.gradients import query_gradient
+    from foveate.ops.triton.kernels.query_gradient import query_gradient
 
     args, dq, sums = query_arguments(call, grad, lse, delta, grad_lse)
     programs = args.pop("programs")
@@ -183,7 +183,7 @@ class _BiasSums:
 def _key_gradient(
     call: Call, grad: Tensor | None, lse: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor]:
-    from foveate.ops.triton.kernels.gradients import add_slots, key_gradient
+    from foveate.ops.triton.kernels.key_gradient import add_slots, key_gradient
 
     if _keys_differ_in_a_group(call):
         alone = Call(

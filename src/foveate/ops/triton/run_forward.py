@@ -45,7 +45,7 @@ def run(
 
 
 def launch(call: Call, out: Tensor, lse: Tensor, splits: int | None = None) -> None:
-    """Run the kernels; `splits` cuts each list into so many parts, None as many as fill the chip."""
+    """Run the kernels; `splits` cuts each list in so many parts, None: as many as fill the chip."""
     from foveate.ops.triton.kernels.attend import attend
 
     device = call.query.device

@@ -19,8 +19,8 @@ def merge_parts(
 ):  # fmt: skip
     """One query: lse = log sum_p exp(lse_p), out = sum_p exp(lse_p - lse) out_p.
 
-    PARTS (splits, B * Hq, rows, DV) and LSES (splits, B * Hq, rows) in fp32; INVERSE, if given, lists
-    the rows where each query stands, `copies` of them, -1 is none.
+    PARTS (splits, B * Hq, rows, DV) and LSES (splits, B * Hq, rows) in fp32; INVERSE, if given,
+    lists the rows where each query stands, `copies` of them, -1 is none.
     """
     query = tl.program_id(0)
     which = tl.program_id(1)  # batch entry and head

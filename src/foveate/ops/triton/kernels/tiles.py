@@ -18,7 +18,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
-    """acc + a @ b; `WIDEN` is for the interpreter, which has no arithmetic in bf16."""
+    """Acc + a @ b; `WIDEN` is for the interpreter, which has no arithmetic in bf16."""
     if WIDEN:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -60,7 +60,7 @@ def listed_bits(
     WORDS, kind, line, at, LINES: tl.constexpr, SIDE: tl.constexpr, N: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Which elements the bit tiles show: (lines, N) bool, all of them where the kind is no bit tile.
+    """Which elements the bit tiles show, (lines, N) bool; all of them where the kind is another.
 
     A line is a row (or key) of the owned block, its place in its tile; bit j of its words is the
     j-th slot of a streamed tile of `SIDE` slots. `at` is the slot of each element with `VECTOR`,
@@ -155,3 +155,148 @@ def add_bias(
     else:
         found = tl.load(B + at)
     return scores + found.to(tl.float32) * LOG2E
+
+
+@triton.jit
+def exponentials(scores, scale, base, FOLD: tl.constexpr):
+    """exp2(scores - base), `scores` as `bend_scores` left them."""
+    if FOLD:
+        found = tl.exp2(scores * scale - base)
+    else:
+        found = tl.exp2(scores - base)
+    return found
+
+
+@triton.jit
+def list_bounds(LIST, START, MID, END, owner, length, TILE: tl.constexpr, VECTOR: tl.constexpr):
+    """(where a list begins, where its tiles that aren't whole begin, where it ends, whole tiles).
+
+    Without lists every tile is visited. With `VECTOR` whole tiles are taken like the others.
+    """
+    if LIST is None:
+        start = length * 0
+        mid = length // TILE
+        end = tl.cdiv(length, TILE)
+    else:
+        start = tl.load(START + owner)
+        mid = tl.load(MID + owner)
+        end = tl.load(END + owner)
+    if VECTOR:
+        mid = start
+    return start, mid, (end - mid).to(tl.int32), (mid - start).to(tl.int32)
+
+
+@triton.jit
+def row_program(pid, ORDER, subs, packs, groups_h, batches, q_tiles, PACK: tl.constexpr):
+    """What a program that owns rows works on: (list, tile, block, group, batch entry, first head).
+
+    Programs count (list, batch entry, pack of heads, block of rows in the tile), the lists with the
+    most work first.
+    """
+    sub = pid % subs
+    rest = pid // subs
+    packs_in = packs // groups_h
+    pack_in = rest % packs_in
+    rest = rest // packs_in
+    batch_in = rest % batches
+    item = rest // batches
+    if ORDER is not None:
+        item = tl.load(ORDER + item)
+    tile = item % q_tiles
+    group = item // q_tiles
+    group_h = group % groups_h
+    group_b = group // groups_h
+    batch = group_b + batch_in  # one of them is 0
+    head0 = (group_h * packs_in + pack_in) * PACK
+    return item, tile, sub, group_b, group_h, batch, head0
+
+
+@triton.jit
+def own_rows(
+    tile, sub, head0, Q_INDEX, at_index, q_rows, Q_TILE: tl.constexpr, M: tl.constexpr,
+    PACK: tl.constexpr,
+):  # fmt: skip
+    """The rows of a block: (place in the tile, virtual row, query or -1, head, which exist)."""
+    line = sub * M + tl.arange(0, M)
+    head = head0 + line % PACK
+    line = line // PACK
+    row = tile * Q_TILE + line
+    live = (line < Q_TILE) & (row < q_rows)
+    query = row
+    if Q_INDEX is not None:
+        query = tl.load(Q_INDEX + at_index + row, mask=live, other=-1)
+        live = live & (query >= 0)
+    return line, row, tl.where(live, query, -1), head, live
+
+
+@triton.jit
+def key_step(
+    step, base, count, COLS, KINDS, GATHERED, ALIVE, KV_INDEX, at_index, kv_tiles, kv_rows,
+    KV_TILE: tl.constexpr, N: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """The keys of a step: (virtual key, key, kind, first slot, which exist and are seen at all)."""
+    col, kind, within, first, there = list_slots(step, base, count, COLS, KINDS, KV_TILE, N, VECTOR)
+    place = col * KV_TILE + within
+    if GATHERED is not None:
+        single = col >= kv_tiles
+        listed = GATHERED + (col - kv_tiles).to(tl.int64) * KV_TILE + within
+        place = tl.where(single, tl.load(listed, mask=single & there, other=-1), place)
+    there = there & (place >= 0) & (place < kv_rows)
+    if ALIVE is not None:
+        there = there & any_bits(ALIVE, kind, first, KV_TILE, N, VECTOR)
+    key = place
+    if KV_INDEX is not None:
+        key = tl.load(KV_INDEX + at_index + place, mask=there, other=-1)
+        there = there & (key >= 0)
+    return place, key, kind, first, there
+
+
+@triton.jit
+def seen_pairs(
+    seen, WORDS, OWNED_RANGE, STREAMED_RANGE, kind, line, first, owned, streamed, low, high,
+    streamed_low, streamed_high, RANGE_KIND: tl.constexpr, LINES: tl.constexpr, SIDE: tl.constexpr,
+    N: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Which elements of a step count, (owned, streamed) bool: `seen` and what the lists say.
+
+    low, high: what each owned slot sees of the streamed side where the kind is `RANGE_KIND`;
+    streamed_low, streamed_high: the other way round, for the other kind of ranges.
+    """
+    wide = kind[None, :] if VECTOR else kind
+    if WORDS is not None:
+        seen = seen & listed_bits(WORDS, kind, line, first, LINES, SIDE, N, VECTOR)
+    if OWNED_RANGE is not None:
+        inside = in_range(streamed[None, :], wide, low[:, None], high[:, None], RANGE_KIND)
+        seen = seen & inside
+    if STREAMED_RANGE is not None:
+        lows, highs = streamed_low[None, :], streamed_high[None, :]
+        seen = seen & in_range(owned[:, None], wide, lows, highs, -3 - RANGE_KIND)
+    return seen
+
+
+@triton.jit
+def range_of(TABLE, at, place, mask):
+    """(first, end) of a row's or key's range; (0, 0) where `mask` is not set."""
+    low = tl.load(TABLE + at + place * 2, mask=mask, other=0)
+    high = tl.load(TABLE + at + place * 2 + 1, mask=mask, other=0)
+    return low, high
+
+
+@triton.jit
+def load_rows(base, at, columns, live, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows of a tensor; 0 where `live` isn't set, and from column `SIZE` on (`WIDTH` in all)."""
+    mask = live[:, None]
+    if WIDTH > SIZE:
+        mask = mask & (columns < SIZE)[None, :]
+    return tl.load(base + at[:, None] + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_tile(base, row0, step, n, columns, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows row0 ... of a tensor that are all there, (len(n), WIDTH); no mask if it has as many."""
+    rows = base + row0.to(tl.int64) * step + n[:, None] * step + columns[None, :]
+    if WIDTH <= SIZE:
+        found = tl.load(rows)
+    else:
+        found = tl.load(rows, mask=(columns < SIZE)[None, :], other=0.0)
+    return found

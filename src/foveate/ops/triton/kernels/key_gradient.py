@@ -1,0 +1,219 @@
+"""The backward's second pass: dk and dv by the transpose of the lists; see `query_gradient`."""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from foveate.ops.triton.kernels.query_gradient import VARYING, own_lse
+from foveate.ops.triton.kernels.tiles import (
+    add_bias,
+    bend_scores,
+    dot,
+    exponentials,
+    list_bounds,
+    list_slots,
+    load_rows,
+    load_tile,
+    range_of,
+    seen_pairs,
+)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def key_gradient(
+    Q, K, V, G, L, DELTA, DK, DV, B,
+    ROWS, KINDS, START, MID, END, ORDER, WORDS, GATHERED, Q_INDEX, KV_INDEX, KEY_RANGE, ROW_RANGE,
+    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, g_b, g_h, g_l,
+    dk_b, dk_h, dk_l, dv_b, dv_h, dv_l, l_b, l_h,
+    b_b, b_h, b_q, b_k, b_first, b_count,
+    qi_b, qi_h, ki_b, ki_h, kr_b, kr_h, rr_b, rr_h,
+    q_len, kv_len, q_rows, kv_rows, kv_tiles, width, groups_h, list_heads, list_size, heads_in,
+    batches, subs,
+    scale, cap, slope,
+    D: tl.constexpr, D1: tl.constexpr, DVAL: tl.constexpr, DV1: tl.constexpr,
+    Q_TILE: tl.constexpr, KV_TILE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    VECTOR: tl.constexpr, GROUP: tl.constexpr, SOFTCAP: tl.constexpr, FOLD: tl.constexpr,
+    BIAS: tl.constexpr, BIAS_ROW: tl.constexpr, BIAS_COL: tl.constexpr, DIRECT: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Dk and dv of one block of keys, over all query heads that share them.
+
+    Axis 0 counts (visited tile, batch entry, key head, block of keys in the tile). Scores are
+    transposed: keys are the rows. Without `DIRECT` the slots of each visited tile are put out by
+    themselves, (tile, batch entry, key head, slot), for `add_slots`.
+    """
+    pid = tl.program_id(0)
+    sub = pid % subs
+    rest = pid // subs
+    head_in = rest % heads_in
+    rest = rest // heads_in
+    batch_in = rest % batches
+    number = rest // batches
+    item = number
+    if ORDER is not None:
+        item = tl.load(ORDER + item)
+    col = item % width
+    group = item // width
+    group_h = group % groups_h
+    group_b = group // groups_h
+    batch = group_b + batch_in  # one of them is 0, and so for the heads
+    kv_head = group_h + head_in
+
+    line = sub * N + tl.arange(0, N)
+    place = col * KV_TILE + line
+    live = line < KV_TILE
+    list_h = kv_head * GROUP // list_size
+    if GATHERED is not None:
+        single = col >= kv_tiles
+        listed = GATHERED + (col - kv_tiles).to(tl.int64) * KV_TILE + line
+        place = tl.where(single, tl.load(listed, mask=single & live, other=-1), place)
+    live = live & (place >= 0) & (place < kv_rows)
+    low, high, row_low, row_high = line, line, line, line
+    if ROW_RANGE is not None:
+        row_low, row_high = range_of(ROW_RANGE, group_b * rr_b + list_h * rr_h, place, live)
+    key = place
+    if KV_INDEX is not None:
+        key = tl.load(KV_INDEX + group_b * ki_b + list_h * ki_h + place, mask=live, other=-1)
+        live = live & (key >= 0)
+    key = tl.where(live, key, -1)
+
+    d = tl.arange(0, D1)
+    dv = tl.arange(0, DV1)
+    m = tl.arange(0, M)
+    b64, h64, k64 = batch.to(tl.int64), kv_head.to(tl.int64), key.to(tl.int64)
+    k = load_rows(K, b64 * k_b + h64 * k_h + k64 * k_l, d, live, D, D1)
+    v = load_rows(V, b64 * v_b + h64 * v_h + k64 * v_l, dv, live, DVAL, DV1)
+    dk_acc = tl.zeros([N, D1], tl.float32)
+    dv_acc = tl.zeros([N, DV1], tl.float32)
+    shift = kv_len - q_len
+
+    for in_group in range(0, GROUP):
+        head = kv_head * GROUP + in_group
+        list_h = head // list_size
+        owner = (group_b * list_heads + list_h) * width + col
+        start, mid, others, whole = list_bounds(
+            ROWS, START, MID, END, owner, q_rows, Q_TILE, VECTOR
+        )
+        hq64 = head.to(tl.int64)
+        q_base = Q + b64 * q_b + hq64 * q_h
+        g_base = q_base
+        if G is not None:
+            g_base = G + b64 * g_b + hq64 * g_h
+        l_base = L + b64 * l_b + hq64 * l_h
+        delta_base = DELTA + b64 * l_b + hq64 * l_h
+        b_head = b64 * b_b + hq64 * b_h
+
+        if not VECTOR and Q_INDEX is None:
+            for step in tl.range(0, whole * (Q_TILE // M), num_stages=STAGES):
+                tile = step // (Q_TILE // M)
+                if ROWS is not None:
+                    tile = tl.load(ROWS + start + tile)
+                row0 = tile * Q_TILE + step % (Q_TILE // M) * M
+                q = load_tile(q_base, row0, q_l, m, d, D, D1)
+                lse = own_lse(l_base + row0 + m, m >= 0)[None, :]
+                delta = tl.load(delta_base + row0 + m)[None, :]
+                raw = dot(k, tl.trans(q), tl.zeros([N, M], tl.float32), PRECISION, WIDEN)
+                scores, bent = bend_scores(raw, scale, cap, SOFTCAP, FOLD)
+                if BIAS > 0:
+                    scores = add_bias(
+                        scores, B, b_head, (row0 + m)[None, :], key[:, None],
+                        live[:, None] & (m >= 0)[None, :], b_q, b_k, b_first, b_count, shift, BIAS,
+                        BIAS_ROW, BIAS_COL,
+                    )  # fmt: skip
+                ds = exponentials(scores, scale, lse, FOLD)
+                if G is not None:
+                    g = load_tile(g_base, row0, g_l, m, dv, DVAL, DV1)
+                    dv_acc = dot(ds.to(g.dtype), g, dv_acc, PRECISION, WIDEN)
+                    dp = dot(v, tl.trans(g), tl.zeros([N, M], tl.float32), PRECISION, WIDEN)
+                    ds = ds * (dp - delta)
+                else:
+                    ds = ds * (0.0 - delta)
+                if SOFTCAP:
+                    ds = ds * (1.0 - bent * bent)
+                dk_acc = dot(ds.to(q.dtype), q, dk_acc, PRECISION, WIDEN)
+
+        for step in tl.range(0, tl.cdiv(others * Q_TILE, M), num_stages=STAGES):
+            tile, kind, within, first, there = list_slots(
+                step, mid, others, ROWS, KINDS, Q_TILE, M, VECTOR
+            )
+            row = tile * Q_TILE + within
+            there = there & (row < q_rows)
+            query = row
+            if Q_INDEX is not None:
+                rows_at = Q_INDEX + group_b * qi_b + list_h * qi_h + row
+                query = tl.load(rows_at, mask=there, other=-1)
+                there = there & (query >= 0)
+            query = tl.where(there, query, -1)
+            q = load_rows(q_base, query.to(tl.int64) * q_l, d, there, D, D1)
+            lse = own_lse(l_base + query, there)[None, :]
+            delta = tl.load(delta_base + query, mask=there, other=0.0)[None, :]
+            raw = dot(k, tl.trans(q), tl.zeros([N, M], tl.float32), PRECISION, WIDEN)
+            scores, bent = bend_scores(raw, scale, cap, SOFTCAP, FOLD)
+            if BIAS > 0:
+                scores = add_bias(
+                    scores, B, b_head, query[None, :], key[:, None], live[:, None] & there[None, :],
+                    b_q, b_k, b_first, b_count, shift, BIAS, BIAS_ROW, BIAS_COL,
+                )  # fmt: skip
+            if KEY_RANGE is not None:
+                low, high = range_of(KEY_RANGE, group_b * kr_b + list_h * kr_h, row, there)
+            seen = seen_pairs(
+                live[:, None] & there[None, :], WORDS, ROW_RANGE, KEY_RANGE, kind, line, first,
+                place, row, row_low, row_high, low, high, -2, KV_TILE, Q_TILE, M, VECTOR,
+            )  # fmt: skip
+            ds = exponentials(tl.where(seen, scores, float("-inf")), scale, lse, FOLD)
+            if G is not None:
+                g = load_rows(g_base, query.to(tl.int64) * g_l, dv, there, DVAL, DV1)
+                dv_acc = dot(ds.to(g.dtype), g, dv_acc, PRECISION, WIDEN)
+                dp = dot(v, tl.trans(g), tl.zeros([N, M], tl.float32), PRECISION, WIDEN)
+                ds = ds * (dp - delta)
+            else:
+                ds = ds * (0.0 - delta)
+            if SOFTCAP:
+                ds = ds * (1.0 - bent * bent)
+            # A key that nobody sees may hold anything: 0 times it must not count.
+            dk_acc = dot(tl.where(seen, ds, 0.0).to(q.dtype), q, dk_acc, PRECISION, WIDEN)
+
+    if DIRECT:
+        dk_at = b64 * dk_b + h64 * dk_h + k64 * dk_l
+        dv_at = b64 * dv_b + h64 * dv_h + k64 * dv_l
+    else:
+        slab = (number.to(tl.int64) * batches + batch_in) * heads_in + head_in
+        dk_at = (slab * KV_TILE + line) * D
+        dv_at = (slab * KV_TILE + line) * DVAL
+    k_mask = live[:, None] & (d < D)[None, :]
+    v_mask = live[:, None] & (dv < DVAL)[None, :]
+    dk_acc = (dk_acc * slope).to(DK.dtype.element_ty)
+    tl.store(DK + dk_at[:, None] + d[None, :], dk_acc, mask=k_mask)
+    tl.store(DV + dv_at[:, None] + dv[None, :], dv_acc.to(DV.dtype.element_ty), mask=v_mask)
+
+
+@triton.jit(do_not_specialize=["groups_h", "batches", "heads_in", "kv_len"])
+def add_slots(
+    PARTS, BEGIN, SLOTS, OUT, groups_h, batches, heads_in, kv_len, out_b, out_h, out_l,
+    D: tl.constexpr, D1: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one key: the sum, always in the same order, over the slots that hold it."""
+    key = tl.program_id(0)
+    which = tl.program_id(1)  # batch entry and key head
+    heads = groups_h * heads_in
+    batch, head = which // heads, which % heads
+    group_h, head_in = head // heads_in, head % heads_in
+    batch_in = batch % batches
+    group = batch // batches * groups_h + group_h
+    d = tl.arange(0, D1)
+    owner = group.to(tl.int64) * kv_len + key
+    begin, end = tl.load(BEGIN + owner), tl.load(BEGIN + owner + 1)
+    acc = tl.zeros([D1], tl.float32)
+    for start in range(begin, end, CHUNK):
+        at = start + tl.arange(0, CHUNK)
+        there = at < end
+        slot = tl.load(SLOTS + at, mask=there, other=0)
+        slab = (slot // TILE * batches + batch_in) * heads_in + head_in
+        row = slab * TILE + slot % TILE
+        mask = there[:, None] & (d < D)[None, :]
+        acc += tl.sum(tl.load(PARTS + (row * D)[:, None] + d[None, :], mask=mask, other=0.0), 0)
+    to = batch.to(tl.int64) * out_b + head.to(tl.int64) * out_h + key.to(tl.int64) * out_l
+    tl.store(OUT + to + d, acc.to(OUT.dtype.element_ty), mask=d < D)

@@ -1,0 +1,229 @@
+"""The backward, from the lse of the forward, without atomic additions to dq, dk or dv.
+
+With p_ij = exp(s_ij - lse_i) and delta_i = sum_d do_id o_id - dlse_i (Dao 2023, arXiv:2307.08691,
+algorithm 2):
+
+    dv_j = sum_i p_ij do_i,  ds_ij = p_ij (do_i . v_j - delta_i),  dq_i = scale sum_j ds_ij k_j,
+    dk_j = scale sum_i ds_ij q_i,  dbias_ij = ds_ij
+
+`query_gradient` owns rows and streams keys by the lists of the layout, `key_gradient` (in its own
+file) owns keys and streams rows by their transpose. With a softcap c tanh(x / c), ds is multiplied
+by 1 - tanh^2 on its way to q and k.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from foveate.ops.triton.kernels.tiles import (
+    LOG2E,
+    add_bias,
+    bend_scores,
+    bias_offsets,
+    dot,
+    exponentials,
+    in_range,
+    key_step,
+    list_bounds,
+    load_rows,
+    load_tile,
+    own_rows,
+    range_of,
+    row_program,
+    seen_pairs,
+)
+
+VARYING = [
+    "q_len", "kv_len", "q_rows", "kv_rows", "q_tiles", "kv_tiles", "groups_h", "batches", "packs",
+    "subs", "b_first", "b_count", "l_b", "l_h", "qi_b", "qi_h", "ki_b", "ki_h", "kr_b", "kr_h",
+    "rr_b", "rr_h", "width", "list_heads", "list_size", "heads_in",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows", "heads", "length"])
+def row_products(
+    O, G, DLSE, DELTA, rows, heads, length, o_b, o_h, o_l, g_b, g_h, g_l,
+    DV: tl.constexpr, DV1: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Delta (B * Hq * Lq,) in fp32."""
+    row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
+    dv = tl.arange(0, DV1)
+    live = row < rows
+    l, h, b = row % length, row // length % heads, row // length // heads
+    mask = live[:, None] & (dv < DV)[None, :]
+    delta = tl.zeros([M], tl.float32)
+    if G is not None:
+        o = tl.load(O + (b * o_b + h * o_h + l * o_l)[:, None] + dv[None, :], mask=mask, other=0.0)
+        g = tl.load(G + (b * g_b + h * g_h + l * g_l)[:, None] + dv[None, :], mask=mask, other=0.0)
+        delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
+    if DLSE is not None:
+        delta -= tl.load(DLSE + row, mask=live, other=0.0)
+    tl.store(DELTA + row, delta, mask=live)
+
+
+@triton.jit
+def own_lse(at, live):
+    """The lse of rows in units of log 2; infinite for a row without keys, so that p is 0."""
+    lse = tl.load(at, mask=live, other=float("-inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+
+
+@triton.jit
+def keep_bias_gradient(
+    DB, unit, ds, head, row, key, seen, g_q, g_k, first, count, shift, MODE: tl.constexpr,
+    ROW: tl.constexpr, COL: tl.constexpr,
+):  # fmt: skip
+    """Store ds where each element has a place of its own (mode 1), or add it up (mode 2 and 3).
+
+    Sums are taken in 64-bit fixed point, `unit` to 1, so that their order doesn't matter. Mode 3 is
+    a relative bias.
+    """
+    at = bias_offsets(head, row, key, g_q, g_k, first, count, shift, MODE == 3, ROW, COL)
+    if MODE == 1:
+        tl.store(DB + at, ds, mask=seen)
+    elif MODE == 3 or (ROW and COL):
+        tl.atomic_add(DB + at, (ds * unit).to(tl.int64), mask=seen, sem="relaxed")
+    elif ROW:
+        part = tl.sum(ds, 1)[:, None]
+        tl.atomic_add(DB + at, (part * unit).to(tl.int64), mask=row >= 0, sem="relaxed")
+    elif COL:
+        part = tl.sum(ds, 0)[None, :]
+        tl.atomic_add(DB + at, (part * unit).to(tl.int64), mask=key >= 0, sem="relaxed")
+    else:
+        tl.atomic_add(DB + at, (tl.sum(ds) * unit).to(tl.int64), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=VARYING)
+def query_gradient(
+    Q, K, V, G, L, DELTA, DQ, B, DB, UNIT,
+    COLS, KINDS, START, MID, END, ORDER, WORDS, ALIVE, GATHERED, Q_INDEX, KV_INDEX, KEY_RANGE,
+    ROW_RANGE,
+    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, g_b, g_h, g_l, dq_b, dq_h, dq_l, l_b, l_h,
+    b_b, b_h, b_q, b_k, b_first, b_count, db_b, db_h, db_q, db_k,
+    qi_b, qi_h, ki_b, ki_h, kr_b, kr_h, rr_b, rr_h,
+    q_len, kv_len, q_rows, kv_rows, q_tiles, kv_tiles, groups_h, batches, packs, subs,
+    scale, cap, slope,
+    D: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr,
+    Q_TILE: tl.constexpr, KV_TILE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    VECTOR: tl.constexpr, PACK: tl.constexpr, GROUP: tl.constexpr, SOFTCAP: tl.constexpr,
+    FOLD: tl.constexpr, BIAS: tl.constexpr, BIAS_ROW: tl.constexpr, BIAS_COL: tl.constexpr,
+    BIAS_GRADIENT: tl.constexpr, VIRTUAL: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Dq of one block of rows, and its part of the bias's gradient. `slope` is scale itself."""
+    item, tile, sub, group_b, group_h, batch, head0 = row_program(
+        tl.program_id(0), ORDER, subs, packs, groups_h, batches, q_tiles, PACK
+    )
+    kv_head = head0 // GROUP
+    line, row, query, head, live = own_rows(
+        tile, sub, head0, Q_INDEX, group_b * qi_b + group_h * qi_h, q_rows, Q_TILE, M, PACK
+    )
+
+    d = tl.arange(0, D1)
+    dv = tl.arange(0, DV1)
+    n = tl.arange(0, N)
+    b64, h64, q64 = batch.to(tl.int64), head.to(tl.int64), query.to(tl.int64)
+    q = load_rows(Q, b64 * q_b + h64 * q_h + q64 * q_l, d, live, D, D1)
+    if G is not None:
+        g = load_rows(G, b64 * g_b + h64 * g_h + q64 * g_l, dv, live, DV, DV1)
+    else:
+        g = q
+    l_at = b64 * l_b + h64 * l_h + q64
+    lse = own_lse(L + l_at, live)[:, None]
+    delta = tl.load(DELTA + l_at, mask=live, other=0.0)[:, None]
+    k_base = K + b64 * k_b + kv_head.to(tl.int64) * k_h
+    v_base = V + b64 * v_b + kv_head.to(tl.int64) * v_h
+    if BIAS > 0:
+        b_head = b64 * b_b + head0.to(tl.int64) * b_h
+        db_head = b64 * db_b + head0.to(tl.int64) * db_h
+        shift = kv_len - q_len
+    unit = 1.0
+    if BIAS_GRADIENT > 1:
+        unit = tl.load(UNIT)
+
+    start, mid, others, whole = list_bounds(COLS, START, MID, END, item, kv_rows, KV_TILE, VECTOR)
+    acc = tl.zeros([M, D1], tl.float32)
+    if not VECTOR and KV_INDEX is None:
+        for step in tl.range(0, whole * (KV_TILE // N), num_stages=STAGES):
+            col = step // (KV_TILE // N)
+            if COLS is not None:
+                col = tl.load(COLS + start + col)
+            key0 = col * KV_TILE + step % (KV_TILE // N) * N
+            k = load_tile(k_base, key0, k_l, n, d, D, D1)
+            raw = dot(q, tl.trans(k), tl.zeros([M, N], tl.float32), PRECISION, WIDEN)
+            scores, bent = bend_scores(raw, scale, cap, SOFTCAP, FOLD)
+            if BIAS > 0:
+                scores = add_bias(
+                    scores, B, b_head, query[:, None], (key0 + n)[None, :], live[:, None], b_q, b_k,
+                    b_first, b_count, shift, BIAS, BIAS_ROW, BIAS_COL,
+                )  # fmt: skip
+            ds = exponentials(scores, scale, lse, FOLD)
+            if G is not None:
+                v = load_tile(v_base, key0, v_l, n, dv, DV, DV1)
+                dp = dot(g, tl.trans(v), tl.zeros([M, N], tl.float32), PRECISION, WIDEN)
+                ds = ds * (dp - delta)
+            else:
+                ds = ds * (0.0 - delta)
+            if BIAS_GRADIENT > 0:
+                keep_bias_gradient(
+                    DB, unit, ds, db_head, query[:, None], (key0 + n)[None, :],
+                    live[:, None] & (n >= 0)[None, :], db_q, db_k, b_first, b_count, shift,
+                    BIAS_GRADIENT, BIAS_ROW, BIAS_COL,
+                )  # fmt: skip
+            if SOFTCAP:
+                ds = ds * (1.0 - bent * bent)
+            acc = dot(ds.to(k.dtype), k, acc, PRECISION, WIDEN)
+
+    low, high, row_low, row_high = line, line, n, n
+    if KEY_RANGE is not None:
+        low, high = range_of(KEY_RANGE, group_b * kr_b + group_h * kr_h, row, live)
+        least = tl.min(tl.where(live, low, 2147483647), 0)
+        most = tl.max(high, 0)
+    for step in tl.range(0, tl.cdiv(others * KV_TILE, N), num_stages=STAGES):
+        place, key, kind, first, there = key_step(
+            step, mid, others, COLS, KINDS, GATHERED, ALIVE, KV_INDEX,
+            group_b * ki_b + group_h * ki_h, kv_tiles, kv_rows, KV_TILE, N, VECTOR,
+        )  # fmt: skip
+        if KEY_RANGE is not None:
+            there = there & in_range(place, kind, least, most, -1)
+        if ROW_RANGE is not None:
+            row_low, row_high = range_of(ROW_RANGE, group_b * rr_b + group_h * rr_h, place, there)
+            there = there & ((kind != -2) | (row_low < row_high))
+        key = tl.where(there, key, -1)
+        k = load_rows(k_base, key.to(tl.int64) * k_l, d, there, D, D1)
+        raw = dot(q, tl.trans(k), tl.zeros([M, N], tl.float32), PRECISION, WIDEN)
+        scores, bent = bend_scores(raw, scale, cap, SOFTCAP, FOLD)
+        if BIAS > 0:
+            scores = add_bias(
+                scores, B, b_head, query[:, None], key[None, :], live[:, None] & there[None, :],
+                b_q, b_k, b_first, b_count, shift, BIAS, BIAS_ROW, BIAS_COL,
+            )  # fmt: skip
+        seen = seen_pairs(
+            live[:, None] & there[None, :], WORDS, KEY_RANGE, ROW_RANGE, kind, line, first, row,
+            place, low, high, row_low, row_high, -1, Q_TILE, KV_TILE, N, VECTOR,
+        )  # fmt: skip
+        ds = exponentials(tl.where(seen, scores, float("-inf")), scale, lse, FOLD)
+        if G is not None:
+            v = load_rows(v_base, key.to(tl.int64) * v_l, dv, there, DV, DV1)
+            dp = dot(g, tl.trans(v), tl.zeros([M, N], tl.float32), PRECISION, WIDEN)
+            ds = ds * (dp - delta)
+        else:
+            ds = ds * (0.0 - delta)
+        if BIAS_GRADIENT > 0:
+            keep_bias_gradient(
+                DB, unit, ds, db_head, query[:, None], key[None, :], seen, db_q, db_k, b_first,
+                b_count, shift, BIAS_GRADIENT, BIAS_ROW, BIAS_COL,
+            )  # fmt: skip
+        if SOFTCAP:
+            ds = ds * (1.0 - bent * bent)
+        acc = dot(ds.to(k.dtype), k, acc, PRECISION, WIDEN)
+
+    to = q64
+    if VIRTUAL:
+        to = row.to(tl.int64)
+    at = b64 * dq_b + h64 * dq_h + to * dq_l
+    mask = live[:, None] & (d < D)[None, :]
+    tl.store(DQ + at[:, None] + d[None, :], (acc * slope).to(DQ.dtype.element_ty), mask=mask)
