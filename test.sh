@@ -22,6 +22,11 @@ stage ruff-format ruff format --check .
 stage mypy mypy
 stage lint-imports lint-imports --no-logo
 stage pytest python -m pytest -n "${FOVEATE_TEST_WORKERS:-2}" --dist loadfile "$@"
+# The GPU kernels in Triton's interpreter, which has to be asked for before Triton is imported.
+if [ $# -eq 0 ] && python -c 'import triton' 2>/dev/null; then
+    stage triton-interpreter env TRITON_INTERPRET=1 python -m pytest \
+        -n "${FOVEATE_TEST_WORKERS:-2}" tests/ops/test_triton.py
+fi
 
 if [ -n "$failed" ]; then
     echo "failed:$failed"

@@ -59,7 +59,7 @@ foveate_setup() {
     done
     case $profile in
         demo) extras=hf,report,cli ;;
-        dev) extras=hf,report,cli,dev ;;
+        dev) extras=hf,report,cli,triton,dev ;;
         *) echo "foveate_setup: unknown profile $profile" >&2; return 2 ;;
     esac
     quiet=-q

@@ -12,6 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.ops import Layout
+from foveate.ops.triton import run_backward, run_forward
+from foveate.ops.triton.call import describe
+from foveate.ops.triton.config import Config, Forced
+
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # of a block at most, by compute capability
 _TYPES = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32",
@@ -86,3 +91,47 @@ def _tool(name: str, option: str, cubin: bytes) -> str:
         file.flush()
         call = [str(path), option, file.name]
         return subprocess.run(call, capture_output=True, text=True, check=True).stdout
+
+
+def launch_of(
+    kernel: str,
+    config: Config,
+    dims: tuple[int, int],
+    dtype: torch.dtype,
+    layout: Layout | None,
+    **options: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """(kernel, arguments) of a launch, for tensors that nothing is ever read from.
+
+    options: group, latent (values within the keys), softcap, bias, bias_first.
+    """
+    from foveate.ops.triton.kernels.attend import attend
+    from foveate.ops.triton.kernels.key_gradient import key_gradient
+    from foveate.ops.triton.kernels.query_gradient import query_gradient
+
+    dim, value_dim = dims
+    q_len, kv_len = (256, 512) if layout is None else (layout.q_len, layout.kv_len)
+    group = options.get("group", 1)
+    query = torch.empty(1, 2 * group, q_len, dim, dtype=dtype)
+    key = torch.empty(1, 2, kv_len, dim, dtype=dtype)
+    value = torch.empty(1, 2, kv_len, value_dim, dtype=dtype)
+    if options.get("latent"):
+        value = key[..., :value_dim]
+    softcap, bias, first = (options.get(name) for name in ("softcap", "bias", "bias_first"))
+    out, lse = torch.empty(*query.shape[:3], value_dim, dtype=dtype), torch.empty(query.shape[:3])
+    with Forced(config):
+        call = describe(query, key, value, layout, 0.1, softcap, bias, first)
+        if kernel == "query gradient":
+            args, _, _ = run_backward.query_arguments(call, out, lse, lse, None)
+            found = query_gradient
+        elif kernel == "key gradient":
+            args, _, _ = run_backward.key_arguments(call, out, lse, lse)
+            found = key_gradient
+        else:
+            args, _ = run_forward.arguments(call)
+            found = attend
+            steps = dict(zip(("o_b", "o_h", "o_l"), out.stride()))
+            steps |= {"l_b": lse.stride(0), "l_h": lse.stride(1)}
+            args |= {"O": out, "L": lse, "o_s": 0, "l_s": 0, "splits": 1, "VIRTUAL": False, **steps}
+    args.pop("programs")
+    return found, args

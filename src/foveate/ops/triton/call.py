@@ -47,7 +47,7 @@ class Call:
         return self.query.shape[1] // (1 if self.plan is None else self.plan.groups[1])
 
     def pack(self, rows: int, most: int) -> int:
-        """Query heads that a block takes as rows: those that share keys and list, if rows are few."""
+        """Query heads in one block: those of one key head and list, if rows are few."""
         together = math.gcd(self.group, self.list_size)
         return together if rows * 2 <= most else 1
 

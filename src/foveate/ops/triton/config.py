@@ -118,17 +118,17 @@ def keep(name: str, config: Config) -> None:
     _tuned.cache_clear()
 
 
-_forced: list[Config] = []
+_forced: list[tuple[str | None, Config]] = []
 
 
 class Forced:
-    """Within it every kernel takes this configuration, as tuning needs."""
+    """Within it a kernel, or with None every kernel, takes this configuration."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, kernel: str | None = None) -> None:
+        self.config, self.kernel = config, kernel
 
     def __enter__(self) -> None:
-        _forced.append(self.config)
+        _forced.append((self.kernel, self.config))
 
     def __exit__(self, *_: object) -> None:
         _forced.pop()
@@ -138,8 +138,8 @@ def config_for(
     kernel: str, dim: int, value_dim: int, dtype: torch.dtype, device: torch.device
 ) -> Config:
     """The tuned configuration if there is one, else the shipped one."""
-    if _forced:
-        return _forced[-1]
+    if _forced and _forced[-1][0] in (None, kernel):
+        return _forced[-1][1]
     if device.type != "cuda":  # the interpreter
         return replace(shipped(kernel, dim, value_dim, dtype.itemsize, 9), rows=32, keys=32)
     found = _tuned()

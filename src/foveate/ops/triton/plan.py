@@ -7,7 +7,7 @@ and where each query or key stands, if several tiles hold it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
@@ -25,11 +25,7 @@ def plan_of(layout: Layout) -> Plan:
     found = _plans.get(layout)
     if found is None:
         found = _plans[layout] = Plan(
-            **{
-                name: getattr(layout, name)
-                for name in Layout.__dataclass_fields__
-                if name[0] != "_"
-            }
+            **{f.name: getattr(layout, f.name) for f in fields(Layout) if f.name[0] != "_"}
         )
     return found
 

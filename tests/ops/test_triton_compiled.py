@@ -1,0 +1,118 @@
+"""Every kernel that is shipped, compiled for Ampere and Hopper without a GPU.
+
+It must compile, fit into shared memory, keep everything in registers, and use the instructions that
+it is meant to: asynchronous copies, and on Hopper the tensor cores' own. The interpreter, which the
+other tests run in, sees none of this.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from compiled import SHARED_MEMORY, Compiled, compile_kernel, launch_of
+from engines import every_tile
+
+from foveate.ops import Layout, causal, triton
+from foveate.ops.triton.config import _SHIPPED, Config, shipped
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.plain_empty,
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None or triton.interpreted(),
+        reason="needs Triton, and not its interpreter",
+    ),
+]
+SHAPES = [
+    pytest.param(*key, capability, pair[capability >= 90], id=f"{key} {capability}")
+    for key, pair in _SHIPPED.items()
+    for capability in (80, 90)
+]
+
+
+def causal_lists(kernel: str = "") -> Layout:
+    if kernel == "decode":
+        return causal().layout(1, 512, 128)
+    return causal().layout(256, 512, (128, 64))
+
+
+def sound(found: Compiled, capability: int) -> None:
+    assert found.shared <= SHARED_MEMORY[capability]
+    assert found.stack == 0
+    assert not re.search(r"(ld|st)\.local", found.ptx)
+
+
+@pytest.mark.parametrize(("kernel", "bound", "size", "capability", "config"), SHAPES)
+def test_what_is_shipped(
+    kernel: str, bound: int, size: int, capability: int, config: Config
+) -> None:
+    dtype = torch.float32 if size == 4 else torch.bfloat16
+    dims = (576, 512) if bound == 1024 else (bound, bound)
+    options: dict[str, Any] = {"group": 8 if kernel == "decode" else 1, "latent": bound == 1024}
+    launch = launch_of(kernel, config, dims, dtype, causal_lists(kernel), **options)
+    found = compile_kernel(*launch, capability)
+    sound(found, capability)
+    if config.stages > 1:
+        assert "cp.async" in found.ptx
+    if size == 2 and capability == 90 and kernel != "decode":
+        assert "wgmma.mma_async" in found.ptx
+    elif size == 2:
+        assert "mma.sync" in found.ptx
+
+
+def single_keys() -> Layout:
+    tiles, keys = torch.rand(1, 1, 2, 8) < 0.5, torch.rand(1, 1, 2, 512) < 0.1
+    return Layout.from_selection(tiles, keys, 256, 512, (128, 64), within=causal())
+
+
+def ranged(kind: int) -> Layout:
+    ends = torch.zeros(1, 1, 256 if kind == -1 else 512, 2, dtype=torch.int32)
+    layout = replace(causal().layout(256, 512, (128, 64)), **{RANGES[kind]: ends})
+    return replace(layout, kinds=torch.full_like(layout.kinds, kind))
+
+
+RANGES = {-1: "key_range", -2: "row_range"}
+VARIANTS: dict[str, Any] = {
+    "dense": lambda: (None, {}),
+    "packed heads": lambda: (causal().layout(8, 512, (8, 64)), {"group": 8}),
+    "small tiles": lambda: (causal().layout(256, 512, (16, 16)), {}),
+    "single keys": lambda: (single_keys(), {}),
+    "rows and keys by index": lambda: (
+        replace(
+            every_tile(256, 512, 64, 0),
+            q_index=torch.arange(256).int()[None, None],
+            kv_index=torch.arange(512).int()[None, None],
+        ),
+        {},
+    ),
+    "key ranges": lambda: (ranged(-1), {}),
+    "row ranges": lambda: (ranged(-2), {}),
+    "softcap": lambda: (causal_lists(), {"softcap": 30.0}),
+    "bias": lambda: (causal_lists(), {"bias": torch.empty(1, 1, 256, 512)}),
+    "bias of each key": lambda: (causal_lists(), {"bias": torch.empty(1, 2, 1, 512)}),
+    "relative bias": lambda: (
+        causal_lists(), {"bias": torch.empty(1, 2, 1, 999), "bias_first": -500}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", ["forward", "query gradient", "key gradient"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_feature(variant: str, kernel: str) -> None:
+    layout, options = VARIANTS[variant]()
+    config = shipped(kernel, 64, 64, 2, 9)
+    launch = launch_of(kernel, config, (64, 64), torch.float16, layout, **options)
+    found = compile_kernel(*launch, 90)
+    assert found.shared <= SHARED_MEMORY[90]
+
+
+@pytest.mark.parametrize("dims", [(80, 96), (40, 24), (192, 128)])
+def test_odd_head_sizes(dims: tuple[int, int]) -> None:
+    config = shipped("forward", *dims, 2, 9)
+    launch = launch_of("forward", config, dims, torch.bfloat16, causal_lists())
+    sound(compile_kernel(*launch, 90), 90)
