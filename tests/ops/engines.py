@@ -5,6 +5,7 @@ An engine is a module with `forward` and `backward`, such as `foveate.ops.cpu`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -140,4 +141,15 @@ def every_tile(q_len: int, kv_len: int, tile: int, kind: int) -> Layout:
         torch.arange(cols, dtype=torch.int32).repeat(rows),
         torch.full((rows * cols,), kind, dtype=torch.int32),
         torch.zeros(0, tile, tile // 8, dtype=torch.uint8),
+    )
+
+
+def for_groups(layout: Layout, batches: int, heads: int) -> Layout:
+    """The lists of a layout once more for each batch entry and head."""
+    copies, n = batches * heads, layout.cols.numel()
+    return replace(
+        layout,
+        ptr=torch.cat([layout.ptr + i * n for i in range(copies)]).reshape(batches, heads, -1),
+        cols=layout.cols.repeat(copies),
+        kinds=layout.kinds.repeat(copies),
     )

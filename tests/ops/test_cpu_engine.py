@@ -13,7 +13,7 @@ from typing import Any
 import engines
 import pytest
 import torch
-from engines import DTYPES, SHAPES, every_tile, make
+from engines import DTYPES, SHAPES, every_tile, for_groups, make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import attend, masks
@@ -113,13 +113,7 @@ def test_key_ranges_and_row_ranges(kernels: str, tile: int) -> None:
     at = torch.arange(kv_len)
     allowed = (at >= ends[..., :1]) & (at < ends[..., 1:])
     layout = every_tile(q_len, kv_len, tile, -1)
-    per_group = replace(
-        layout,
-        ptr=torch.cat([layout.ptr + i * len(layout.cols) for i in range(4)]).reshape(2, 2, -1),
-        cols=layout.cols.repeat(4),
-        kinds=layout.kinds.repeat(4),
-        key_range=ends,
-    )
+    per_group = replace(for_groups(layout, 2, 2), key_range=ends)
     compare(q, k, v, per_group, allowed)
     by_key = torch.stack((torch.arange(kv_len) - 20, torch.arange(kv_len) + 30), -1).int()[
         None, None

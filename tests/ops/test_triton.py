@@ -13,7 +13,7 @@ from typing import Any
 import engines
 import pytest
 import torch
-from engines import DTYPES, every_tile, make
+from engines import DTYPES, every_tile, for_groups, make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import masks
@@ -143,13 +143,7 @@ def test_key_ranges_and_row_ranges(tile: int) -> None:
     ends = torch.stack((lo, lo + torch.randint(-3, 60, lo.shape)), -1).int()
     at = torch.arange(kv_len)
     layout = every_tile(q_len, kv_len, tile, -1)
-    per_group = replace(
-        layout,
-        ptr=torch.cat([layout.ptr + i * len(layout.cols) for i in range(4)]).reshape(2, 2, -1),
-        cols=layout.cols.repeat(4),
-        kinds=layout.kinds.repeat(4),
-        key_range=ends,
-    )
+    per_group = replace(for_groups(layout, 2, 2), key_range=ends)
     compare(q, k, v, per_group, (at >= ends[..., :1]) & (at < ends[..., 1:]))
     by_key = torch.stack((at - 20, at + 30), -1).int()[None, None]
     rows = torch.arange(q_len)[:, None]
@@ -164,7 +158,7 @@ def test_row_ranges_of_each_query_head(heads: int) -> None:
     layout = every_tile(q_len, kv_len, 32, -2)
     lo = torch.randint(-5, q_len, (1, heads, kv_len))
     by_key = torch.stack((lo, lo + 20), -1).int()
-    layout = replace(layout, ptr=layout.ptr.expand(1, heads, -1).contiguous(), row_range=by_key)
+    layout = replace(for_groups(layout, 1, heads), row_range=by_key)
     rows = torch.arange(q_len)[:, None]
     compare(q, k, v, layout, (rows >= by_key[..., None, :, 0]) & (rows < by_key[..., None, :, 1]))
 
@@ -196,10 +190,8 @@ def test_rows_by_index(dtype: torch.dtype, repeats: bool, heads: int) -> None:
     n, edge = q_index.shape[-1], kv_len // 2
     later = torch.arange(n) >= q_len
     lo, hi = torch.where(later, edge, 0), torch.where(later, kv_len, edge)
-    lists = every_tile(n, kv_len, 32, -1)
     layout = replace(
-        lists,
-        ptr=lists.ptr.expand(2, heads, -1).contiguous(),
+        for_groups(every_tile(n, kv_len, 32, -1), 2, heads),
         q_len=q_len,
         q_index=q_index.int(),
         kv_index=kv_index.int(),

@@ -179,6 +179,14 @@ def decode(
     square matrix product. "in cache" holds the speed against the engine's own rate on keys that
     stay in the processor's cache, in place of the matrix product's.
     """
+    if device != "cpu":
+        gpu.decode(
+            device, numbers("--contexts", contexts), numbers("--groups", groups), kv_heads,
+            numbers("--head-dims", head_dims), words(caches), words(dtypes), words(backends),
+            repeats, seed, out, as_json, fresh, quick,
+        )  # fmt: skip
+        return
+    kv_heads = 2 if kv_heads is None else kv_heads
     from foveate.bench import decode as job
     from foveate.bench.figure import decode_figure
     from foveate.bench.show import decode_summary, decode_table

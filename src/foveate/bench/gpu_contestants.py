@@ -88,11 +88,18 @@ def _flex(case: Case, layout: Layout, shared: bool) -> Contestant:
     if not case.dense:
         start = time.perf_counter()
         found = block_mask(case, layout.to("cpu"))
-        tensors = (
-            found.kv_num_blocks, found.kv_indices, found.full_kv_num_blocks, found.full_kv_indices,
-        )  # fmt: skip
+        moved: list[Any] = [
+            None if x is None else x.to(layout.device)
+            for x in (
+                found.kv_num_blocks, found.kv_indices, found.full_kv_num_blocks,
+                found.full_kv_indices,
+            )
+        ]  # fmt: skip
         lists = BlockMask.from_kv_blocks(
-            *(None if x is None else x.to(layout.device) for x in tensors),
+            moved[0],
+            moved[1],
+            moved[2],
+            moved[3],
             BLOCK_SIZE=found.BLOCK_SIZE,
             mask_mod=on_device(found.mask_mod, layout.device),
             seq_lengths=found.seq_lengths,

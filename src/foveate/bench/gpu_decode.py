@@ -197,8 +197,9 @@ def measure(
         pairs.append((key.expand(cell.batch, -1, -1, -1), value.expand(cell.batch, -1, -1, -1)))
     query = draw(cell.batch, cell.kv_heads * cell.group, 1, cell.head_dim)
     allowed = None if layout is None else layout.dense()[:1].to(device)
+    keys, values = pairs[0]
     judge = Judge(
-        query[:1], *(x[:1] for x in pairs[0]),
+        query[:1], keys[:1], values[:1],
         None if allowed is None else lambda rows: allowed[:, :, rows], seed=options.seed,
     )  # fmt: skip
     there = None if layout is None else layout.to(device)

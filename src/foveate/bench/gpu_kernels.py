@@ -214,8 +214,7 @@ class _Entrants:
         result: dict[str, Any] = {"group": group, "backend": name}
         self.results.append(result)
         if group not in self._judges:
-            one = tuple(x[:1] for x in self.tensors)
-            self._judges[group] = Judge.of(case, *one, self.cell.tile, self.seed)
+            self._judges[group] = Judge.of(case, *self.tensors, self.cell.tile, self.seed)
         try:
             entrant = contestant(name, case, layout, self.cell.heads != self.cell.kv_heads)
             start = time.perf_counter()

@@ -100,7 +100,7 @@ class Call:
             found[name.upper()] = table
             for axis, letter in ((0, "b"), (1, "h")):
                 shared = table is None or table.shape[axis] == 1
-                found[f"{short}_{letter}"] = 0 if shared else table.stride(axis)
+                found[f"{short}_{letter}"] = 0 if shared or table is None else table.stride(axis)
         return found
 
     def bias_strides(self) -> dict[str, Any]:
@@ -128,9 +128,9 @@ def describe(
     if bias is not None and bias.dtype == torch.float64:
         bias = bias.float()
     plan = None if layout is None else plan_of(layout)
-    tensors = (readable(x) for x in (query, key, value))
+    query, key, value = (readable(x) for x in (query, key, value))
     bias = None if bias is None else bias.detach()
-    return Call(*tensors, plan, scale, softcap, bias, bias_first)
+    return Call(query, key, value, plan, scale, softcap, bias, bias_first)
 
 
 def readable(x: Tensor) -> Tensor:

@@ -72,7 +72,14 @@ class Plan(Layout):
 
     @cached_property
     def by_row(self) -> Lists:
-        """The key tiles of each query tile."""
+        """The key tiles of each query tile.
+
+        In decoding lists are new at each step, and stay as they are: each is one tile's, all of it
+        taken with its mask, which costs nothing where memory is what is waited for.
+        """
+        if self.q_tiles == 1:
+            start, end = self.ptr[..., 0].reshape(-1), self.ptr[..., 1].reshape(-1)
+            return Lists(self.cols, self.kinds, start, start, end, end - start)
         whole = (self.kinds == FULL) & (self.cols < self.kv_rows // self.kv_tile)
         if self.kv_index is not None:
             whole = torch.zeros_like(whole)
@@ -83,13 +90,17 @@ class Plan(Layout):
         return _lists(self.cols, self.kinds, order, start, inside, counts, self.groups)
 
     @cached_property
-    def row_order(self) -> Tensor:
-        """Query tiles through (Bm, Hm, tiles), those with the most work first: int32."""
+    def row_order(self) -> Tensor | None:
+        """Query tiles through (Bm, Hm, tiles), most work first: int32; None leaves them as is."""
+        if self.q_tiles == 1:
+            return None
         return torch.argsort(self.by_row.work.reshape(-1), stable=True, descending=True).int()
 
     @cached_property
     def longest(self) -> int:
-        """Entries in the longest list of a query tile."""
+        """Entries in the longest list of a query tile; with one tile for each group, their mean."""
+        if self.q_tiles == 1:  # lists may be new: they aren't waited for
+            return -(-self.cols.numel() // max(1, self.ptr.numel() // 2))
         return int(self.ptr.diff(dim=-1).max()) if self.ptr.numel() > 1 else 0
 
     @cached_property

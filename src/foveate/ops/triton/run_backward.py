@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -186,10 +187,8 @@ def _key_gradient(
     from foveate.ops.triton.kernels.key_gradient import add_slots, key_gradient
 
     if _keys_differ_in_a_group(call):
-        alone = Call(
-            call.query, *(x.repeat_interleave(call.group, 1) for x in (call.key, call.value)),
-            call.plan, call.scale, call.softcap, call.bias, call.bias_first,
-        )  # fmt: skip
+        key, value = (x.repeat_interleave(call.group, 1) for x in (call.key, call.value))
+        alone = replace(call, key=key, value=value)
         each = _key_gradient(alone, grad, lse, delta)
         dk, dv = (x.float().unflatten(1, (-1, call.group)).sum(2) for x in each)
         return dk.to(call.key.dtype), dv.to(call.value.dtype)
