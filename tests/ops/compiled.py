@@ -74,6 +74,8 @@ def _kind(x: Any, param: Any) -> tuple[str, bool]:
         return "constexpr", False
     if isinstance(x, Tensor):
         return _TYPES[x.dtype], x.data_ptr() % 16 == 0
+    if hasattr(x, "block_shape"):
+        return f"tensordesc<{_TYPES[x.base.dtype][1:]}{x.block_shape}>", False
     if isinstance(x, float):
         return "fp32", False
     if x == 1 and not param.do_not_specialize:

@@ -38,7 +38,7 @@ SHAPES = [
 def causal_lists(kernel: str = "") -> Layout:
     if kernel == "decode":
         return causal().layout(1, 512, 128)
-    return causal().layout(256, 512, (128, 64))
+    return causal().layout(256, 512, (128, 128))
 
 
 def sound(found: Compiled, capability: int) -> None:
@@ -67,12 +67,12 @@ def test_what_is_shipped(
 
 def single_keys() -> Layout:
     tiles, keys = torch.rand(1, 1, 2, 8) < 0.5, torch.rand(1, 1, 2, 512) < 0.1
-    return Layout.from_selection(tiles, keys, 256, 512, (128, 64), within=causal())
+    return Layout.from_selection(tiles, keys, 256, 512, (128, 128), within=causal())
 
 
 def ranged(kind: int) -> Layout:
     ends = torch.zeros(1, 1, 256 if kind == -1 else 512, 2, dtype=torch.int32)
-    layout = replace(causal().layout(256, 512, (128, 64)), **{RANGES[kind]: ends})
+    layout = replace(causal().layout(256, 512, (128, 128)), **{RANGES[kind]: ends})
     return replace(layout, kinds=torch.full_like(layout.kinds, kind))
 
 
@@ -116,3 +116,13 @@ def test_odd_head_sizes(dims: tuple[int, int]) -> None:
     config = shipped("forward", *dims, 2, 9)
     launch = launch_of("forward", config, dims, torch.bfloat16, causal_lists())
     sound(compile_kernel(*launch, 90), 90)
+
+
+def test_descriptors_of_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOVEATE_TRITON_TMA", "on")
+    config = shipped("forward", 128, 128, 2, 9)
+    found = compile_kernel(
+        *launch_of("forward", config, (128, 128), torch.float16, causal_lists()), 90
+    )
+    sound(found, 90)
+    assert "cp.async.bulk.tensor" in found.ptx

@@ -12,9 +12,7 @@ from foveate.ops.backends.base import Backend, Gradients, Inputs
 from foveate.ops.masks import causal
 from foveate.ops.types import AttentionOutput
 
-_TILE = (128, 64)  # the blocks of most configurations: whole tiles are one or two steps
-_FEW_TILE = (128, 128)
-_FEW = 16  # queries
+_TILE = (128, 128)  # one or two steps of most configurations
 
 
 class Triton(Backend):
@@ -73,8 +71,7 @@ class Triton(Backend):
 
 
 def _resolved(inputs: Inputs) -> Inputs:
-    """Masks as layouts; few queries against many keys take longer tiles of these."""
-    few = inputs.query.shape[2] <= _FEW
+    """Masks as layouts."""
     if inputs.query.shape[2] == 1 and inputs.mask == causal():
         return replace(inputs, mask=None)  # the last query sees every key: no layout for each step
-    return inputs.resolved(_FEW_TILE if few else _TILE)
+    return inputs.resolved(_TILE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from foveate.ops.triton.call import (
     row_lists,
     strides,
 )
-from foveate.ops.triton.config import Config, config_for, processors, split_dim
+from foveate.ops.triton.config import Config, config_for, padded, processors, split_dim
 
 _FEW = 64  # rows of a tile, all packed heads together, from which a block is no longer for decoding
 _SPLIT_SLOTS = 256  # keys that a split has at least
@@ -90,7 +91,7 @@ def arguments(call: Call) -> tuple[dict[str, Any], Blocks]:
         and value_dim <= dim
     )
     args = {
-        "Q": call.query, "K": call.key, "V": call.value, "K_TILES": None, "V_TILES": None,
+        "Q": call.query, "K": call.key, "V": call.value, **_descriptors(call, cut, shared),
         **strides("q", call.query), **strides("k", call.key), **strides("v", call.value),
         **call.bias_strides(), **call.tables(), **call.sizes(), **row_lists(call, cut, factor),
         **call.numbers(), **call.features(), **sizes,
@@ -99,6 +100,27 @@ def arguments(call: Call) -> tuple[dict[str, Any], Blocks]:
         "STAGES": config.stages, "num_warps": config.warps, "num_stages": config.stages,
     }  # fmt: skip
     return args, cut
+
+
+def _descriptors(call: Call, cut: Blocks, shared: bool) -> dict[str, Any]:
+    """Descriptors by which Hopper's copy engine loads whole tiles of keys and values.
+
+    Off unless FOVEATE_TRITON_TMA=on: no GPU has yet shown that they are right and faster. Keys and
+    values are then one table of rows each, which their strides must allow.
+    """
+    found: dict[str, Any] = {"K_TILES": None, "V_TILES": None}
+    if os.environ.get("FOVEATE_TRITON_TMA") != "on" or cut.vector or shared:
+        return found
+    tensors = (call.key, call.value)
+    if not all(x.is_contiguous() and x.shape[3] == padded(x.shape[3]) for x in tensors):
+        return found
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    for name, x in zip(found, tensors):
+        rows = x.reshape(-1, x.shape[3])
+        block = [cut.streamed, x.shape[3]]
+        found[name] = TensorDescriptor(rows, list(rows.shape), list(rows.stride()), block)
+    return found
 
 
 def choose(call: Call) -> tuple[Config, int]:
