@@ -96,8 +96,8 @@ def test_masks_in_tiles_of_any_size(tile: Any, dtype: torch.dtype) -> None:
 def test_fuzz_of_shapes_strides_masks_and_tiles(data: st.DataObject) -> None:
     draw = data.draw
     batch, kv_heads = draw(st.integers(1, 2)), draw(st.integers(1, 2))
-    group = draw(st.integers(1, 5))
-    q_len, kv_len = draw(st.integers(1, 70)), draw(st.integers(1, 90))
+    group, most = draw(st.integers(1, 3)), 200 if ON_GPU else 40  # the interpreter takes its time
+    q_len, kv_len = draw(st.integers(1, most)), draw(st.integers(1, most))
     heads = kv_heads * group
     shape = (
         batch,
@@ -112,11 +112,11 @@ def test_fuzz_of_shapes_strides_masks_and_tiles(data: st.DataObject) -> None:
     mask, _ = draw(masks(kv_len))
     if mask.groups()[0] not in (1, batch):
         mask = causal()
-    tile = (8 * draw(st.integers(1, 12)), 8 * draw(st.integers(1, 12)))
+    tile = (8 * draw(st.integers(2, 12)), 8 * draw(st.integers(2, 12)))
     bias, first = None, None
     kind = draw(st.sampled_from(["none", "none", "plain", "relative"]))
     if kind != "none":
-        last = kv_len if kind == "plain" else draw(st.integers(1, 40))
+        last = kv_len if kind == "plain" else draw(st.integers(1, 30))
         first = None if kind == "plain" else draw(st.integers(-kv_len, 3))
         sizes = [n if draw(st.booleans()) else 1 for n in (batch, heads, q_len)]
         last = last if kind == "relative" or draw(st.booleans()) else 1

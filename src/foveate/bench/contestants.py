@@ -35,8 +35,8 @@ def known() -> list[str]:
 
 
 def own() -> list[str]:
-    """The backends of foveate itself, as they are now."""
-    return [name for name in BACKENDS if name not in ("sdpa", "flex")]
+    """The backends of foveate itself that run on a CPU."""
+    return [name for name in BACKENDS if name not in ("sdpa", "flex", "triton")]
 
 
 def contestant(

@@ -147,9 +147,12 @@ def strides(name: str, x: Tensor | None) -> dict[str, int]:
 
 def precision(dtype: torch.dtype) -> str:
     """How products of fp32 are taken: tf32 only where torch was told that it may."""
-    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
-        return "tf32"
-    return "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    told = torch.backends.cuda.matmul.fp32_precision
+    if told == "none":  # as for all of torch
+        told = torch.backends.fp32_precision
+    return "tf32" if told == "tf32" else "ieee"
 
 
 @dataclass(frozen=True)

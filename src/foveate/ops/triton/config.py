@@ -32,10 +32,10 @@ Key = tuple[str, int, int, int]  # kernel, padded head size, padded value head s
 # (kernel, largest head size, bytes of an element) -> for compute capability 8.0, and 9.0 on.
 _SHIPPED: dict[tuple[str, int, int], tuple[Config, Config]] = {
     ("forward", 64, 2): (Config(128, 64, 4, 3), Config(128, 128, 8, 3)),
-    ("forward", 128, 2): (Config(128, 64, 8, 3), Config(128, 64, 8, 3)),
+    ("forward", 128, 2): (Config(128, 32, 8, 3), Config(128, 64, 8, 3)),
     ("forward", 256, 2): (Config(64, 32, 8, 2), Config(128, 64, 8, 2)),
-    ("forward", 1024, 2): (Config(32, 32, 8, 1), Config(64, 32, 8, 2)),
-    ("forward", 64, 4): (Config(64, 32, 4, 2), Config(64, 32, 4, 2)),
+    ("forward", 1024, 2): (Config(32, 32, 8, 1), Config(32, 32, 8, 2)),
+    ("forward", 64, 4): (Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
     ("forward", 128, 4): (Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
     ("forward", 256, 4): (Config(32, 32, 8, 1), Config(32, 32, 8, 2)),
     ("forward", 1024, 4): (Config(16, 16, 8, 1), Config(16, 16, 8, 1)),

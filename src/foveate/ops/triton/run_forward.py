@@ -21,6 +21,7 @@ from foveate.ops.triton.call import (
 from foveate.ops.triton.config import Config, config_for, padded, processors, split_dim
 
 _FEW = 64  # rows of a tile, all packed heads together, from which a block is no longer for decoding
+_FEW_ROWS = 16  # rows of a block that are read for memory's sake
 _SPLIT_SLOTS = 256  # keys that a split has at least
 _SPLITS = 128
 
@@ -135,13 +136,14 @@ def choose(call: Call) -> tuple[Config, int]:
 
 def _splits(call: Call, cut: Blocks, programs: int, device: torch.device) -> int:
     """Parts of each list, so that a few rows against many keys fill the chip."""
-    wanted = 2 * processors(device.index or 0) if device.type == "cuda" else 8
+    chip = processors(device.index or 0) if device.type == "cuda" else 4
+    few = cut.owned <= _FEW_ROWS
+    if programs >= (2 * chip if few else chip // 2):
+        return 1  # large blocks are split only where most of the chip would idle
     slots = call.key.shape[2]
     if call.plan is not None:
-        if programs >= wanted:
-            return 1
         slots = call.plan.longest * cut.streamed_tile
-    return max(1, min(-(-wanted // programs), slots // _SPLIT_SLOTS, _SPLITS))
+    return max(1, min(-(-2 * chip // programs), slots // _SPLIT_SLOTS, _SPLITS))
 
 
 def _merge(
