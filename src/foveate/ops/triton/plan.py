@@ -78,7 +78,7 @@ class Plan(Layout):
         taken with its mask, which costs nothing where memory is what is waited for.
         """
         if self.q_tiles == 1:
-            start, end = self.ptr[..., 0].reshape(-1), self.ptr[..., 1].reshape(-1)
+            start, end = (self.ptr[..., i].reshape(-1).contiguous() for i in (0, 1))
             return Lists(self.cols, self.kinds, start, start, end, end - start)
         whole = (self.kinds == FULL) & (self.cols < self.kv_rows // self.kv_tile)
         if self.kv_index is not None:
