@@ -70,7 +70,7 @@ def test_what_is_shipped(
 
 
 def single_keys() -> Layout:
-    tiles, keys = torch.rand(1, 1, 2, 8) < 0.5, torch.rand(1, 1, 2, 512) < 0.1
+    tiles, keys = torch.rand(1, 1, 2, 4) < 0.5, torch.rand(1, 1, 2, 512) < 0.1
     return Layout.from_selection(tiles, keys, 256, 512, (128, 128), within=causal())
 
 

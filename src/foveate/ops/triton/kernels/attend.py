@@ -25,6 +25,7 @@ from foveate.ops.triton.kernels.tiles import (
     list_bounds,
     load_rows,
     load_tile,
+    or_none,
     own_rows,
     range_of,
     row_program,
@@ -168,7 +169,7 @@ def attend(
         if ROW_RANGE is not None:
             row_low, row_high = range_of(ROW_RANGE, group_b * rr_b + group_h * rr_h, place, there)
             there = there & ((kind != -2) | (row_low < row_high))
-        key = tl.where(there, key, -1)
+        key = or_none(key, there)
         k_at = key.to(tl.int64) * k_l
         k1 = load_rows(k_base, k_at, d1, there, D, D1)
         raw = dot(q1, tl.trans(k1), tl.zeros([M, N], tl.float32), PRECISION, WIDEN)

@@ -17,6 +17,8 @@ from foveate.ops.triton.kernels.tiles import (
     list_slots,
     load_rows,
     load_tile,
+    one_of,
+    or_none,
     range_of,
     seen_pairs,
 )
@@ -69,16 +71,16 @@ def key_gradient(
     if GATHERED is not None:
         single = col >= kv_tiles
         listed = GATHERED + (col - kv_tiles).to(tl.int64) * KV_TILE + line
-        place = tl.where(single, tl.load(listed, mask=single & live, other=-1), place)
+        place = one_of(single, tl.load(listed, mask=single & live, other=-1), place)
     live = live & (place >= 0) & (place < kv_rows)
-    low, high, row_low, row_high = line, line, line, line
+    row_low, row_high = line, line
     if ROW_RANGE is not None:
         row_low, row_high = range_of(ROW_RANGE, group_b * rr_b + list_h * rr_h, place, live)
     key = place
     if KV_INDEX is not None:
         key = tl.load(KV_INDEX + group_b * ki_b + list_h * ki_h + place, mask=live, other=-1)
         live = live & (key >= 0)
-    key = tl.where(live, key, -1)
+    key = or_none(key, live)
 
     d = tl.arange(0, D1)
     dv = tl.arange(0, DV1)
@@ -88,6 +90,7 @@ def key_gradient(
     v = load_rows(V, b64 * v_b + h64 * v_h + k64 * v_l, dv, live, DVAL, DV1)
     dk_acc = tl.zeros([N, D1], tl.float32)
     dv_acc = tl.zeros([N, DV1], tl.float32)
+    low, high = m, m
     shift = kv_len - q_len
 
     for in_group in range(0, GROUP):
@@ -146,7 +149,7 @@ def key_gradient(
                 rows_at = Q_INDEX + group_b * qi_b + list_h * qi_h + row
                 query = tl.load(rows_at, mask=there, other=-1)
                 there = there & (query >= 0)
-            query = tl.where(there, query, -1)
+            query = or_none(query, there)
             q = load_rows(q_base, query.to(tl.int64) * q_l, d, there, D, D1)
             lse = own_lse(l_base + query, there)[None, :]
             delta = tl.load(delta_base + query, mask=there, other=0.0)[None, :]

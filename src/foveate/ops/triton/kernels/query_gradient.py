@@ -30,6 +30,7 @@ from foveate.ops.triton.kernels.tiles import (
     list_bounds,
     load_rows,
     load_tile,
+    or_none,
     own_rows,
     range_of,
     row_program,
@@ -192,7 +193,7 @@ def query_gradient(
         if ROW_RANGE is not None:
             row_low, row_high = range_of(ROW_RANGE, group_b * rr_b + group_h * rr_h, place, there)
             there = there & ((kind != -2) | (row_low < row_high))
-        key = tl.where(there, key, -1)
+        key = or_none(key, there)
         k = load_rows(k_base, key.to(tl.int64) * k_l, d, there, D, D1)
         raw = dot(q, tl.trans(k), tl.zeros([M, N], tl.float32), PRECISION, WIDEN)
         scores, bent = bend_scores(raw, scale, cap, SOFTCAP, FOLD)

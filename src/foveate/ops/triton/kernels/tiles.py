@@ -26,6 +26,18 @@ def dot(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 
 @triton.jit
+def or_none(index, there):
+    """The index, or -1; no select, for which Triton 3.7 may choose two layouts and then fail."""
+    return index | (there.to(tl.int32) - 1)
+
+
+@triton.jit
+def one_of(first, a, b):
+    """Whole numbers: a where `first` is set, else b; no select, as in `or_none`."""
+    return b + (a - b) * first.to(tl.int32)
+
+
+@triton.jit
 def list_slots(
     step, base, count, LIST, KINDS, TILE: tl.constexpr, N: tl.constexpr, VECTOR: tl.constexpr
 ):
@@ -40,7 +52,7 @@ def list_slots(
         within = slot % TILE
         first = within
         live = entry < count
-        entry = tl.where(live, entry, 0)
+        entry = entry * live.to(tl.int32)
     else:
         entry = step // (TILE // N)
         first = step % (TILE // N) * N
@@ -240,7 +252,7 @@ def key_step(
     if GATHERED is not None:
         single = col >= kv_tiles
         listed = GATHERED + (col - kv_tiles).to(tl.int64) * KV_TILE + within
-        place = tl.where(single, tl.load(listed, mask=single & there, other=-1), place)
+        place = one_of(single, tl.load(listed, mask=single & there, other=-1), place)
     there = there & (place >= 0) & (place < kv_rows)
     if ALIVE is not None:
         there = there & any_bits(ALIVE, kind, first, KV_TILE, N, VECTOR)
