@@ -110,6 +110,34 @@ def test_moh_counts_the_heads_that_count(tmp_path, arm, share):
         assert found[arm]["load"] >= 1
 
 
+def test_nothing_learns_to_steer_mohs_random_router():
+    from foveate.methods.moh.gates import HeadRouter
+    from foveate.papers.moh import Drawn
+
+    torch.manual_seed(0)
+    learnt = HeadRouter(8, 2, 4, 2, "normalized")
+    drawn = Drawn.of(learnt)
+    x = torch.randn(1, 5, 8, requires_grad=True)
+    for one, same in zip(drawn(x), learnt(x)):
+        assert torch.equal(one, same)
+    assert learnt(x).probs.requires_grad
+    assert not drawn(x).probs.requires_grad
+    drawn(x).gates.square().sum().backward()
+    assert drawn.routed.weight.grad is None
+    assert drawn.stage.weight.grad.any()
+
+
+def test_sqa_times_nothing_that_is_wrong():
+    from foveate.ops.errors import FoveateError
+    from foveate.papers.sqa import _right
+
+    right = torch.ones(2, 3)
+    _right("it", right + 1e-5, right)
+    for wrong in (right + 1e-3, right * torch.nan):
+        with pytest.raises(FoveateError, match="of it is off by"):
+            _right("it", wrong, right)
+
+
 def test_mohs_random_router_stays_as_it_was_drawn(tmp_path, monkeypatch):
     from foveate.papers import moh
 
