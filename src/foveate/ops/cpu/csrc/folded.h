@@ -125,7 +125,7 @@ INLINE void settle(float* s, int keys, bool adjusted, float c, float cap, const 
     if (adjusted) {
       x = x * c;
       if (cap != 0) x = tanhv(x) * (cap * LOG2E);
-      if (bias) x += load(bias + j / F * VL);
+      if (bias) x += load(bias + j / F * VL) * LOG2E;
     }
     if (seen || keys - j < F)
       x = select(lanes_seen<F>(seen ? seen + j : nullptr, keys - j), x, set1(-__builtin_inff()));
