@@ -246,7 +246,7 @@ def test_the_cache_of_another_model_is_no_use():
         model().generate(prompt(), cache_implementation="static", max_new_tokens=2)
 
 
-# -- gradient checkpointing --------------------------------------------------------------------------
+# -- gradient checkpointing ------------------------------------------------------------------------
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("projection", KEYS)
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_:FutureWarning")
