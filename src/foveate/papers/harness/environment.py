@@ -13,6 +13,7 @@ from foveate.compare import environment as machine
 
 # What the figures of a miniature depend on, beside its own file.
 _JUDGED = ("ops", "parts", "methods", "nn", "models", "papers/tasks", "papers/training")
+_FILES = ("catalog.py", "bench/timing.py")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -27,4 +28,5 @@ def environment(device: torch.device) -> dict[str, Any]:
 def code_digest() -> str:
     """12 hex digits over the source of whatever a miniature may run."""
     root = Path(foveate.__file__).parent
-    return machine.source_digest(f for part in _JUDGED for f in (root / part).rglob("*"))
+    found = [f for part in _JUDGED for f in (root / part).rglob("*")]
+    return machine.source_digest([*found, *(root / name for name in _FILES)])

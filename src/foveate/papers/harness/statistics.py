@@ -9,6 +9,10 @@ t, so that each end is wrong once in twenty), and compare the whole interval wit
   the miniature states another);
 - **inconclusive**: anything else, so whenever the interval straddles, and with a single seed.
 
+"Holds" asks for all checks of a paper at once, so no error adds up there. One refuted check refutes
+a paper, so one that sits on its thresholds is wrongly refuted once in twenty for each check that can
+refute; that is why a miniature lets few of them.
+
 A figure that is counted, not sampled, is exact: it is compared as it stands, and must be the same
 for every seed.
 """
