@@ -67,6 +67,8 @@ def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]
         raise InputError(
             f"{job.out} holds a training already; give --resume to go on with it, or another --out."
         )
+    if job.resume and not any(checkpoints.glob("step-*")):
+        say(f"{checkpoints} holds no checkpoint to go on from; the training begins.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.regime.seed)
         model = language_model(
