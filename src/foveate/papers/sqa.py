@@ -70,8 +70,8 @@ def speed(trial: Trial) -> Found:
     Raises:
         FoveateError: an arm's output is wrong, so that its seconds would say nothing.
     """
-    from foveate.bench.timing import Pace, race
     from foveate.nn import Attention
+    from foveate.runs.timing import Pace, race
 
     lengths = tuple(n // 32 for n in LENGTHS) if trial.quick else LENGTHS
     found: dict[str, dict[str, Any]] = {arm: {} for arm in SHARES}

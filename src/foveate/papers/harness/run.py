@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from foveate.compare.records import Records, digest
 from foveate.ops.errors import InputError
 from foveate.papers.harness.environment import environment
 from foveate.papers.harness.listener import Listener
@@ -29,6 +28,7 @@ from foveate.papers.harness.paper import Found, Paper, Trial
 from foveate.papers.harness.stopwatch import Stopwatch
 from foveate.papers.harness.verdict import Outcome, outcomes, verdict_object
 from foveate.papers.training.errors import DivergedError
+from foveate.runs.records import Records, digest
 
 CHECKPOINTS = "checkpoints"
 
