@@ -90,7 +90,9 @@ def _checks(axis: Any, result: Result) -> None:
         values, ends = _away(one, found.values), _away(one, (found.low, found.high))
         refuted = _away(one, () if one.check.refuted is None else (one.check.refuted,))
         scale = max(map(abs, (*values, *ends, *refuted))) or 1.0
-        axis.scatter([v / scale for v in values], [row] * len(values), s=16, color=colour, alpha=0.6)
+        axis.scatter(
+            [v / scale for v in values], [row] * len(values), s=16, color=colour, alpha=0.6
+        )
         if ends:
             axis.plot([end / scale for end in ends], [row, row], color=colour, linewidth=2)
         for point in refuted:
