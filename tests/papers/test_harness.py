@@ -362,3 +362,13 @@ def test_checks_of_different_units_are_drawn_on_scales_of_their_own(tmp_path):
     assert [line.get_xdata()[0] > 0 for line in dotted] == [True]
     assert "0.01 (0.00831 to 0.0117)" in [text.get_text() for text in axis.texts]
     pyplot.close(made)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_figure_of_any_miniature_can_be_drawn(tmp_path, exact):
+    pytest.importorskip("matplotlib")
+    from foveate.papers.harness.figure import draw
+
+    checks = (at_least("cache", lambda at: at["dense"]["cache"], 8, exact=exact),)
+    path = draw(run(paper(checks=checks), tmp_path), tmp_path / "below" / "figure.png")
+    assert path.read_bytes().startswith(b"\x89PNG")

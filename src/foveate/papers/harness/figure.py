@@ -36,24 +36,20 @@ def draw(result: Result, path: Path) -> Path:
     curves = _curves(result)
     if result.paper.grid is not None:
         metrics = [metric for metric in metrics if metric != result.paper.grid.metric]
-    panels = len(metrics) + 1 + bool(curves)
-    rows = -(-panels // COLUMNS)
-    tall = 0.8 + 0.3 * max(len(arms), len(result.outcomes))
-    figure, grid = pyplot.subplots(
-        rows,
-        min(panels, COLUMNS),
-        figsize=(5.2 * min(panels, COLUMNS), tall * rows + 0.6),
-        squeeze=False,
-        layout="constrained",
-    )
-    axes = list(grid.flat)
+    panels = len(metrics) + bool(curves)
+    columns = max(1, min(panels, COLUMNS))
+    rows = -(-panels // columns)
+    sampled = sum(not one.check.exact for one in result.outcomes)
+    heights = [0.8 + 0.3 * len(arms)] * rows + [0.8 + 0.25 * sampled] * bool(sampled)
+    figure = pyplot.figure(figsize=(5.2 * columns, sum(heights) + 0.6), layout="constrained")
+    grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
+    axes = [figure.add_subplot(grid[divmod(at, columns)]) for at in range(panels)]
     for axis, metric in zip(axes, metrics):
         _arms(axis, metric, verdict)
-    _checks(axes[len(metrics)], result)
     if curves:
-        _lines(axes[len(metrics) + 1], curves)
-    for axis in axes[panels:]:
-        axis.set_axis_off()
+        _lines(axes[-1], curves)
+    if sampled:  # over the whole width: its rows have long names
+        _checks(figure.add_subplot(grid[rows, :]), result)
     figure.suptitle(f"{verdict['key']}: {verdict['verdict']}", x=0.01, ha="left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
