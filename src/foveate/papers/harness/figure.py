@@ -99,7 +99,8 @@ def _checks(axis: Any, result: Result) -> None:
             said += f" ({found.low:.3g} to {found.high:.3g})"
         axis.text(1.02, row, said, va="center", fontsize=7, transform=axis.get_yaxis_transform())
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_yticks(range(len(rows)), [one.check.text for one in rows], fontsize=7)
+    names = [("needs " if one.need else "") + one.check.text for one in rows]
+    axis.set_yticks(range(len(rows)), names, fontsize=7)
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlim(-1.1, 1.1)
     axis.set_xticks([0], ["threshold"])
