@@ -49,6 +49,17 @@ def test_an_arm_trains_by_its_seed_and_is_judged_on_the_test_split(monkeypatch, 
         assert regime.batch == 16
 
 
+def test_maps_start_by_their_fan_in():
+    from foveate.papers.training.language import Sizes, language_model
+
+    torch.manual_seed(0)
+    model = language_model(Sizes(2, 128, 16, 128), "mfa(head_dim=16, query_rank=16)")
+    projection = model.model.layers[1].attention.projection
+    for linear, fan_in in ((projection.q_up, 16), (projection.k, 128), (projection.out, 256)):
+        assert linear.in_features == fan_in
+        assert linear.weight.std().item() == pytest.approx((3 * fan_in) ** -0.5, rel=0.05)
+
+
 CACHES = {
     "step3": {"MHA 8x16": 256, "MQA 8x16": 32, "MFA 16x16": 32, "MFA-KR 8x32": 32},
     "sqa": {"MHA": 256, "GQA": 64, "MQA": 32, "SQA": 64, "sSQA": 128, "xSQA": 64, "xSMQA": 32},
