@@ -18,6 +18,83 @@ def cell(key, name, tmp_path, **more):
     return made, made.run(trial)
 
 
+@pytest.mark.parametrize(
+    ("more", "steps", "held"),
+    [({}, 500, 512), ({"tuning": True}, 200, 512), ({"quick": True}, 4, 16)],
+)
+def test_an_arm_trains_by_its_seed_and_is_judged_on_the_test_split(monkeypatch, more, steps, held):
+    from foveate.papers.training import language
+    from foveate.papers.training.loop import Trained
+
+    seen = []
+
+    def train(model, task, regime, **_):
+        seen.append((task.held, regime))
+        return Trained(history=[{"step": 1, "validation": 7.0}])
+
+    def evaluate(model, task, split, size):
+        return {"loss": {"validation": 1.0, "test": 2.0}[split]}
+
+    monkeypatch.setattr(language, "train", train)
+    monkeypatch.setattr(language, "evaluate", evaluate)
+    sizes = language.Sizes(1, 16, 2, 128)
+    for seed, rate in ((0, 2e-3), (3, 3e-3)):
+        trial = Trial("any", seed, tuned=rate, **more)
+        _, found = language.trained_on_bytes(
+            trial, lambda: language.language_model(sizes), steps=500
+        )
+        assert (found["loss"], found["validation"]) == (2.0, 7.0)
+        kept, regime = seen.pop()
+        assert (kept, regime.seed, regime.lr, regime.steps) == (held, seed, rate, steps)
+        assert regime.batch == 16
+
+
+def test_maps_start_by_their_fan_in():
+    from foveate.papers.training.language import Sizes, language_model
+
+    torch.manual_seed(0)
+    model = language_model(Sizes(2, 128, 16, 128), "mfa(head_dim=16, query_rank=16)")
+    projection = model.model.layers[1].attention.projection
+    for linear, fan_in in ((projection.q_up, 16), (projection.k, 128), (projection.out, 256)):
+        assert linear.in_features == fan_in
+        assert linear.weight.std().item() == pytest.approx((3 * fan_in) ** -0.5, rel=0.05)
+
+
+CACHES = {
+    "step3": {"MHA 8x16": 256, "MQA 8x16": 32, "MFA 16x16": 32, "MFA-KR 8x32": 32},
+    "sqa": {"MHA": 256, "GQA": 64, "MQA": 32, "SQA": 64, "sSQA": 128, "xSQA": 64, "xSMQA": 32},
+    "moh": dict.fromkeys(
+        ("MHA", "MoH 75%", "MoH 50%", "no shared heads", "no balance loss", "random routing"), 256
+    ),
+    "tpla": {"trained": 128 + 16},
+}
+
+
+@pytest.mark.parametrize("key", CACHES)
+def test_every_arm_is_the_model_of_its_sheet(key, tmp_path, monkeypatch):
+    """3 layers of width 128 in windows of 128, and the numbers that each arm caches by hand."""
+    import sys
+
+    made = papers.load(key)
+    module = sys.modules[made.run.__module__]
+
+    class Stop(Exception):
+        pass
+
+    def trained(trial, make, **_):
+        model = make()
+        caches = {layer.attention.new_cache().elements_per_token for layer in model.model.layers}
+        raise Stop(model.config.num_hidden_layers, model.config.hidden_size, caches)
+
+    monkeypatch.setattr(module, "trained_on_bytes", trained)
+    cells = [name for name in made.cells if name not in ("speed", "at size")]
+    assert set(cells) == set(CACHES[key])
+    for name in cells:
+        with pytest.raises(Stop) as stopped:
+            made.run(Trial(name, 0, tuned=2e-3))
+        assert stopped.value.args == (3, 128, {CACHES[key][name]})
+
+
 def counted(made, found):
     """The exact checks whose arms are there, and their verdicts."""
     verdicts = {}
@@ -106,8 +183,27 @@ def test_the_whole_quick_path_runs_in_a_minute(key, tmp_path):
 def test_moh_counts_the_heads_that_count(tmp_path, arm, share):
     _, found = cell("moh", arm, tmp_path)
     assert found[arm]["pairs"] == share
-    if arm != "MHA":
-        assert found[arm]["load"] >= 1
+    assert ("load" in found[arm]) == (arm != "MHA")
+
+
+def test_moh_tells_the_load_of_the_layer_where_it_is_most_uneven():
+    from types import SimpleNamespace
+
+    from foveate.papers.moh import usage
+
+    loads = torch.tensor([[0.5, 0.5, 1.0, 0.5, 0.5], [1.0, 0.25, 0.75, 0.5, 0.5]])
+    projection = SimpleNamespace(shared=3, routed=5)
+    layer = SimpleNamespace(attention=SimpleNamespace(projection=projection))
+
+    class Model:
+        model = SimpleNamespace(layers=[layer])
+
+        def __call__(self, ids):
+            aux = {f"layers.{i}.head_load": load for i, load in enumerate(loads)}
+            return SimpleNamespace(aux=aux | {"head_balance_loss": torch.tensor(9.0)})
+
+    found = usage(Model(), Trial("MoH 75%", 0, quick=True))
+    assert found == {"pairs": 0.75, "load": 4.0}
 
 
 def test_nothing_learns_to_steer_mohs_random_router():

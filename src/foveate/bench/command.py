@@ -267,7 +267,7 @@ def projections(
 
 def _run(job: Callable[..., list[dict[str, Any]]], out: str, fresh: bool) -> list[dict[str, Any]]:
     """Run a job with its records and a bar of progress on standard error."""
-    from foveate.compare.records import Records
+    from foveate.runs.records import Records
 
     screen = Console(stderr=True)
     with (
@@ -315,7 +315,7 @@ def _console() -> Console:
 
 
 def _pace(repeats: int | None, budget: float, clock: str, quick: bool) -> Any:
-    from foveate.bench.timing import Pace
+    from foveate.runs.timing import Pace
 
     if repeats is None:
         repeats = 3 if quick else 7

@@ -19,8 +19,6 @@ from torch import Tensor
 
 from foveate import catalog
 from foveate.bench.job import DTYPES, Begin, check_clock, check_known, check_sizes, run_cells, told
-from foveate.bench.timing import Pace, paired, race, spread
-from foveate.compare.records import Records
 from foveate.nn import Attention
 from foveate.nn.position import counted
 from foveate.ops import causal
@@ -28,6 +26,8 @@ from foveate.ops.errors import InputError
 from foveate.parts.context import Context
 from foveate.parts.kv_cache import TokenCache
 from foveate.parts.projection import QKV, Positions
+from foveate.runs.records import Records
+from foveate.runs.timing import Pace, paired, race, spread
 
 # Of the largest output, against the same step in float64.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from foveate.bench.timing import spread
+from foveate.runs.timing import spread
 
 Found = dict[str, Any]  # {"cell": ..., "values": ...}
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from foveate.ops import Mask, attention, causal
 from foveate.ops.errors import FoveateError
 from foveate.papers.harness import Check, Found, Grid, Paper, Trial, at_most, difference, ratio
 from foveate.papers.tasks import standard_library
@@ -68,9 +70,8 @@ def speed(trial: Trial) -> Found:
     Raises:
         FoveateError: an arm's output is wrong, so that its seconds would say nothing.
     """
-    from foveate.bench.timing import Pace, race
     from foveate.nn import Attention
-    from foveate.ops import attention, causal
+    from foveate.runs.timing import Pace, race
 
     lengths = tuple(n // 32 for n in LENGTHS) if trial.quick else LENGTHS
     found: dict[str, dict[str, Any]] = {arm: {} for arm in SHARES}
@@ -86,7 +87,7 @@ def speed(trial: Trial) -> Found:
             )
             for tail, mask in (("", None), (" causal", causal())):
                 name = arm + tail
-                calls[name] = lambda q=q, k=k, v=v, mask=mask: attention(q, k, v, mask).out  # type: ignore[misc]
+                calls[name] = partial(_attended, q, k, v, mask)
                 last = attention(q[:, :, -ROWS:], k, v, mask, backend="reference").out
                 _right(f"{name}, {n} tokens", calls[name]()[:, :, -ROWS:], last)
             found[arm]["FLOPs"] = causal().layout(n, n).flops(1, q.shape[1], 16, 16)
@@ -95,6 +96,14 @@ def speed(trial: Trial) -> Found:
             for tail in ("", " causal"):
                 found[arm][f"seconds {real}{tail}"] = median(samples[arm + tail].wall)
     return found
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None) -> Tensor:
+    """The output, when it is there."""
+    out = attention(q, k, v, mask).out
+    if q.is_cuda:
+        torch.cuda.synchronize(q.device)
+    return out
 
 
 def _right(what: str, found: Tensor, right: Tensor) -> None:
