@@ -49,7 +49,7 @@ def test_an_arm_trains_by_its_seed_and_is_judged_on_the_test_split(monkeypatch, 
         assert regime.batch == 16
 
 
-def test_maps_start_by_their_fan_in():
+def test_weights_start_as_torch_makes_them():
     from foveate.papers.training.language import Sizes, language_model
 
     torch.manual_seed(0)
@@ -58,6 +58,7 @@ def test_maps_start_by_their_fan_in():
     for linear, fan_in in ((projection.q_up, 16), (projection.k, 128), (projection.out, 256)):
         assert linear.in_features == fan_in
         assert linear.weight.std().item() == pytest.approx((3 * fan_in) ** -0.5, rel=0.05)
+    assert model.model.embed_tokens.weight.std().item() == pytest.approx(1, rel=0.05)
 
 
 CACHES = {

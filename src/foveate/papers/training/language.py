@@ -47,9 +47,9 @@ def language_model(
 ) -> Any:
     """A `foveate.models.FoveateForCausalLM` with fresh weights from torch's random state.
 
-    Linear maps start by their fan-in, uniform within fan_in ** -0.5, as torch makes them. One
-    deviation for all of them (transformers' 0.02) is far too small at these widths, most of all for
-    a map out of a low rank, and would judge arms by how they start.
+    All start as torch makes them: linear maps by their fan-in, uniform within fan_in ** -0.5, the
+    embedding normal. One deviation for all of them (transformers' 0.02) is far too small at these
+    widths, most of all for a map out of a low rank, and would judge arms by how they start.
 
     Args:
         sizes: as they say.
@@ -75,7 +75,7 @@ def language_model(
     )
     model = models.FoveateForCausalLM(config)
     for module in model.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear | nn.Embedding):
             module.reset_parameters()
     return model
 
