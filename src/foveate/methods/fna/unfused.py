@@ -1,7 +1,8 @@
 """Unfused neighborhood attention: products over tiles of windows, with the weights in memory.
 
 Three operators, each a dense product of a tile of queries and the box of keys that its windows
-hold, from or to which the window's weights A (B, H, N, l), l = prod(window), are picked:
+hold, from or to which the windows' weights A are picked: (B, H, T, t, l) for T tiles of t queries
+and l = prod(window) keys of each,
 
     PN  A_it = q_i . k_j(i, t)         scores, and in the backward dP from dO and V
     NN  y_i  = sum_t A_it x_j(i, t)    output from P and V, and dQ from dS and K
@@ -72,67 +73,66 @@ def unfused(
     if rpb is not None:
         scores = scores + _bias(rpb, mask, own, q.shape[1])
     if own.valid is not None:
-        scores = scores.masked_fill(_by_token(~own.valid, own, mask.tokens), -torch.inf)
+        scores = scores.masked_fill(~own.valid, -torch.inf)
     work = torch.promote_types(q.dtype, torch.float32)
     lse = scores.to(work).logsumexp(-1)
     weights = torch.softmax(scores, -1, dtype=work).to(v.dtype)
-    return AttentionOutput(_NN.apply(weights, v, own), lse)
+    real = own.queries >= 0
+    in_tiles = torch.empty_like(q[..., 0], dtype=work)
+    return AttentionOutput(
+        _NN.apply(weights, v, own), in_tiles.index_copy(2, own.queries[real], lse[:, :, real])
+    )
 
 
 def _bias(rpb: Tensor, mask: neighborhood, own: Windows, heads: int) -> Tensor:
-    """(H, N, l) entries of the table."""
+    """(H, T, t, l) entries of the table."""
     want = (heads, *(2 * axis.window - 1 for axis in mask.axes))
     if tuple(rpb.shape) != want:
         raise InputError(f"unfused(rpb): expected shape {want}, got {tuple(rpb.shape)}.")
     if any(axis.causal for axis in mask.axes):
         raise InputError("unfused(rpb): relative positions have no bias on causal axes.")
-    return rpb.flatten(1)[:, _by_token(own.offset, own, mask.tokens)]
+    return rpb.flatten(1)[:, own.offset.long()]
 
 
-def _by_token(x: Tensor, own: Windows, tokens: int) -> Tensor:
-    """(T, t, l) in tiles to (N, l) row by row."""
-    real = own.queries >= 0
-    return x.new_empty(tokens, x.shape[-1]).index_copy(0, own.queries[real], x[real])
-
-
-def _chunks(own: Windows, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Some tiles at a time: queries (c, t) clamped, which are real, box (c, b), inside."""
+def _chunks(own: Windows, x: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
+    """Some tiles at a time: which, queries (c, t) clamped, which are real, box (c, b), inside."""
     count = x.shape[0] * x.shape[1] * own.queries.shape[1] * own.box.shape[1]
-    for part in torch.arange(len(own.queries)).split(max(1, _BUDGET // count)):
+    step = max(1, _BUDGET // count)
+    for first in range(0, len(own.queries), step):
+        part = slice(first, first + step)
         queries = own.queries[part]
-        yield queries.clamp_min(0), queries >= 0, own.box[part], own.inside[part].long()
+        inside = own.inside[part].long().expand(*x.shape[:2], -1, -1, -1)
+        yield part, queries.clamp_min(0), queries >= 0, own.box[part], inside
 
 
 def _pn(q: Tensor, k: Tensor, own: Windows) -> Tensor:
-    weights = q.new_empty(*q.shape[:3], own.inside.shape[-1])
-    for queries, real, box, inside in _chunks(own, q):
+    weights = q.new_empty(*q.shape[:2], *own.inside.shape)
+    for part, queries, _, box, inside in _chunks(own, q):
         dense = q[:, :, queries] @ k[:, :, box].mT  # (B, H, c, t, b)
-        picked = dense.gather(-1, inside.expand(*dense.shape[:2], -1, -1, -1))
-        weights[:, :, queries[real]] = picked[:, :, real]
-    return weights
+        torch.gather(dense, -1, inside, out=weights[:, :, part])
+    return weights.masked_fill_((own.queries < 0)[..., None], 0.0)
 
 
-def _dense(weights: Tensor, queries: Tensor, real: Tensor, box: Tensor, inside: Tensor) -> Tensor:
-    """Weights of the chunk's windows in their boxes, zero elsewhere: (B, H, c, t, b)."""
-    picked = weights[:, :, queries] * real[..., None]
-    dense = picked.new_zeros(*picked.shape[:4], box.shape[1])
-    # A key past the end of a cut window repeats another one's place: add, with weight 0 there.
-    return dense.scatter_add_(-1, inside.expand(*picked.shape[:2], -1, -1, -1), picked)
+def _dense(weights: Tensor, box: Tensor, inside: Tensor) -> Tensor:
+    """Weights of windows in their boxes, zero elsewhere: (B, H, c, t, b)."""
+    dense = weights.new_zeros(*weights.shape[:4], box.shape[1])
+    # A key past the end of a cut window stands where another one may: add, its weight is 0.
+    return dense.scatter_add_(-1, inside, weights)
 
 
 def _nn(weights: Tensor, x: Tensor, own: Windows) -> Tensor:
-    y = x.new_empty(*weights.shape[:3], x.shape[-1])
-    for queries, real, box, inside in _chunks(own, weights):
-        part = _dense(weights, queries, real, box, inside) @ x[:, :, box]
-        y[:, :, queries[real]] = part[:, :, real]
+    y = x.new_empty(*x.shape[:3], x.shape[-1])
+    for part, queries, real, box, inside in _chunks(own, weights):
+        some = _dense(weights[:, :, part], box, inside) @ x[:, :, box]
+        y[:, :, queries[real]] = some[:, :, real]
     return y
 
 
 def _in(weights: Tensor, y: Tensor, own: Windows) -> Tensor:
     x = torch.zeros_like(y)
-    for queries, real, box, inside in _chunks(own, weights):
-        part = _dense(weights, queries, real, box, inside).mT @ y[:, :, queries]
-        x.index_add_(2, box.flatten(), part.flatten(2, 3))
+    for part, queries, real, box, inside in _chunks(own, weights):
+        some = _dense(weights[:, :, part], box, inside).mT @ (y[:, :, queries] * real[..., None])
+        x.index_add_(2, box.flatten(), some.flatten(2, 3))
     return x
 
 
