@@ -9,6 +9,7 @@ import torch
 from neighbors import axis_table, random_setting, settings_1d, table
 
 from foveate import attention, causal, neighborhood, parse_mask, region, window
+from foveate.ops import cpu
 from foveate.ops.errors import InputError
 from foveate.ops.masks.axis import Axis
 
@@ -250,3 +251,24 @@ def test_other_lengths_are_refused():
     x = torch.randn(1, 1, 17, 8)
     with pytest.raises(InputError, match="4 x 4 = 16 tokens, but there are 17 queries and 17 keys"):
         attention(x, x, x, neighborhood((4, 4), 3))
+
+
+ENGINE = pytest.mark.skipif(not cpu.available(), reason="the C++ engine isn't built")
+
+
+@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=ENGINE), "blocks"])
+@pytest.mark.parametrize("setting", [((16, 16), (5, 7), (1, 3)), ((7, 9, 11), (3, 4, 5), 1, 2)])
+def test_the_core_op_goes_by_multi_axis_tiles(backend, setting):
+    mask = neighborhood(*setting)
+    inputs = [torch.randn(2, 4 if i == 0 else 2, mask.tokens, 16) for i in range(3)]
+    inputs = [x.requires_grad_() for x in inputs]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    got = attention(*inputs, mask, backend=backend)
+    want = attention(*exact, mask, backend="reference")
+    torch.testing.assert_close(got.out.double(), want.out, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got.lse.double(), want.lse, atol=1e-5, rtol=1e-5)
+    weight = torch.randn_like(want.out)
+    ours = torch.autograd.grad((got.out * weight).sum() + got.lse.sum(), inputs)
+    theirs = torch.autograd.grad((want.out * weight).sum() + want.lse.sum(), exact)
+    for one, two in zip(ours, theirs):
+        torch.testing.assert_close(one.double(), two, atol=1e-4, rtol=1e-4)

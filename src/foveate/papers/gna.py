@@ -33,7 +33,7 @@ GRIDS: dict[str, tuple[Tile, Tile, Tile, Tile, tuple[Tile, ...]]] = {
         ((1, 1, 1), (4, 1, 1), (4, 8, 1), (4, 8, 8), (4, 16, 16)),
     ),
 }  # fmt: skip
-STEPS, SIDE = 600, 16
+STEPS, SIDE = 1000, 16
 SWAPS = {
     "s=1": "gna(window=10)",
     "s=2": "gna(window=10, stride=2)",
@@ -101,7 +101,7 @@ def images(count: int, *what: object) -> tuple[Tensor, Tensor, Tensor]:
     """(clean images (n, 1, 16, 16) of overlapping shapes, noisy ones, the noise's step (n,)).
 
     Three discs or squares of random place, size and brightness, the later ones in front; noise of
-    a standard deviation between 0.2 and 1. They depend on `what` alone.
+    a standard deviation between 0.1 and 0.6. They depend on `what` alone.
     """
     random = generator("gna shapes", *what)
     y, x = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
@@ -111,8 +111,9 @@ def images(count: int, *what: object) -> tuple[Tensor, Tensor, Tensor]:
         away = torch.stack((y - drawn[0] * SIDE, x - drawn[1] * SIDE)).abs()
         round_ = away.square().sum(0).sqrt()
         far = torch.where(drawn[2] < 0.5, round_, away.amax(0))
-        clean = torch.where(far < 2 + 3 * drawn[3], 2 * drawn[4] - 1, clean)
-    sigma = 0.2 + 0.8 * torch.rand(count, generator=random)
+        light = (2 * drawn[4] - 1).sign() * (0.4 + 0.6 * (2 * drawn[4] - 1).abs())
+        clean = torch.where(far < 2 + 3 * drawn[3], light, clean)
+    sigma = 0.1 + 0.5 * torch.rand(count, generator=random)
     noise = torch.randn(clean.shape, generator=random)
     noisy = clean + sigma[:, None, None] * noise
     return clean[:, None], noisy[:, None], 100 * sigma

@@ -205,11 +205,11 @@ def in_slots(
         grid: their tiles.
         options: of the core op.
     """
-    every = torch.arange(grid.tokens, device=q.device)
-    if not torch.equal(grid.kv_slots, every):
+    q_moves, kv_moves = grid.moves
+    if kv_moves:
         slots = grid.kv_slots.clamp_min(0)
         k, v = k.index_select(2, slots), v.index_select(2, slots)
-    if torch.equal(grid.q_slots, every):
+    if not q_moves:
         return attention(q, k, v, layout=grid.packed, **options)
     q = q.index_select(2, grid.q_slots.clamp_min(0))
     out, lse = attention(q, k, v, layout=grid.packed, **options)

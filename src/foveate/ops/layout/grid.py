@@ -117,6 +117,12 @@ class GridLayout:
     tokens: int
 
     @cached_property
+    def moves(self) -> tuple[bool, bool]:
+        """Whether queries, and keys, lie elsewhere than row by row."""
+        q_slots, kv_slots = (_index(x, self.tokens, None) for x in (self.q_slots, self.kv_slots))
+        return q_slots is not None, kv_slots is not None
+
+    @cached_property
     def where(self) -> Tensor:
         """(tokens,) the query slot of each token: what puts results back in their order."""
         slots = torch.arange(len(self.q_slots), device=self.q_slots.device)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from foveate.ops.errors import InputError
 from foveate.ops.masks.axis import Axis
 from foveate.ops.masks.base import Certainty, Mask
 from foveate.ops.masks.checks import whole
+
+if TYPE_CHECKING:
+    from foveate.ops.layout import Layout
 
 T = TypeVar("T", int, bool)
 MOST_AXES = 3
@@ -80,6 +84,18 @@ class neighborhood(Mask):  # noqa: N801 - masks read as words
                 f"{q_len} queries and {kv_len} keys. Tokens beside the grid are told by "
                 "region(neighborhood(...), queries, keys) | ..."
             )
+
+    @override
+    def _ordered(
+        self, q_len: int, kv_len: int, tile: tuple[int, int], device: torch.device
+    ) -> Layout | None:
+        """Over multi-axis tiles, which are far fewer than those of rows, and found far sooner."""
+        from foveate.ops.layout.grid import best_tiles, grid_layout
+
+        powers = all(size & (size - 1) == 0 for size in tile)
+        if len(self.axes) == 1 or q_len != self.tokens or not powers:
+            return None
+        return grid_layout(self, *best_tiles(self, *tile), (0, 0), str(device)).indexed()
 
     def _element(self, q: Tensor, k: Tensor, b: int, h: int) -> Tensor:
         seen = (q >= 0) & (q < self.tokens) & ((k >= 0) & (k < self.tokens))
