@@ -1,8 +1,8 @@
 """Neighborhood attention: naive, unfused and fused in one run, against dense and its tiles' bound.
 
 Naive gathers every query's window, unfused multiplies tiles of windows and keeps the weights, fused
-visits tiles; its time holds the moving of tokens to their tiles and back, and stands once more
-without it, as in a model that does it once for all layers. The base is the better of torch's SDPA
+visits tiles, of tokens that lie row by row; its time stands once more for tokens that lie in their
+tiles, as in a model that moves them once for all layers. The base is the better of torch's SDPA
 and foveate's own dense attention. The bound on the fused form is the mean over query tiles of what
 they visit (`foveate.cost.tiles`), as nobody waits on a CPU.
 """

@@ -78,18 +78,18 @@ class Pattern(Attention):
             rule = self.rule(ctx)
             if rule is not None:
                 return attention(q, k, v, rule, **ctx.options)
-        start = clock(q, ctx)
+        start = _clock(q, ctx)
         layout = None
         if not dense:
             with torch.no_grad():
                 layout = self.layout(q, k, v, ctx)
         elif not plain:
             layout = mask_layout(ctx.mask, q, k, ctx)
-        built = clock(q, ctx)
+        built = _clock(q, ctx)
         mask = ctx.mask if layout is None else None
         result = attention(q, k, v, mask, layout=layout, **ctx.options)
         if ctx.stats is not None and not torch.compiler.is_compiling():
-            done = clock(q, ctx)
+            done = _clock(q, ctx)
             ctx.stats(
                 layer=ctx.layer,
                 layout=mask_layout(ctx.mask, q, k, ctx) if layout is None else layout,
@@ -141,8 +141,8 @@ def _same(one: Tensor | None, two: Tensor | None) -> bool:
     return one is not None and two is not None and torch.equal(one, two)
 
 
-def clock(q: Tensor, ctx: Context) -> float:
-    """Seconds; 0 where `ctx.stats` doesn't listen."""
+def _clock(q: Tensor, ctx: Context) -> float:
+    """Seconds; 0 where nobody listens."""
     if ctx.stats is None or torch.compiler.is_compiling():
         return 0.0
     if q.is_cuda:

@@ -2,10 +2,10 @@
 
     s_ij = scale q_i . k_j for j in W(i),  out_i = sum_j softmax(s_i)_j v_j
 
-W(i) is the rule of `foveate.ops.masks.axis` on each axis. Tokens are put in the order of multi-axis
-tiles, the core op visits the key tiles that each query tile's windows touch, and results are put
-back. A model whose layers all agree does that once for all of them: it gives tokens in the order
-`GridLayout.q_slots`, and their numbers as positions.
+W(i) is the rule of `foveate.ops.masks.axis` on each axis. The core op goes by multi-axis tiles,
+whose tokens it finds by row indices, and visits the key tiles that each query tile's windows touch.
+A model whose layers all agree on tiles moves its tokens once for all of them: it gives them in the
+order of `GridLayout.q_slots` and their numbers as positions, and no index is left.
 
 Source: Hassani et al. 2024, arXiv 2403.04690, sections 3.2 and 3.3; windows: Hassani et al. 2022,
 arXiv 2204.07143, and 2022, arXiv 2209.15001 (dilation).
@@ -15,18 +15,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from foveate.ops import AttentionOutput, Layout, Mask, attention, neighborhood, region
+from foveate.ops import Layout, Mask, neighborhood, region
 from foveate.ops.errors import InputError
 from foveate.ops.layout.grid import GridLayout, best_tiles, grid_layout
 from foveate.ops.masks.checks import whole
 from foveate.ops.masks.grid import per_axis
-from foveate.parts.attention import Pattern, clock, mask_layout
+from foveate.parts.attention import Pattern, mask_layout, remember
 from foveate.parts.context import Context
 from foveate.parts.tokens import tokens_of
 
@@ -163,57 +162,14 @@ class FNA(Pattern):
     def layout(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Layout:
         mask = self.grid_of(q, k, ctx)
         if ctx.mask is None and q.shape[2] == k.shape[2]:
+            grid = self.tiles(mask, q.device)
+            if ctx.q_positions is None and ctx.kv_positions is None:
+                return grid.row_by_row
             orders = _order(ctx.q_positions, q), _order(ctx.kv_positions, k)
             if orders[0] is not _MIXED and orders[1] is not _MIXED:
-                return self.tiles(mask, q.device).indexed(*orders)
+                return remember(ctx, grid, lambda: grid.indexed(*orders))
         rule = self.within(mask)
         return mask_layout(rule if ctx.mask is None else ctx.mask & rule, q, k, ctx)
-
-    @override
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, ctx: Context | None = None
-    ) -> AttentionOutput:
-        """Attend; tokens are moved to their tiles and back where that is all there is to do."""
-        ctx = Context() if ctx is None else ctx
-        plain = (
-            ctx.mask is None and ctx.bias is None and ctx.q_positions is None
-            and ctx.kv_positions is None and q.shape[2] == k.shape[2]
-        )  # fmt: skip
-        if not plain or not q.shape[0] or torch.compiler.is_compiling() or self.is_dense(q, k, ctx):
-            return super().__call__(q, k, v, ctx)
-        start = clock(q, ctx)
-        grid = self.tiles(self.grid_of(q, k, ctx), q.device)
-        built = clock(q, ctx)
-        result = in_slots(q, k, v, grid, ctx.options)
-        if ctx.stats is not None:
-            ctx.stats(
-                layer=ctx.layer,
-                layout=grid.indexed(),
-                build_seconds=built - start,
-                attend_seconds=clock(q, ctx) - built,
-            )
-        return result
-
-
-def in_slots(
-    q: Tensor, k: Tensor, v: Tensor, grid: GridLayout, options: dict[str, Any]
-) -> AttentionOutput:
-    """Attend over a grid's tiles: tokens to their slots, the core op, results to their tokens.
-
-    Args:
-        q: (B, Hq, N, D); k, v (B, Hkv, N, D or Dv), tokens row by row.
-        grid: their tiles.
-        options: of the core op.
-    """
-    q_moves, kv_moves = grid.moves
-    if kv_moves:
-        slots = grid.kv_slots.clamp_min(0)
-        k, v = k.index_select(2, slots), v.index_select(2, slots)
-    if not q_moves:
-        return attention(q, k, v, layout=grid.packed, **options)
-    q = q.index_select(2, grid.q_slots.clamp_min(0))
-    out, lse = attention(q, k, v, layout=grid.packed, **options)
-    return AttentionOutput(out.index_select(2, grid.where), lse.index_select(2, grid.where))
 
 
 _MIXED = torch.empty(0)

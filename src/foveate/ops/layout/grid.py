@@ -117,10 +117,9 @@ class GridLayout:
     tokens: int
 
     @cached_property
-    def moves(self) -> tuple[bool, bool]:
-        """Whether queries, and keys, lie elsewhere than row by row."""
-        q_slots, kv_slots = (_index(x, self.tokens, None) for x in (self.q_slots, self.kv_slots))
-        return q_slots is not None, kv_slots is not None
+    def row_by_row(self) -> Layout:
+        """The layout of calls whose tokens lie row by row."""
+        return self.indexed()
 
     @cached_property
     def where(self) -> Tensor:
@@ -141,6 +140,8 @@ class GridLayout:
         q_index = _index(self.q_slots, self.tokens, q_positions)
         kv_index = _index(self.kv_slots, self.tokens, kv_positions)
         p = self.packed
+        if q_index is None and kv_index is None:
+            return p
         return Layout(
             self.tokens, self.tokens, p.q_tile, p.kv_tile, p.ptr, p.cols, p.kinds, p.bits,
             q_index=q_index, kv_index=kv_index,

@@ -95,7 +95,7 @@ class neighborhood(Mask):  # noqa: N801 - masks read as words
         powers = all(size & (size - 1) == 0 for size in tile)
         if len(self.axes) == 1 or q_len != self.tokens or not powers:
             return None
-        return grid_layout(self, *best_tiles(self, *tile), (0, 0), str(device)).indexed()
+        return grid_layout(self, *best_tiles(self, *tile), (0, 0), str(device)).row_by_row
 
     def _element(self, q: Tensor, k: Tensor, b: int, h: int) -> Tensor:
         seen = (q >= 0) & (q < self.tokens) & ((k >= 0) & (k < self.tokens))
