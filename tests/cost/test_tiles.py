@@ -270,3 +270,27 @@ def test_command_refuses_what_makes_no_sense(capsys, args, says):
     pytest.importorskip("typer")
     assert main(["cost", "tiles", *args]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_bounds_of_the_sheets_miniature():
+    from foveate.papers.gna import GRIDS
+
+    wanted = {
+        "2-D": ([4.00, 5.33, 5.33, 7.11], [4.87, 5.89, 5.89, 7.11]),
+        "3-D": (None, [4.10, 5.12, 5.12, 5.12, 8.00]),
+    }
+    for name, (shape, window, q_tile, kv_tile, strides) in GRIDS.items():
+        found = [simulate(neighborhood(shape, window, s), q_tile, kv_tile) for s in strides]
+        parallel, serial = wanted[name]
+        assert [one.serial for one in found] == pytest.approx(serial, abs=5e-3)
+        if parallel is not None:
+            assert [one.parallel for one in found] == pytest.approx(parallel, abs=5e-3)
+
+
+def test_the_released_world_models_sparsity():
+    """98, 95, 92, 77 and 55% of the pairs of a grid of T x 44 x 80 are left out."""
+    settings = [((4, 16), 1, (11, 5)), ((12, 16), (4, 1), (1, 5)), ((12, 24), (4, 8), 1),
+                ((20, 40), (4, 8), 1), ((28, 56), (4, 8), 1)]  # fmt: skip
+    shares = [1 - 1 / simulate(neighborhood((44, 80), k, s, d), (8, 8), (8, 8)).flops
+              for k, s, d in settings]  # fmt: skip
+    assert [100 * share for share in shares] == pytest.approx([98, 95, 92, 77, 55], abs=0.6)
