@@ -261,3 +261,52 @@ def test_mohs_random_router_stays_as_it_was_drawn(tmp_path, monkeypatch):
         for (routed, stage), (now, stage_now) in zip(seen["before"], seen["after"]):
             assert torch.equal(routed, now) == stays
             assert not torch.equal(stage, stage_now)
+
+
+def test_fna_counts_errors_and_what_is_written(tmp_path):
+    made, found = cell("fna", "counts", tmp_path)
+    verdicts = counted(made, found)
+    assert len(verdicts) == 20
+    assert set(verdicts.values()) == {Verdict.HOLDS}
+    _, timed = cell("fna", "speed", tmp_path)
+    assert all(len(timed[arm]) == 4 for arm in ("naive", "unfused", "fused", "dense"))
+
+
+def test_fnas_counter_sees_weights_and_nothing_else():
+    from foveate.papers.fna import _Weights
+
+    with _Weights(12) as seen:
+        x = torch.ones(3, 4) * 2
+        x.add_(1)
+        x.view(12).sum()
+        torch.ones(3, 5).mul(2)
+        torch.arange(12)
+    assert seen.bytes == 2 * 12 * 4  # the ones and their double
+
+
+def test_gna_says_before_the_run_which_strides_lose_nothing(tmp_path):
+    made, found = cell("gna", "speed", tmp_path)
+    verdicts = counted(made, found)
+    assert len(verdicts) == 9
+    assert set(verdicts.values()) == {Verdict.HOLDS}
+    assert all(found[arm]["speed"] > 0 for arm in made.ours if "-D" in arm)
+
+
+def test_gna_swaps_what_it_trained(tmp_path):
+    made, found = cell("gna", "quality", tmp_path)
+    assert set(found) == {"dense", "s=1", "s=2", "s=5", "block 8"}
+    assert len({metrics["border swapped"] for metrics in found.values()}) == 5
+    assert all(metrics["error tuned"] < metrics["error swapped"] for metrics in found.values())
+
+
+def test_gnas_images_are_of_one_seed_and_split():
+    from foveate.papers.gna import images
+
+    first, again, other = images(4, "train", 0, 1), images(4, "train", 0, 1), images(4, "test")
+    assert all(torch.equal(one, two) for one, two in zip(first, again))
+    assert not torch.equal(first[0], other[0])
+    clean, noisy, step = images(256, "x")
+    assert clean.abs().max() <= 1
+    assert 0.1 < (clean == 0).float().mean() < 0.9
+    sigma = (noisy - clean).flatten(1).std(1)
+    torch.testing.assert_close(sigma, step / 100, atol=0.15, rtol=0)

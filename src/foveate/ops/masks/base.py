@@ -160,6 +160,12 @@ class Mask:
 
         return layout_of_mask(self, q_len, kv_len, tile, q_positions, kv_positions, device)
 
+    def _ordered(
+        self, q_len: int, kv_len: int, tile: tuple[int, int], device: torch.device
+    ) -> Layout | None:
+        """A layout with the tokens in a better order, by row indices; None where there is none."""
+        return None
+
     def pairs(self, q_len: int, kv_len: int) -> int:
         """Number of (query, key) pairs that may attend, for one batch entry and head.
 
