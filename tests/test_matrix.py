@@ -16,6 +16,8 @@ SMALL = {
     "a-shape": "a-shape(sinks=8, local=16)",
     "vertical-slash": "vertical-slash(verticals=32, slashes=50, forced_slashes=48)",
     "block-sparse": "block-sparse(blocks=1)",
+    "fna": "fna(window=31)",
+    "gna": "gna(window=32, stride=8)",
 }
 PATTERNS = [row for row in catalog.rows() if row.kind == "pattern"]
 BATCH, LENGTH = 2, 403

@@ -158,7 +158,22 @@ MOH = Paper(
     "MoH: Multi-Head Attention as Mixture-of-Head Attention", "Jin et al., 2024", "2410.11842"
 )
 
+NAT = Paper("Neighborhood Attention Transformer", "Hassani et al., 2022", "2204.07143")
+DINAT = Paper("Dilated Neighborhood Attention Transformer", "Hassani and Shi, 2022", "2209.15001")
+FASTER_NA = Paper(
+    "Faster Neighborhood Attention: Reducing the O(n^2) Cost of Self Attention at the Threadblock "
+    "Level",
+    "Hassani et al., 2024",
+    "2403.04690",
+)
+GENERALIZED_NA = Paper(
+    "Generalized Neighborhood Attention: Multi-dimensional Sparse Attention at the Speed of Light",
+    "Hassani et al., 2025",
+    "2504.16922",
+)
+
 BUILDERS = ("Attention", "train")
+GRIDS = ("Attention", "use", "bench", "cost")
 DENSE_DECODE = Support(True, "dense over the whole cache, as in the paper")
 LAST_QUERIES = Support(False, "the last queries choose the index for all rows")
 SLASHES = Support(False, "a slash is a distance to an earlier key; use block-sparse")
@@ -216,6 +231,30 @@ ROWS: tuple[Row, ...] = (
         papers=(MINFERENCE, MMINFERENCE),
         sheet="mminference",
         capabilities=Capabilities(decode=DENSE_DECODE, causal_routing=POOLED_BLOCK),
+    ),
+    Row(
+        key="fna",
+        kind="pattern",
+        path="foveate.methods.fna.FNA",
+        title="Neighborhood attention (fused)",
+        summary="On a grid of tokens in one to three axes, the window of the nearest ones.",
+        papers=(FASTER_NA, NAT, DINAT),
+        sheet="fna",
+        capabilities=Capabilities(),
+        jobs=GRIDS,
+    ),
+    Row(
+        key="gna",
+        kind="pattern",
+        path="foveate.methods.gna.GNA",
+        title="Generalized neighborhood attention",
+        summary="Neighborhoods whose windows groups of queries share, so that whole tiles count.",
+        papers=(GENERALIZED_NA, FASTER_NA),
+        sheet="gna",
+        capabilities=Capabilities(
+            decode=Support(True, "with a stride, the last group's window depends on the length")
+        ),
+        jobs=GRIDS,
     ),
     Row(
         key="mha",

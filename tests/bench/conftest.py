@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 from typing_extensions import override
 
-from foveate.bench.timing import Pace
 from foveate.ops.backends.base import Backend, Inputs
 from foveate.ops.backends.reference import Reference
 from foveate.ops.dispatch import BACKENDS
 from foveate.ops.types import AttentionOutput
+from foveate.runs.timing import Pace
 
 Spoil = Callable[[AttentionOutput], AttentionOutput]
 

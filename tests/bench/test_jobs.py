@@ -14,12 +14,12 @@ from foveate.bench.ideal import counts, ideal_seconds, useful_flops
 from foveate.bench.lengths import distributions, draw_documents
 from foveate.bench.roofs import Pool, Product
 from foveate.bench.show import decode_summary, decode_table, kernel_tables, summary
-from foveate.bench.timing import Pace, Samples, paired, race, spread
 from foveate.cli import main
-from foveate.compare.records import Records
 from foveate.ops import causal, cpu
 from foveate.ops.errors import InputError
 from foveate.ops.types import AttentionOutput
+from foveate.runs.records import Records
+from foveate.runs.timing import Pace, Samples, paired, race, spread
 
 RESULT = {"group", "backend", "correct", "errors", "seconds", "cpu_seconds", "rounds", "calls",
           "tflops", "of_ideal"}  # fmt: skip

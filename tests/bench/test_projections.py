@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from foveate.bench import projections
 from foveate.cli import main
@@ -48,6 +49,24 @@ def test_caches_are_gone_through_in_turn(pace):
     for _ in range(2 * len(step.caches)):
         step.step()
     assert {len(cache) for cache in step.caches} == {96}
+
+
+def test_reading_unrotated_keys_is_timed_with_their_rotation(pace, monkeypatch):
+    """MFA-KR turns all keys at every step: a part of reading them, on memory of its own."""
+    cell = projections.Cell(96, 64, 4, "float32", 1)
+    step, seen = projections.Step("mfa-kr", cell, 1, 0), []
+
+    def spy(query, entries):
+        seen.append(entries)
+        return absorb(query, entries)
+
+    absorb = step.layer.projection.absorb
+    monkeypatch.setattr(step.layer.projection, "absorb", spy)
+    step.attend()
+    kept = step.caches[0].entries["k"]
+    rope = step.layer.rope
+    torch.testing.assert_close(seen[0]["turned"], rope.rotate(kept, torch.arange(96)))
+    assert seen[0]["k"].data_ptr() == kept.data_ptr()
 
 
 def test_on_the_command_line(tmp_path, capsys, monkeypatch):

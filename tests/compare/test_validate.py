@@ -4,8 +4,8 @@ import pytest
 
 from foveate.compare import run, validate
 from foveate.compare.options import Options
-from foveate.compare.text import load_text
 from foveate.ops.errors import FoveateError, InputError, MissingPackageError, UnknownMethodError
+from foveate.runs.text import load_text
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +161,7 @@ def test_the_shipped_text_is_the_file_that_its_readme_describes():
     import hashlib
     import re
 
-    from foveate.compare.text import DATA
+    from foveate.runs.text import DATA
 
     folder = DATA / "wikitext2"
     readme = (folder / "README.md").read_text()
@@ -180,7 +180,7 @@ def test_the_shipped_text_is_the_file_that_its_readme_describes():
 def test_detokenising_loses_only_blanks_and_marks():
     import lzma
 
-    from foveate.compare.text import DATA
+    from foveate.runs.text import DATA
 
     raw = lzma.decompress((DATA / "wikitext2" / "wiki.test.tokens.xz").read_bytes()).decode()
 

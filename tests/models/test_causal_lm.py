@@ -151,6 +151,24 @@ def test_packed_sequences_see_only_themselves():
     out = lm(ids, position_ids=positions).logits
     torch.testing.assert_close(out[:, :4], lm(ids[:, :4]).logits, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(out[:, 4:], lm(ids[:, 4:]).logits, atol=1e-5, rtol=1e-5)
+    masked = lm(ids, attention_mask=torch.ones_like(ids), position_ids=positions).logits
+    assert torch.equal(masked, out)
+
+
+def test_positions_beside_padding():
+    lm, ids = model(), prompt()
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    expected = lm(ids, attention_mask=mask).logits
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)  # as transformers' generate
+    assert torch.equal(lm(ids, attention_mask=mask, position_ids=positions).logits, expected)
+    positions[1, 7] = 0
+    with pytest.raises(InputError, match="with padding expected 0, 1, 2"):
+        lm(ids, attention_mask=mask, position_ids=positions)
+    with pytest.raises(InputError, match="with padding expected 0, 1, 2"):
+        lm(ids, attention_mask=mask, position_ids=positions[:, :8])
+    with pytest.raises(InputError, match="position_ids: expected 0, 1, 2"):
+        lm(ids, attention_mask=torch.ones_like(ids), position_ids=positions)
 
 
 def test_right_padding():
@@ -226,6 +244,39 @@ def test_the_cache_of_another_model_is_no_use():
         model().new_cache().crop(3)
     with pytest.raises(InputError, match="a cache of its own"):
         model().generate(prompt(), cache_implementation="static", max_new_tokens=2)
+
+
+# -- gradient checkpointing ------------------------------------------------------------------------
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("projection", KEYS)
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_:FutureWarning")
+def test_gradient_checkpointing_changes_no_gradient(projection, reentrant):
+    experts = {"moe_layers": [1], "num_experts": 4, "moe_intermediate_size": 8,
+               "router_balance": 0.5}  # fmt: skip
+    lm, ids = model(projection=projection, **experts).train(), prompt(11)
+    runs = [0]
+    lm.model.layers[0].attention.register_forward_pre_hook(
+        lambda *_: runs.__setitem__(0, runs[0] + 1)
+    )
+
+    def gradients():
+        lm.zero_grad()
+        runs[0] = 0
+        lm(ids, labels=ids).loss.backward()
+        return {name: parameter.grad for name, parameter in lm.named_parameters()}
+
+    plain = gradients()
+    assert runs == [1]
+    lm.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    again = gradients()
+    assert runs == [2]
+    for name, grad in plain.items():
+        torch.testing.assert_close(again[name], grad, atol=1e-6, rtol=1e-5, msg=name)
+    with pytest.raises(InputError, match="write to the cache twice"):
+        lm(ids, use_cache=True)
+    lm.gradient_checkpointing_disable()
+    gradients()
+    assert runs == [1]
 
 
 # -- saving, loading, Auto classes -----------------------------------------------------------------
@@ -306,6 +357,7 @@ def test_trainer(tmp_path):
     arguments = transformers.TrainingArguments(
         tmp_path, max_steps=30, per_device_train_batch_size=8, learning_rate=1e-2,
         report_to=[], save_steps=30, logging_steps=30, use_cpu=True, disable_tqdm=True,
+        gradient_checkpointing=True,
     )  # fmt: skip
     trainer = transformers.Trainer(lm, arguments, train_dataset=data, eval_dataset=data)
     before = trainer.evaluate()["eval_loss"]

@@ -201,6 +201,11 @@ def test_heads_of_another_width():
         ({"num_heads": 5}, "don't divide the width"),
         ({"projection": "gqa(kv_heads=0)"}, "at least 1"),
         ({"head_dim": 0}, "head_dim"),
+        ({"head_dim": 5}, "even head_dim, or position='none'"),
+        ({"theta": 0.0}, "theta=0.0.: expected more than 0"),
+        ({"dropout": 1.0}, "dropout=1.0.: expected 0 up to"),
+        ({"projection": "mfa(eps=-1.0)"}, r"MFA\(eps=-1.0\): expected a finite number"),
+        ({"projection": "tpla(mscale=0)"}, r"TPLA\(mscale=0\): expected a finite number"),
     ],
 )
 def test_refusals(options, said):
@@ -222,6 +227,8 @@ def test_bad_inputs_are_named():
         made(x, x[:1])
     with pytest.raises(InputError, match="not both"):
         made(x, mask=causal(), ctx=Context(mask=causal()))
+    with pytest.raises(InputError, match=r"made by new_cache\(\), got a dict"):
+        made(x, cache={})
     with pytest.raises(InputError, match="positions are for 37 queries and 3 keys"):
         made(x, ctx=Context(kv_positions=torch.arange(3), q_positions=torch.arange(37)))
 

@@ -9,7 +9,7 @@ from projections import DIM, decoded, layer, rotated, softmax_attention, tokens
 import foveate
 from foveate import Context, causal, padding
 from foveate.methods import make
-from foveate.methods.moh import QueryRouter, ragged_layout
+from foveate.methods.moh import QueryRouter, key_ranges, ragged_layout
 from foveate.ops.errors import InputError
 from foveate.parts.balance import load_balance
 
@@ -125,7 +125,13 @@ def test_moh_oracle_8_summation_form_is_concatenation_form():
 
 
 # -- ragged execution ------------------------------------------------------------------------------
-@pytest.mark.parametrize("text", ["shared=2, active=2", "shared=0, active=3, kv_heads=2"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "shared=2, active=2", "shared=0, active=3, kv_heads=2", f"shared=2, active=3, {QUERY}",
+        f"shared=4, active=1, kv_heads=2, {QUERY}",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("mask", [causal(), None])
 @pytest.mark.parametrize("length", [7, 150])
 def test_moh_oracle_3_ragged_is_compute_all_and_mask(text, mask, length):
@@ -153,18 +159,72 @@ def test_ragged_skips_what_does_not_count():
     assert layout.tile_density < 0.32
 
 
-def test_ragged_layout_by_brute_force():
+@pytest.mark.parametrize("mask", [causal(), None])
+@pytest.mark.parametrize("lengths", [None, (1, 1), (60, 5), (129, 70)])
+def test_ragged_layout_by_brute_force(mask, lengths):
     for q_len, kv_len in [(1, 1), (1, 90), (70, 70), (5, 133), (129, 129)]:
         active = torch.rand(2, 3, q_len) < torch.rand(2, 3, 1)
         active[0, 1] = False
-        for is_causal in (True, False):
-            layout = ragged_layout(active, kv_len, causal=is_causal)
-            assert layout.sound
-            seen = causal().dense(q_len, kv_len) if is_causal else torch.ones(q_len, kv_len) > 0
-            assert torch.equal(layout.dense(), active[..., None] & seen)
-        if q_len == kv_len:
-            both = active[..., None] & active[:, :, None] & causal().dense(q_len, q_len)
-            assert torch.equal(ragged_layout(active, kv_len, kv_masked=True).dense(), both)
+        known = Context(mask=mask)
+        if lengths is not None:  # padding in front of one row, behind the other
+            real = torch.tensor([min(n, kv_len) for n in lengths])
+            known.mask = padding(real) if mask is None else mask & padding(real)
+            places = torch.arange(kv_len) - torch.tensor([[0], [kv_len - int(real[1])]])
+            known.q_positions, known.kv_positions = places[:, kv_len - q_len :], places
+        ranges = key_ranges(known, q_len, kv_len, torch.device("cpu"))
+        layout = ragged_layout(active, kv_len, ranges)
+        assert layout.sound
+        seen = torch.ones(q_len, kv_len, dtype=torch.bool)
+        if known.mask is not None:
+            seen = known.mask.dense(
+                q_len, kv_len, q_positions=known.q_positions, kv_positions=known.kv_positions
+            )
+        assert torch.equal(layout.dense(), active[..., None] & seen)
+        if q_len == kv_len and lengths is None:
+            both = active[..., None] & active[:, :, None] & seen
+            assert torch.equal(ragged_layout(active, kv_len, ranges, kv_masked=True).dense(), both)
+
+
+def test_ranges_are_only_told_where_they_are_ranges():
+    cpu = torch.device("cpu")
+    assert key_ranges(Context(mask=causal() & foveate.window(3, 0)), 9, 9, cpu) is None
+    holes = torch.tensor([0, 1, 2, 4, 5])
+    assert key_ranges(Context(mask=causal(), kv_positions=holes), 5, 5, cpu) is None
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_ragged_under_padding(left):
+    """Padded batches skip work too, and decode as they run."""
+    x = tokens(90, dtype=torch.float32)
+    real = torch.tensor([90, 61])
+    places = torch.arange(90) - (90 - real if left else 0 * real)[:, None]
+    results = []
+    for execution in ("ragged", "dense"):
+        made = moh(f"shared=2, active=2, execution={execution!r}", torch.float32)
+        seen = {}
+        padded = Context(
+            mask=causal() & padding(real), q_positions=places, kv_positions=places, phase="train",
+            stats=seen.update,
+        )  # fmt: skip
+        x_ = x.clone().requires_grad_()
+        out = made(x_, ctx=padded)
+        total = (out.y * (places < real[:, None])[..., None]).square().mean()
+        results.append((out.y, *torch.autograd.grad(total, [x_, made.projection.q.weight])))
+        assert (seen["layout"].q_index is not None) is (execution == "ragged")
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).abs().max() < 1e-5
+    made = moh("shared=2, active=2, execution='ragged'", torch.float32)
+    cache, parts = made.new_cache(), []
+    with torch.no_grad():
+        for start, stop in ((0, 85), *((t, t + 1) for t in range(85, 90))):
+            counts = torch.tensor([stop, stop - 29]) if left else real.clamp(max=stop)
+            step = Context(
+                mask=causal() & padding(counts), q_positions=places[:, start:stop],
+                kv_positions=places[:, :stop], phase="decode" if start else "prefill",
+            )  # fmt: skip
+            parts.append(made(x[:, start:stop], cache=cache, ctx=step).y)
+    difference = (torch.cat(parts, 1) - results[0][0]).abs() * (places < real[:, None])[..., None]
+    assert difference.max() < 1e-5
 
 
 def test_auto_is_ragged_only_where_it_pays_and_can():
@@ -195,14 +255,17 @@ def test_kv_masked_drops_keys_too():
 
 
 @pytest.mark.parametrize("execution", ["ragged", "dense", "auto"])
-@pytest.mark.parametrize("text", ["shared=2, active=2", f"shared=2, active=2, {QUERY}"])
+@pytest.mark.parametrize(
+    "text",
+    ["shared=2, active=2", f"shared=2, active=2, {QUERY}", "shared=2, active=2, kv_heads=2"],
+)
 def test_moh_oracle_9_decoding_equals_the_full_forward(text, execution):
     made = moh(f"{text}, execution={execution!r}", torch.float32)
     x = tokens(80, dtype=torch.float32)
     whole = made(x, mask=causal()).y
     steps, cache = decoded(made, x, 70)
     assert (steps - whole).abs().max() < 1e-5
-    assert cache.elements_per_token == 2 * DIM
+    assert cache.elements_per_token == 2 * made.projection.kv_heads * D
 
 
 def test_what_cannot_be_ragged_is_refused():
@@ -243,6 +306,19 @@ def test_moh_oracle_4_padding_is_not_counted():
     real = torch.cat((x[0], x[1, 9:]))[None]
     alone = chosen(made, real).aux
     torch.testing.assert_close(first["head_balance_loss"], alone["head_balance_loss"])
+
+
+def test_moh_oracle_4_padding_of_a_single_sequence_is_not_counted():
+    """A batch of one, padded on the right, where lengths alone say what is padding."""
+    made, x = moh("shared=2, active=2"), tokens(batch=1)
+    other = x.clone()
+    other[:, 28:] += 5
+    padded = Context(mask=causal() & padding([28]), phase="train")
+    first, second = (made(y, ctx=padded).aux for y in (x, other))
+    alone = chosen(made, x[:, :28]).aux
+    for name, value in alone.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], value)
 
 
 # -- load balance ----------------------------------------------------------------------------------

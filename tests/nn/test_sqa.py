@@ -8,7 +8,7 @@ from projections import DIM, decoded, layer, rotated, softmax_attention, tokens
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from foveate import attention, causal, explain, window
+from foveate import Context, causal, explain, window
 from foveate.methods import make
 from foveate.methods.full import Full
 from foveate.ops.errors import InputError
@@ -122,14 +122,16 @@ def test_sqa_oracle_4_parameters_by_formula():
 def test_sqa_oracle_4_flops_and_cache_bytes(variant):
     made, x = sqa(f"variant={variant!r}", torch.float32), tokens(dtype=torch.float32)
 
-    def flops(projection):
-        q, k, v = (torch.randn(1, n, 32, D) for n in (projection.heads, *[projection.kv_heads] * 2))
-        with FlopCounterMode(display=False) as counter:
-            attention(q, k, v, backend="reference")
-        return counter.get_total_flops()
+    def flops(layer):
+        """Of the attention in it: all less the linear maps."""
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            layer(x, ctx=Context(mask=causal(), backend="reference"))
+        maps = sum(p.numel() for p in layer.parameters())
+        return counter.get_total_flops() - 2 * x.shape[0] * x.shape[1] * maps
 
     p, mha = made.projection, layer("mha", torch.float32, num_heads=H)
-    assert flops(mha.projection) * p.heads == flops(p) * H
+    assert flops(mha) == 4 * 2 * 37**2 * DIM
+    assert flops(mha) * p.heads == flops(made) * H
     ours, theirs = (decoded(m, x, 9)[1].bytes() for m in (made, mha))
     assert ours * H == theirs * p.kv_heads
 
@@ -194,6 +196,20 @@ def test_flex_sqa_merges_the_window_with_learned_tokens():
     steps, cache = decoded(made, x, 9)
     torch.testing.assert_close(steps, expected)
     assert len(cache) == 37  # learned tokens need no place in it
+
+
+def test_flex_sqa_drops_weights_of_learned_tokens_too():
+    """Values of ones come out as 1 without dropout, and as many different numbers with it."""
+    made = sqa("global_tokens=9", attention="sink-window(sinks=0, window=1)", dropout=0.5).train()
+    p, x = made.projection, tokens()
+    with torch.no_grad():
+        p.v.weight.zero_()
+        p.q.weight.zero_()
+        p.v.weight[:, 0] = 1
+        p.globals[:, 0] = 1
+        p.out.weight.copy_(torch.eye(4 * D, DIM).T)
+    x[..., 0] = 0  # only learned tokens have values, nine out of ten in each row
+    assert len(made(x, mask=causal()).y[..., 0].unique()) > 3
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ from projections import DIM, HEADS, decoded, layer, rotated, softmax_attention, 
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from foveate import attention, causal
+from foveate import Context, causal
 from foveate.methods import make
+from foveate.methods.full import Full
 from foveate.ops.errors import InputError
 from foveate.parts.projection import Sizes
 
@@ -150,18 +151,32 @@ def test_the_cache_keeps_2c_or_c(key, elements):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_step3_oracle_9_arithmetic_intensity_of_decoding(dtype):
+    """Of a whole decoding step, less its linear maps: 2 m over the bytes of a number."""
     heads, width, n = 16, 32, 512
-    made = layer(f"mfa(head_dim={width})", dtype, num_heads=heads)
-    _, cache = decoded(made, tokens(n, 1, dtype), n)
-    k, v = made.projection.expand(cache.entries)
-    q = torch.randn(1, heads, 1, width, dtype=dtype)
-    with FlopCounterMode(display=False) as counter:
-        out = attention(q, k, v, causal(), backend="reference").out
-    assert counter.get_total_flops() == 4 * heads * width * n
+    seen = []
+
+    class Spy(Full):
+        def __call__(self, q, k, v, ctx=None):
+            seen.append((q, k, v))
+            return super().__call__(q, k, v, ctx)
+
+    made = layer(f"mfa(head_dim={width})", dtype, num_heads=heads, attention=Spy())
+    x = tokens(n, 1, dtype)
+    _, cache = decoded(made, x[:, :-1], n - 1)
+    ctx = Context(mask=causal(), phase="decode", backend="reference")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        made(x[:, -1:], cache=cache, ctx=ctx)
+    linear = 2 * sum(p.numel() for p in made.parameters() if p.dim() == 2)
+    flops = counter.get_total_flops() - linear
+    assert flops == 4 * heads * width * n
+    q, k, v = seen[-1]
     size = q.element_size()
-    traffic = cache.bytes() + (q.numel() + out.numel()) * size
-    assert counter.get_total_flops() / cache.bytes() == 2 * heads / size
-    assert 0.95 * 2 * heads / size < counter.get_total_flops() / traffic < 2 * heads / size
+    for x, name in ((k, "k"), (v, "v")):  # one head, read where it lies
+        assert x.shape == (1, 1, n, width)
+        assert x.data_ptr() == cache.entries[name].data_ptr()
+    assert flops / cache.bytes() == 2 * heads / size
+    traffic = cache.bytes() + 2 * q.numel() * size  # q and what comes out
+    assert 0.95 * 2 * heads / size < flops / traffic < 2 * heads / size
 
 
 def test_parameters_of_step3():

@@ -6,10 +6,12 @@ import pytest
 import torch
 from projections import DIM, HEADS, decoded, layer, rotated, softmax_attention, tokens
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 import foveate
-from foveate import Context, attention, causal
+from foveate import Context, causal, padding
 from foveate.methods import make
+from foveate.methods.full import Full
 from foveate.methods.tpla import (
     TPLA,
     align,
@@ -194,41 +196,97 @@ def test_tpla_oracle_4b_by_pca():
     torch.testing.assert_close(run(sliced, x, "decode"), run(made, x), atol=1e-9, rtol=0)
 
 
+class Devices:
+    """Steps 11 to 16 written out, one device for each slice; what they sum is counted."""
+
+    def __init__(self, p, groups=2):
+        self.p, self.width = p, R // groups
+        self.slices = [slice(j * self.width, (j + 1) * self.width) for j in range(groups)]
+        self.summed = []  # numbers of each all-reduce
+
+    def reduce(self, parts):
+        parts = list(parts)
+        self.summed.append(parts[0].numel())
+        return sum(parts)
+
+    def run(self, x, norm="local", softmax="local", allowed=None):
+        p = self.p
+        q = p.q_up(x).unflatten(2, (HEADS, -1)).transpose(1, 2)
+        q_pe = rotated(q[..., DH:], interleaved=True)
+        c, k_pe = p.kv_down(x).split((R, DR), -1)
+        k_pe = rotated(k_pe, interleaved=True)[:, None]
+        up = p.kv_up.weight.unflatten(0, (HEADS, -1))
+        squares = [
+            p.alpha[j] / 2 * c[..., at].square().mean(-1) for j, at in enumerate(self.slices)
+        ]
+        if norm == "exact":
+            whole = self.reduce(c[..., at].square().sum(-1) for at in self.slices) / R
+            squares = [whole] * len(self.slices)
+        chat = [
+            (c[..., at] / (square[..., None] + 1e-6).sqrt())[:, None]
+            for at, square in zip(self.slices, squares)
+        ]
+        scores = [
+            torch.einsum("bhld,hdr->bhlr", q[..., :DH], up[:, :DH, at]) @ own.mT
+            for at, own in zip(self.slices, chat)
+        ]
+        if softmax == "exact":
+            scores = [self.reduce(scores)] * len(self.slices)
+        else:
+            scores = [mu * s for mu, s in zip(p.mu, scores)]
+        length = x.shape[1]
+        seen = torch.ones(length, length, dtype=torch.bool).tril()
+        seen = seen if allowed is None else seen & allowed
+        probs = [
+            ((s + q_pe @ k_pe.mT) * (DH + DR) ** -0.5).masked_fill(~seen, -torch.inf).softmax(-1)
+            for s in scores
+        ]
+        outs = (
+            w @ own @ up[:, DH:, at].mT for w, own, at in zip(probs, chat, self.slices)
+        )  # each supplies its slice of the value
+        return self.reduce(o.transpose(1, 2).flatten(2) @ p.out.weight.T for o in outs)
+
+
+VARIANTS = pytest.mark.parametrize(
+    ("norm", "softmax"),
+    [("local", "local"), ("local", "exact"), ("exact", "local"), ("exact", "exact")],
+)
+
+
+@VARIANTS
 @pytest.mark.parametrize("transform", ["hadamard", "pca"])
-def test_tpla_by_definition(transform):
-    """Steps 11 to 16, one group at a time."""
+def test_tpla_by_definition(transform, norm, softmax):
+    """Both approximations, each by itself, and (oracle 3) neither: values sliced and summed."""
     made, x = mla(), tokens()
-    sliced = converted(made, x, transform=transform)
-    p, total = sliced.projection, 0
-    width = R // 2
-    q = p.q_up(x).unflatten(2, (HEADS, -1)).transpose(1, 2)
-    q_pe = rotated(q[..., DH:], interleaved=True)
-    c, k_pe = p.kv_down(x).split((R, DR), -1)
-    k_pe = rotated(k_pe, interleaved=True)[:, None].expand(-1, HEADS, -1, -1)
-    up = p.kv_up.weight.unflatten(0, (HEADS, -1))
-    for j in range(2):
-        at = slice(j * width, (j + 1) * width)
-        c_j = c[..., at]
-        chat = c_j / (p.alpha[j] / 2 * c_j.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-        q_j = torch.einsum("bhld,hdr->bhlr", q[..., :DH], up[:, :DH, at])
-        s = p.mu[j] * q_j @ chat[:, None].transpose(-1, -2) + q_pe @ k_pe.transpose(-1, -2)
-        s = s * (DH + DR) ** -0.5
-        s = s.masked_fill(torch.ones(37, 37, dtype=torch.bool).triu(1), -torch.inf)
-        o = s.softmax(-1) @ chat[:, None] @ up[:, DH:, at].transpose(-1, -2)
-        total = total + o.transpose(1, 2).flatten(2) @ p.out.weight.T
-    torch.testing.assert_close(run(sliced, x, "decode"), total)
-
-
-@pytest.mark.parametrize(("norm", "softmax"), [("local", "exact"), ("exact", "local")])
-def test_each_half_of_the_approximation_alone(norm, softmax):
-    """Cutting only the norm, or only the softmax, is neither MLA nor TPLA."""
-    made, x = mla(), tokens(200)
     recipe = TPLA(norm=norm, softmax=softmax, pd_sep=False)
-    one, both = (
-        run(converted(made, x, r, transform="hadamard"), x, "decode") for r in (recipe, OFF)
-    )
-    assert (one - run(made, x)).abs().max() > 1e-3
-    assert (one - both).abs().max() > 1e-3
+    sliced = converted(made, x, recipe, transform=transform)
+    expected = Devices(sliced.projection).run(x, norm, softmax)
+    torch.testing.assert_close(run(sliced, x, "decode"), expected)
+    if norm == softmax == "exact":
+        torch.testing.assert_close(expected, run(made, x), **EXACT)
+
+
+@VARIANTS
+def test_numbers_that_devices_sum(norm, softmax):
+    """One all-reduce of D for each token, as MLA's; exact norms and scores are paid on top."""
+    made, x = mla(), tokens()
+    p = converted(made, x, TPLA(norm=norm, softmax=softmax, pd_sep=False)).projection
+    devices = Devices(p)
+    devices.run(x, norm, softmax)
+    assert sum(devices.summed) == x.shape[0] * x.shape[1] * p.summed_per_token(x.shape[1])
+    mine = made.projection.summed_per_token(x.shape[1])
+    assert mine == DIM
+    assert (p.summed_per_token(1000) == mine) is (norm == softmax == "local")
+
+
+def test_numbers_that_ranks_sum_are_those_of_mla():
+    made, x = mla(), tokens()
+    sliced = converted(made, x)
+    for ranks in (2, 4):
+        for whole in (made, sliced):
+            part = around(whole.projection.shard(ranks - 1, ranks))
+            summed = run(part, x, "decode").numel() // (x.shape[0] * x.shape[1])
+            assert summed == whole.projection.summed_per_token(x.shape[1])
 
 
 def test_tpla_oracle_5_prefill_is_exact():
@@ -387,6 +445,52 @@ def test_tpla_oracle_9_the_same_result_for_any_number_of_devices(devices, heads)
         assert widths == {R // 2 + DR}
 
 
+@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("heads", ["all", "blocks"])
+def test_tpla_oracle_9_exact_prefill_is_handed_over_to_the_devices(devices, heads):
+    """Steps 19 and 20: every device keeps its slices of the exact prefill and decodes on them."""
+    made, x = mla(out_bias=True), tokens(20)
+    separate = converted(made, x, TPLA(heads=heads))
+    expected, _ = decoded(separate, x, 15)
+    prefill = separate.new_cache()
+    with torch.no_grad():
+        separate(x[:, :15], mask=causal(), cache=prefill)
+    whole = separate.projection.for_decoding()
+    assert separate.projection.pd_sep
+    total = 0
+    for rank in range(devices):
+        part = around(whole.shard(rank, devices))
+        cache = part.new_cache()
+        mine = whole.groups_of(rank, devices)
+        with torch.no_grad():
+            cache.append({"latent": prefill.entries["latent"][:, mine]})
+            steps = [part(x[:, t : t + 1], mask=causal(), cache=cache).y for t in range(15, 20)]
+        assert cache.elements_per_token == R // 2 + DR
+        total = total + torch.cat(steps, 1)
+    torch.testing.assert_close(total, expected[:, 15:], **EXACT)
+
+
+def test_tpla_oracle_9_a_padded_key_is_masked_on_every_device():
+    made, x = mla(), tokens()
+    sliced = converted(made, x)
+    real = torch.tensor([37, 29])
+    y = sliced(x, ctx=Context(mask=causal() & padding(real), phase="decode")).y
+    allowed = (torch.arange(37) < real[:, None])[:, None, None]
+    expected = Devices(sliced.projection).run(x, allowed=allowed)
+    torch.testing.assert_close(y[0], expected[0])
+    torch.testing.assert_close(y[1, :29], expected[1, :29])
+    whole = run(sliced, x, "decode")
+    torch.testing.assert_close(y[1, :29], whole[1, :29])
+    pads = torch.tensor([0, 8])
+    positions = torch.arange(37) - pads[:, None]
+    left = Context(
+        mask=causal() & padding(37 - pads), q_positions=positions, kv_positions=positions,
+        phase="decode",
+    )  # fmt: skip
+    alone = run(sliced, x[1:, 8:], "decode")
+    torch.testing.assert_close(sliced(x, ctx=left).y[1:, 8:], alone)
+
+
 def test_tpla_oracle_9_causality():
     made, x = mla(), tokens()
     sliced = converted(made, x)
@@ -398,15 +502,18 @@ def test_tpla_oracle_9_causality():
 
 def test_flops_of_decoding_grow_by_the_duplicated_rope():
     """Per cached token and device at TP 2, V3: MLA (h/2) 2 (2r + d_r), TPLA h 2 (r + d_r)."""
-    from torch.utils.flop_counter import FlopCounterMode
+    sizes = "latent=512, rope_dim=64, head_dim=128"
 
-    def flops(heads, width, value):
-        q, k = torch.randn(1, heads, 1, width), torch.randn(1, 1, 10, width)
+    @torch.no_grad()
+    def flops(text):
+        p = foveate.Attention(DIM, 16, text).projection.shard(0, 2)
+        x, known = tokens(10, 1, torch.float32), Context(phase="decode", backend="reference")
+        qkv = p.absorb(p.query(x[:, -1:]), p.entries(x, phase="decode"))
         with FlopCounterMode(display=False) as counter:
-            attention(q, k, k[..., :value], backend="reference")
-        return counter.get_total_flops() // 10
+            p.attend(Full(), qkv, known, None)
+        return 8 * counter.get_total_flops() // 10  # V3 has 128 heads, eight times as many
 
-    assert (flops(64, 576, 512), flops(128, 320, 256)) == (139_264, 147_456)
+    assert (flops(f"mla({sizes})"), flops(f"tpla({sizes}, pd_sep=False)")) == (139_264, 147_456)
 
 
 def test_align_brings_a_tpla_nearer_to_its_mla():

@@ -2,6 +2,9 @@
 
 import json
 import math
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ import torch
 from toys import GRID, paper
 
 from foveate.ops.errors import InputError
-from foveate.papers.harness import Grid, at_least, at_most
+from foveate.papers.harness import Grid, at_least, at_most, stopwatch
 from foveate.papers.harness.run import Run
 from foveate.papers.harness.verdict import FIELDS, figures_of
 from foveate.papers.training import DivergedError
@@ -237,3 +240,136 @@ def test_figures_that_are_no_number_are_refused(tmp_path):
 
     with pytest.raises(InputError, match="loss of dense is nan"):
         run(paper(run=nan), tmp_path)
+
+
+class Clock:
+    """Stands for the clock on the wall; moves when it is told to."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(stopwatch, "perf_counter", lambda: self.now)
+
+
+def test_seconds_of_a_killed_run_count(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    path = tmp_path / "cell" / "seconds"
+    watch = stopwatch.Stopwatch(path)
+    clock.now += 0.5
+    watch.tick()
+    assert not path.exists()
+    clock.now += 6.5
+    watch.tick()
+    clock.now += 0.25  # lost: the run is killed here
+    later = stopwatch.Stopwatch(path)
+    clock.now += 3.0
+    assert later.seconds == 10.0
+    for rubbish in ("", "nan", "-5", "\x00"):
+        path.write_text(rubbish)
+        assert stopwatch.Stopwatch(path).seconds == 0.0
+
+
+def test_a_cell_that_is_stopped_and_gone_on_with_has_all_its_seconds(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    plain = paper().run
+
+    def stopped(trial):
+        clock.now += 40.0
+        raise KeyboardInterrupt
+
+    def whole(trial):
+        clock.now += 2.0
+        return plain(trial)
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(paper(run=stopped), tmp_path)
+    # The miniature's source is this module's either way, so its first cell goes on.
+    assert run(paper(run=whole), tmp_path).verdict["seconds"] == 80.0 + 6 * 2.0
+    assert run(paper(run=whole), tmp_path).verdict["seconds"] == 80.0 + 6 * 2.0
+    assert run(paper(run=whole), tmp_path, fresh=True).verdict["seconds"] == 6 * 2.0
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from toys import paper
+from foveate.papers.harness.run import Run
+
+out, how = sys.argv[1:]
+plain = paper().run
+
+def run(trial):
+    with open(out + "/cells", "a") as file:
+        file.write(f"{trial.cell} {trial.seed}\\n")
+    while how == "slow" and (trial.cell, trial.seed) == ("ours", 1):
+        time.sleep(0.02)
+        trial.tell(0.5, "half way")
+    return plain(trial)
+
+with Run(paper(run=run), Path(out)) as ready:
+    print(ready().verdict["verdict"])
+"""
+
+
+def test_a_process_that_is_killed_goes_on_at_its_cell(tmp_path):
+    script = tmp_path / "miniature.py"
+    script.write_text(SCRIPT)
+    here, source = Path(__file__).parent, Path(stopwatch.__file__).parents[3]
+    call = {"env": {"PYTHONPATH": f"{here}:{source}", "PATH": ""}, "text": True}
+    command = [sys.executable, str(script), str(tmp_path)]
+    process = subprocess.Popen([*command, "slow"], **call)
+    last = time.monotonic() + 90
+    while time.monotonic() < last and not list(tmp_path.glob("toy/checkpoints/*/seconds")):
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -9
+    done = subprocess.run([*command, "fast"], capture_output=True, **call)
+    assert (done.returncode, done.stdout) == (0, "holds\n"), done.stderr
+    assert (tmp_path / "cells").read_text().splitlines() == [
+        "dense 0", "ours 0", "dense 1", "ours 1", "ours 1", "dense 2", "ours 2",
+    ]  # fmt: skip
+    verdict = json.loads((tmp_path / "toy" / "verdict.json").read_text())
+    assert verdict["seconds"] >= 1.0  # the killed run waited so long in its cell
+
+
+def test_checks_of_different_units_are_drawn_on_scales_of_their_own(tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    from foveate.papers.harness import figure
+
+    def loss(at):
+        return at["ours"]["loss"] - at["dense"]["loss"]
+
+    checks = (
+        at_most("loss", loss, 0.03, refuted=0.05),
+        at_most("a thousand times as large", lambda at: 1000 * loss(at), 5.0),
+        at_least("as it should be", lambda at: 500 + loss(at), 1.0),
+        at_least("counted", lambda at: at["dense"]["cache"], 8, exact=True),
+    )
+    result = run(paper(checks=checks), tmp_path)
+    made, axis = pyplot.subplots()
+    figure._checks(axis, result)
+    rows = {row: [] for row in range(3)}
+    for points in axis.collections:
+        for x, y in points.get_offsets():
+            rows[round(y)].append(x)
+    ends = [line.get_xydata() for line in axis.lines if len(set(line.get_ydata())) == 1]
+    for (low, row), (high, _) in ends:
+        rows[round(row)] += [low, high]
+    assert len(ends) == 3
+    assert all(max(map(abs, found)) == pytest.approx(1.0, rel=0.2) for found in rows.values())
+    assert max(rows[0]) < 0 < min(rows[1])
+    assert max(rows[2]) < 0
+    dotted = [line for line in axis.lines if line.get_linestyle() == ":"]
+    assert [line.get_xdata()[0] > 0 for line in dotted] == [True]
+    assert "0.01 (0.00831 to 0.0117)" in [text.get_text() for text in axis.texts]
+    pyplot.close(made)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_figure_of_any_miniature_can_be_drawn(tmp_path, exact):
+    pytest.importorskip("matplotlib")
+    from foveate.papers.harness.figure import draw
+
+    checks = (at_least("cache", lambda at: at["dense"]["cache"], 8, exact=exact),)
+    path = draw(run(paper(checks=checks), tmp_path), tmp_path / "below" / "figure.png")
+    assert path.read_bytes().startswith(b"\x89PNG")

@@ -129,6 +129,9 @@ def test_resume_refuses_another_training(run):
     code, _, err = run(*SMALL, "--resume", "--seed", "7")
     assert code == 2
     assert "is of another training" in err
+    code, _, err = run(*SMALL, "--resume", "--length", "16")
+    assert code == 2
+    assert "is of another training" in err
     code, _, err = run(*SMALL, "--resume", "--attention", "sink-window(sinks=1, window=4)")
     assert code == 2
     assert "is of another training" in err
@@ -180,3 +183,29 @@ def test_without_the_hf_extra_it_says_what_to_install():
     assert done.returncode == 2
     assert "pip install 'foveate[hf]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_resume_says_when_there_is_nothing_to_go_on_from(run):
+    code, out, err = run(*SMALL, "--resume", "--json")
+    assert code == 0
+    assert json.loads(out)["resumed_at"] == 0
+    assert "holds no checkpoint to go on from; the training begins" in err
+    code, out, err = run(*SMALL, "--resume", "--json")
+    assert code == 0
+    assert json.loads(out)["resumed_at"] == 6
+    assert "holds no checkpoint" not in err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_it_trains_and_goes_on_on_a_gpu(run, tmp_path):
+    code, out, err = run(*SMALL, "--device", "cuda", "--json")
+    assert code == 0, err
+    first = json.loads(out)
+    code, out, err = run(*SMALL, "--device", "cuda", "--resume", "--json")
+    assert code == 0, err
+    again = json.loads(out)
+    assert again["resumed_at"] == 6
+    assert again["test"]["loss"] == pytest.approx(first["test"]["loss"], rel=1e-4)
+    code, out, _ = run(*SMALL, "--json", out="cpu")
+    assert code == 0
+    assert json.loads(out)["test"]["loss"] == pytest.approx(first["test"]["loss"], rel=1e-2)

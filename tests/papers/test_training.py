@@ -234,6 +234,32 @@ def test_a_damaged_checkpoint_is_kept_aside_and_the_run_begins_anew(tmp_path, fi
     assert same(one, other)
 
 
+def test_best_weights_that_are_damaged_are_told(tmp_path):
+    regime = Regime(steps=200, batch=1, lr=3e-2, every=2, patience=3, warmup=0.0)
+    train(tiny(0.0), Memorise(), regime, folder=tmp_path)
+    (tmp_path / "best.safetensors").write_bytes(b"rubbish")
+    with pytest.raises(CheckpointError, match="holds the best weights; remove"):
+        train(tiny(0.0), Memorise(), regime, folder=tmp_path)
+
+
+def test_what_a_killed_run_left_half_written_goes_away(tmp_path):
+    (tmp_path / ".new-1").mkdir()
+    (tmp_path / ".new-1" / "model.safetensors").write_bytes(b"half")
+    train(tiny(), TASK, REGIME, folder=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000012"]
+
+
+def test_it_tells_where_it_goes_on(tmp_path):
+    with pytest.raises(Stop):
+        train(tiny(), TASK, REGIME, objective=killed_at(7), folder=tmp_path)
+    heard = []
+    train(tiny(), TASK, REGIME, folder=tmp_path, tell=lambda *said: heard.append(said))
+    assert heard[0] == (0.5, "goes on at step 6")
+    heard.clear()
+    train(tiny(), TASK, REGIME, tell=lambda *said: heard.append(said))
+    assert heard[0] == (0.0, "begins")
+
+
 def test_another_trainings_checkpoint_is_refused_unless_it_begins_anew(tmp_path):
     train(tiny(), TASK, REGIME, folder=tmp_path)
     other = Regime(steps=13, batch=4, every=3, lr=1e-2)

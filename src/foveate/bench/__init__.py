@@ -1,4 +1,4 @@
-"""How fast the kernels are: `foveate bench kernels` and `foveate bench decode`.
+"""How fast things are here: `foveate bench kernels`, `decode`, `projections` and `neighborhood`.
 
 A speed is a ratio of runs that alternate in one process, and is only given where the same run's
 output, gradients included, agreed with float64. `kernels.run` and `decode.run` are the jobs from

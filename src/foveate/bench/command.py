@@ -1,4 +1,4 @@
-"""`foveate bench kernels`, `decode` and `projections`: options, progress, tables, files."""
+"""The commands of `foveate bench`: options, progress, tables, files."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ def register(app: typer.Typer) -> None:
     bench.command("kernels")(kernels)
     bench.command("decode")(decode)
     bench.command("projections")(projections)
+    bench.command("neighborhood")(neighborhood)
     app.add_typer(bench, name="bench", help="How fast the kernels are on this machine.")
 
 
@@ -285,6 +286,64 @@ def projections(
     close(console, [], [Path(out) / "results.jsonl"])
 
 
+def neighborhood(
+    settings: Annotated[
+        str | None,
+        typer.Option(
+            help="GRID:WINDOW or GRID:WINDOW:STRIDE, such as 4096:255,64x64:13x13. Default: these, "
+            "and four strides of 128x128:48x48."
+        ),
+    ] = None,
+    heads: Annotated[int, typer.Option(help="Heads.")] = 1,
+    head_dims: Annotated[str | None, typer.Option(help="Head sizes, such as 32,64.")] = None,
+    dtypes: Dtypes = None,
+    threads: Threads = None,
+    repeats: Repeats = None,
+    budget: Budget = 60.0,
+    clock: Clock = "wall",
+    seed: Seed = 0,
+    out: Out = OUT,
+    as_json: AsJson = False,
+    fresh: Fresh = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few small cells, in a minute; options still count.")
+    ] = False,
+) -> None:
+    """Neighborhood attention, naive, unfused and fused, against dense and its tiles' bound.
+
+    "of bound" holds the fused form against dense time x visited tiles / all tiles. A speed is
+    printed only if the same run's output agreed with float64.
+    """
+    from foveate.bench import neighborhood as job
+    from foveate.bench.show import neighborhood_table
+
+    base = job.Options()
+    if quick:
+        base = job.Options(settings=(
+            job.Setting((1024,), (63,), (1,)), job.Setting((32, 32), (7, 7), (1, 1)),
+            *(job.Setting((64, 64), (24, 24), s, (8, 16), (8, 8), ("fused",))
+              for s in ((1, 1), (8, 16))),
+        ))  # fmt: skip
+    options = job.Options(
+        settings=base.settings if settings is None else job.parse(settings),
+        heads=heads,
+        head_dims=_numbers("--head-dims", head_dims) or base.head_dims,
+        dtypes=_words(dtypes) or base.dtypes,
+        threads=_numbers("--threads", threads) or _threads(quick, clock),
+        pace=_pace(repeats, budget, clock, quick),
+        seed=seed,
+    )
+    options.check()
+    found = run_job(lambda *where: job.run(options, *where), out, fresh)
+    if as_json:
+        print_json(found, [])
+        return
+    console = screen()
+    console.print(neighborhood_table(found))
+    console.print()
+    close(console, [], [Path(out) / "results.jsonl"])
+
+
 def _draw(
     figure: Callable[[list[dict[str, Any]], Path], Path], found: list[dict[str, Any]], path: Path
 ) -> Path | None:
@@ -296,7 +355,7 @@ def _draw(
 
 
 def _pace(repeats: int | None, budget: float, clock: str, quick: bool) -> Any:
-    from foveate.bench.timing import Pace
+    from foveate.runs.timing import Pace
 
     if repeats is None:
         repeats = 3 if quick else 7

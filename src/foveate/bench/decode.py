@@ -21,10 +21,10 @@ from foveate.bench.contestants import own
 from foveate.bench.correct import Call, Judge, Verdict
 from foveate.bench.job import DTYPES, Begin, check_clock, check_known, check_sizes, run_cells, told
 from foveate.bench.roofs import Pool, Product
-from foveate.bench.timing import Pace, paired, race, spread
-from foveate.compare.records import Records
 from foveate.ops import Layout, attention
 from foveate.ops.errors import FoveateError, InputError
+from foveate.runs.records import Records
+from foveate.runs.timing import Pace, paired, race, spread
 
 TORCH = ("sdpa", "sdpa-rows", "matmul")
 CACHES = ("whole", "mfa", "selected", "latent")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from foveate.bench.timing import Pace, spread
+from foveate.runs.timing import Pace, spread
 
 _FLUSH = 256 << 20  # bytes, several times any L2
 _AHEAD = 4_000_000  # cycles that the GPU waits, so that no launch is waited for

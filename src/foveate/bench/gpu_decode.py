@@ -16,10 +16,10 @@ from foveate.bench.correct import Judge
 from foveate.bench.gpu import Clock, copy_bandwidth, environment
 from foveate.bench.gpu_contestants import SDPA
 from foveate.bench.job import DTYPES, Begin, check_known, check_sizes, told
-from foveate.bench.timing import Pace, paired, spread
-from foveate.compare.records import Records, digest
 from foveate.ops import Layout, attention
 from foveate.ops.errors import FoveateError, InputError
+from foveate.runs.records import Records, digest
+from foveate.runs.timing import Pace, paired, spread
 
 CACHES = ("whole", "paged", "selected", "latent")
 NAMES = ("triton", "sdpa", *SDPA)

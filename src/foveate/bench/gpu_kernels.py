@@ -24,10 +24,10 @@ from foveate.bench.gpu_contestants import DENSE, NAMES, contestant, installed
 from foveate.bench.ideal import counts, useful_flops
 from foveate.bench.job import DTYPES, Begin, check_known, check_sizes, told
 from foveate.bench.lengths import draw_documents
-from foveate.bench.timing import Pace, paired, spread
-from foveate.compare.records import Records, digest
 from foveate.ops import Layout
 from foveate.ops.errors import FoveateError, InputError
+from foveate.runs.records import Records, digest
+from foveate.runs.timing import Pace, paired, spread
 
 PASSES = ("forward", "backward")
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from foveate.bench.machine import environment
-from foveate.bench.timing import CLOCKS
-from foveate.compare.environment import load_average
-from foveate.compare.records import Records, digest
 from foveate.ops.errors import InputError, nearest
+from foveate.runs.machine import load_average
+from foveate.runs.records import Records, digest
+from foveate.runs.timing import CLOCKS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -23,10 +23,10 @@ from foveate.bench.correct import Call, Judge, Verdict
 from foveate.bench.ideal import counts, ideal_seconds, useful_flops
 from foveate.bench.job import DTYPES, Begin, check_clock, check_known, check_sizes, run_cells, told
 from foveate.bench.lengths import distributions, draw_documents
-from foveate.bench.timing import Pace, Samples, paired, race, spread, trial
-from foveate.compare.records import Records
 from foveate.ops import Layout
 from foveate.ops.errors import FoveateError, InputError
+from foveate.runs.records import Records
+from foveate.runs.timing import Pace, Samples, paired, race, spread, trial
 
 PASSES = ("forward", "backward")
 _SLOW = 1.5  # so many times slower in a first trial, a dense base isn't the best one

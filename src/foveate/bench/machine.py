@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 import foveate
-from foveate.compare.environment import processor
+from foveate.runs.machine import processor
 
-_PARTS = ("ops", "bench", "data/bench")
+_PARTS = ("ops", "bench", "runs", "data/bench")
 _LOOKS = {"show.py", "figure.py", "command.py"}
 
 

@@ -19,14 +19,15 @@ from torch import Tensor
 
 from foveate import catalog
 from foveate.bench.job import DTYPES, Begin, check_clock, check_known, check_sizes, run_cells, told
-from foveate.bench.timing import Pace, paired, race, spread
-from foveate.compare.records import Records
 from foveate.nn import Attention
+from foveate.nn.position import counted
 from foveate.ops import causal
 from foveate.ops.errors import InputError
 from foveate.parts.context import Context
 from foveate.parts.kv_cache import TokenCache
-from foveate.parts.projection import QKV
+from foveate.parts.projection import QKV, Positions
+from foveate.runs.records import Records
+from foveate.runs.timing import Pace, paired, race, spread
 
 # Of the largest output, against the same step in float64.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
@@ -161,12 +162,17 @@ class Step:
 
     @torch.no_grad()
     def attend(self) -> Tensor:
-        """The attention of a step alone, on all that the next cache holds."""
+        """The attention of a step alone, on all that the next cache holds.
+
+        With what it takes to read it: keys that are kept un-rotated are turned here.
+        """
         p, ctx = self.layer.projection, Context(mask=causal(), phase="decode")
         ctx.scale = p.scale
         q, held = p.query(self.x), next(self._turns).entries
-        if p.rotates_on_read:
-            held = held | {"turned": held["k"]}  # reading it costs the same turned or not
+        if p.rotates_on_read:  # a part of reading it
+            last = counted(ctx.store, self.context - 1, self.context, q.device)
+            places = Positions(last, counted(ctx.store, 0, self.context, q.device))
+            q, held = self.layer.rotated(q, held, places, ctx)
         qkv = p.absorb(q, held) if p.absorbs("decode") else QKV(q, *p.expand(held))
         selection = p.select(self.x, q, None, "decode") if p.selects else None
         return p.attend(self.layer.attention, qkv, ctx, selection)

@@ -20,7 +20,7 @@ def run_job(
     job: Callable[..., list[dict[str, Any]]], out: str, fresh: bool
 ) -> list[dict[str, Any]]:
     """Run a job with its records and a bar of progress on standard error."""
-    from foveate.compare.records import Records
+    from foveate.runs.records import Records
 
     errors = Console(stderr=True)
     with (

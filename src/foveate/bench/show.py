@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from foveate.bench.timing import spread
+from foveate.runs.timing import spread
 
 Found = dict[str, Any]  # {"cell": ..., "values": ...}
 
@@ -148,6 +148,41 @@ def projection_table(found: list[Found]) -> Table:
                 Text(_remark(result), style="red" if "failed" in result else "dim"),
             )  # fmt: skip
     return table
+
+
+def neighborhood_table(found: list[Found]) -> Table:
+    """One row for each form of each cell; the bound stands in each cell's first row."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("grid", "window", "stride", "D", "dtype", "thr", "tiles", "form"):
+        table.add_column(name, no_wrap=True)
+    for name in ("ms", "× naive", "× dense", "bound ×", "of bound"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for one in found:
+        cell, values = one["cell"], one["values"]
+        setting = cell["setting"]
+        sizes = [_by(setting[name]) for name in ("shape", "window", "stride")]
+        sizes += [str(cell[name]) for name in ("head_dim", "dtype", "threads")]
+        sizes.append(f"{_by(values['q_tile'])}/{_by(values['kv_tile'])}")
+        bound = f"{values['bound']:.2f}"
+        for result in values["results"]:
+            figures = ["-"] * 3
+            if "seconds" in result:
+                figures = [
+                    f"{result['seconds']['median'] * 1e3:.2f}",
+                    _times(result.get("vs_naive")),
+                    _times(result["vs_dense"]),
+                ]
+            table.add_row(
+                *sizes, result["form"], *figures, bound, _share(result.get("of_bound")),
+                Text(_remark(result), style="red" if "failed" in result else "dim"),
+            )  # fmt: skip
+            sizes, bound = [""] * len(sizes), ""
+    return table
+
+
+def _by(sizes: Iterable[int]) -> str:
+    return "x".join(map(str, sizes))
 
 
 def summary(found: list[Found], by: str) -> list[str]:

@@ -12,6 +12,7 @@ import foveate
 from foveate.bench import command as bench
 from foveate.cli import explain, methods, reproduce, train
 from foveate.compare import command as compare
+from foveate.cost import command as cost
 from foveate.ops.errors import FoveateError
 
 
@@ -41,6 +42,7 @@ def build() -> typer.Typer:
     app.callback()(_root)
     compare.register(app)
     bench.register(app)
+    cost.register(app)
     methods.register(app)
     explain.register(app)
     reproduce.register(app)

@@ -56,9 +56,9 @@ class Screen(Listener):
             self._progress.start()
             self._progress.add_task(title, total=parts)
 
-    def skip(self) -> None:
-        """A part took no time."""
-        self._skipped += 1
+    def skip(self, parts: float = 1) -> None:
+        """Parts that took no time."""
+        self._skipped += parts
 
     def advance(self, done: float, doing: str) -> None:
         """Move the bar; on a pipe, a line for each part that is done."""

@@ -80,10 +80,17 @@ def train(
     )  # fmt: skip
     with Screen() as screen:
         screen.begin(f"training {projection}", steps)
+        begun = False
+
+        def tell(share: float, doing: str) -> None:
+            nonlocal begun
+            if not begun:
+                screen.skip(share * steps)
+            begun = True
+            screen.advance(share * steps, doing)
+
         try:
-            facts = job.run(
-                made, lambda share, doing: screen.advance(share * steps, doing), screen.say
-            )
+            facts = job.run(made, tell, screen.say)
         except ModuleNotFoundError as error:
             raise _missing(error) from error
     if as_json:

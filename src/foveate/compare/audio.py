@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from foveate.compare.text import Text
 from foveate.ops.errors import InputError
+from foveate.runs.text import Text
 
 RATE = 16_000
 SECONDS = 30

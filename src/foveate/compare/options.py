@@ -118,7 +118,7 @@ def parse_device(name: str) -> torch.device:
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type != "cuda":
-        raise InputError(f"--device {name}: compare measures on cpu and cuda.")
+        raise InputError(f"--device {name}: foveate runs on cpu and cuda.")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if (device.index or 0) >= count:
         raise InputError(

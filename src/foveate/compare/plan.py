@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from foveate.compare.records import digest
 from foveate.methods import make, make_attention, spec
+from foveate.runs.records import digest
 
 DEFAULT_METHODS = (
     "full, sink-window(sinks=4, window=1024), a-shape(sinks=128, local=512), "

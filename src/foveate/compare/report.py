@@ -12,8 +12,8 @@ from foveate.compare import words
 from foveate.compare.figures import CURVES, Styles, curve, legend, pareto, pattern, split
 from foveate.compare.summary import Row
 from foveate.compare.table import COLUMNS, cells, columns_for, markdown
-from foveate.compare.text import DATA
 from foveate.ops.errors import MissingPackageError
+from foveate.runs.text import DATA
 
 if TYPE_CHECKING:
     from foveate.compare.run import Result

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from foveate.compare import audio, picture, quality, verify
 from foveate.compare.dense import baseline
-from foveate.compare.environment import load_average
 from foveate.compare.measure import Machine, Pass, Sample, cache_bytes
 from foveate.compare.needle import Prompts, found
 from foveate.compare.plan import Cell, Round
 from foveate.compare.validate import Job
 from foveate.ops.errors import FoveateError, InputError
+from foveate.runs.machine import load_average
 
 BLOCK = 4
 WARM_UP = 1024

@@ -31,11 +31,11 @@ from foveate.compare.plan import (
     Entry,
     entries_of,
 )
-from foveate.compare.records import writable_folder
-from foveate.compare.text import Text, load_text
 from foveate.hf.load import ModelInfo, load_tokenizer, locate
 from foveate.methods import split
 from foveate.ops.errors import InputError
+from foveate.runs.records import writable_folder
+from foveate.runs.text import Text, load_text
 
 ENCODER_LENGTHS = (128, 256, 512)
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from foveate.hf.assignment import Assignment
     from foveate.hf.cache import streaming_cache
     from foveate.hf.errors import AssignmentError, InUseError, ModelError
+    from foveate.hf.grid import TokenGrid, token_grid, use_on_grid
     from foveate.hf.places import Site, sites
     from foveate.hf.using import Use, use
 
@@ -24,10 +25,13 @@ _HOMES = {
     "InUseError": "errors",
     "ModelError": "errors",
     "Site": "places",
+    "TokenGrid": "grid",
     "Use": "using",
     "streaming_cache": "cache",
     "sites": "places",
+    "token_grid": "grid",
     "use": "using",
+    "use_on_grid": "grid",
 }
 
 __all__ = [
@@ -36,10 +40,13 @@ __all__ = [
     "InUseError",
     "ModelError",
     "Site",
+    "TokenGrid",
     "Use",
     "sites",
     "streaming_cache",
+    "token_grid",
     "use",
+    "use_on_grid",
 ]
 
 

@@ -152,8 +152,9 @@ class SQAProjection(GroupedProjection):
             return super().attend(attention, qkv, ctx, selection)
         made = self.entries(self.globals.expand(len(qkv.q), -1, -1))
         everywhere = core_attention(
-            qkv.q, made["k"], made["v"], scale=ctx.scale, softcap=ctx.softcap, backend=ctx.backend
-        )
+            qkv.q, made["k"], made["v"], scale=ctx.scale, softcap=ctx.softcap, dropout=ctx.dropout,
+            backend=ctx.backend,
+        )  # fmt: skip
         return merge([attention(*qkv, ctx), everywhere]).out
 
     @override

@@ -37,6 +37,7 @@ from foveate.parts.projection import (
     Turn,
     columns_of,
     join_heads,
+    positive,
     rows_of,
     share,
     split_heads,
@@ -56,7 +57,7 @@ class MFA(Recipe):
         eps: of that norm.
 
     Raises:
-        InputError: head_dim or query_rank below 1.
+        InputError: head_dim or query_rank below 1, or eps not above 0.
     """
 
     head_dim: int | None = None
@@ -68,6 +69,7 @@ class MFA(Recipe):
         for name in ("head_dim", "query_rank"):
             if getattr(self, name) is not None:
                 whole(type(self).__name__, name, getattr(self, name), least=1)
+        positive(type(self).__name__, eps=self.eps)
 
     @override
     def build(self, sizes: Sizes) -> MFAProjection:
@@ -85,7 +87,7 @@ class MFAKR(MFA):
         eps: as in MFA.
 
     Raises:
-        InputError: head_dim or query_rank below 1.
+        InputError: head_dim or query_rank below 1, or eps not above 0.
     """
 
     @override

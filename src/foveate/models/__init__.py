@@ -1,6 +1,8 @@
-"""Small whole models, made of foveate's layers, as transformers' PreTrainedModel.
+"""Small whole models, made of foveate's layers.
 
-Importing this imports no transformers; its names do.
+Language models are transformers' PreTrainedModel, those of images and videos plain modules.
+
+Importing this imports no transformers; the language models' names do.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ if TYPE_CHECKING:
     from foveate.models.cache import ModelCache
     from foveate.models.causal_lm import CausalLMOutput, FoveateForCausalLM, FoveateModel
     from foveate.models.config import FoveateConfig
+    from foveate.models.dit import DiT
     from foveate.models.latent import to_tpla
     from foveate.models.layouts import config_from, load_layout, weights_from
+    from foveate.models.nat import NAT
 
 _HOMES = {
     "CausalLMOutput": "causal_lm",
@@ -30,8 +34,12 @@ _HOMES = {
     "weights_from": "layouts",
 }
 
+_PLAIN = {"DiT": "dit", "NAT": "nat"}
+
 __all__ = [
+    "NAT",
     "CausalLMOutput",
+    "DiT",
     "FoveateConfig",
     "FoveateForCausalLM",
     "FoveateModel",
@@ -44,13 +52,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    homes = _HOMES | _PLAIN
+    if name not in homes:
         raise AttributeError(f"module 'foveate.models' has no attribute {name!r}")
-    if importlib.util.find_spec("transformers") is None:
+    if name in _HOMES and importlib.util.find_spec("transformers") is None:
         raise MissingPackageError(
-            "foveate.models needs transformers 5 or later; install it with: "
+            f"foveate.models.{name} needs transformers 5 or later; install it with: "
             "pip install 'foveate[hf]'"
         )
-    value = getattr(importlib.import_module(f"foveate.models.{_HOMES[name]}"), name)
+    value = getattr(importlib.import_module(f"foveate.models.{homes[name]}"), name)
     globals()[name] = value
     return value

@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 from foveate.models.cache import ModelCache
 from foveate.models.config import FoveateConfig
 from foveate.models.masking import seen_by
+from foveate.models.recompute import RecomputedBlock
 from foveate.nn import Attention, Block, MoE, Router, SwiGLU
 from foveate.ops.errors import InputError, nearest
 from foveate.parts.context import Context
@@ -61,7 +62,8 @@ class _Foveate(PreTrainedModel):
     config_class = FoveateConfig
     config: FoveateConfig
     base_model_prefix = "model"
-    _no_split_modules = ["Block"]
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["RecomputedBlock"]
     _skip_keys_device_placement = ["past_key_values"]
 
     @torch.no_grad()
@@ -296,7 +298,7 @@ def _block(config: FoveateConfig, layer: int, ropes: dict[tuple[int, bool], Rope
     else:
         assert config.intermediate_size is not None
         feedforward = SwiGLU(config.hidden_size, config.intermediate_size)
-    return Block(attention, feedforward, config.rms_norm_eps)
+    return RecomputedBlock(attention, feedforward, config.rms_norm_eps)
 
 
 def _rope(config: FoveateConfig, projection: Projection) -> Rope | None:

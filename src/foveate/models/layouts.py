@@ -105,7 +105,7 @@ def _deepseek(given: Given) -> FoveateConfig:
         num_experts=experts,
         num_experts_per_tok=given.get("num_experts_per_tok", 1),
         moe_intermediate_size=width,
-        shared_expert_intermediate_size=width * given.get("n_shared_experts", 0),
+        shared_expert_intermediate_size=width * (given.get("n_shared_experts") or 0),
         router_score=given.get("scoring_func", "sigmoid"),
         router_renormalize=given.get("norm_topk_prob", True),
         router_scaling=given.get("routed_scaling_factor", 1.0),

@@ -31,8 +31,9 @@ def seen_by(
 
     Args:
         attention_mask: (B, past + new), 1 for real tokens: padding on either side.
-        position_ids: (B, new) as transformers makes them; without an attention_mask and a cache
-            they may start again from 0, where a packed sequence begins.
+        position_ids: (B, new) or (1, new) as transformers makes them: counted from each row's first
+            real token. Without padding and a cache they may start again from 0, where a packed
+            sequence begins.
         batch: B.
         past: tokens in the cache.
         new: tokens now.
@@ -42,7 +43,7 @@ def seen_by(
     """
     length = past + new
     if attention_mask is None:
-        return Seen(causal() if position_ids is None else _by_position(position_ids, past, new))
+        return Seen(_by_position(position_ids, past, new))
     if attention_mask.dim() != 2 or tuple(attention_mask.shape) != (batch, length):
         raise InputError(
             f"attention_mask: expected ({batch}, {length}) with 1 for real tokens, those in the "
@@ -50,7 +51,7 @@ def seen_by(
         )
     real = attention_mask.bool()
     if bool(real.all()):
-        return Seen(causal())
+        return Seen(_by_position(position_ids, past, new))
     first, counts = real.int().argmax(1), real.sum(1)
     index = torch.arange(length, device=real.device)
     if not torch.equal(real, (index >= first[:, None]) & (index < (first + counts)[:, None])):
@@ -59,10 +60,25 @@ def seen_by(
             "them or behind them only."
         )
     positions = index - first[:, None]
+    _check_padded(position_ids, positions[:, past:], real[:, past:])
     return Seen(causal() & padding(counts), positions[:, past:], positions, real=real[:, past:])
 
 
-def _by_position(position_ids: Tensor, past: int, new: int) -> Mask:
+def _check_padded(position_ids: Tensor | None, positions: Tensor, real: Tensor) -> None:
+    """Refuse positions of real tokens that aren't those that padding gives them."""
+    if position_ids is None:
+        return
+    fits = position_ids.shape[-1] == positions.shape[1]
+    if not fits or bool(((position_ids != positions) & real).any()):
+        raise InputError(
+            "position_ids: with padding expected 0, 1, 2, ... from each row's first real token "
+            "(what stands on the padding doesn't count); leave them out, or pack without padding."
+        )
+
+
+def _by_position(position_ids: Tensor | None, past: int, new: int) -> Mask:
+    if position_ids is None:
+        return causal()
     ids = position_ids.reshape(-1, position_ids.shape[-1])
     plain = torch.arange(past, past + new, device=ids.device)
     if ids.shape[-1] == new and bool((ids == plain).all()):

@@ -4,6 +4,23 @@ from foveate.nn.attention import Attention
 from foveate.nn.block import Block
 from foveate.nn.feedforward import SwiGLU
 from foveate.nn.moe import MoE, Router
+from foveate.nn.neighborhood import (
+    NeighborhoodAttention1D,
+    NeighborhoodAttention2D,
+    NeighborhoodAttention3D,
+    neighborhood_attention,
+)
 from foveate.nn.output import LayerOutput
 
-__all__ = ["Attention", "Block", "LayerOutput", "MoE", "Router", "SwiGLU"]
+__all__ = [
+    "Attention",
+    "Block",
+    "LayerOutput",
+    "MoE",
+    "NeighborhoodAttention1D",
+    "NeighborhoodAttention2D",
+    "NeighborhoodAttention3D",
+    "Router",
+    "SwiGLU",
+    "neighborhood_attention",
+]

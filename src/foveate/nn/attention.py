@@ -73,6 +73,8 @@ class Attention(nn.Module):
         super().__init__()
         sizes = Sizes(dim, num_heads, head_dim, kv_dim, bias, out_bias)
         self.dim, self.kv_dim, self.layer = dim, sizes.source, layer
+        if not 0 <= dropout < 1:
+            raise InputError(f"Attention(dropout={dropout!r}): expected 0 up to, not with, 1.")
         self.dropout = dropout
         self.projection = _projection(projection, sizes)
         self.attention = _attention(attention)
@@ -108,6 +110,10 @@ class Attention(nn.Module):
             InputError: shapes don't fit, or a mask both here and in ctx.
         """
         x_kv = self._checked(x, x_kv)
+        if cache is not None and not isinstance(cache, TokenCache):
+            raise InputError(
+                f"Attention: expected a cache made by new_cache(), got a {type(cache).__name__}."
+            )
         past = 0 if cache is None else len(cache)
         known = self._context(x, mask, past, ctx)
         known.hidden, known.cache = x, cache
@@ -120,10 +126,10 @@ class Attention(nn.Module):
         if past and not p.rotates_on_read:
             at = where._replace(key=_tail(where.key, past, known))
         if not p.rotates_on_read:
-            q, new = self._rotate(q, new, at, known)
+            q, new = self.rotated(q, new, at, known)
         held = new if cache is None else cache.append(new)
         if p.rotates_on_read:
-            q, held = self._rotate(q, held, at, known)
+            q, held = self.rotated(q, held, at, known)
         absorbed = p.absorbs(known.phase)
         qkv = p.absorb(q, held) if absorbed else QKV(q, *p.expand(held))
         selection = None
@@ -135,9 +141,10 @@ class Attention(nn.Module):
         aux = {} if selection is None else selection.aux
         return LayerOutput(p.output(o, x, absorbed=absorbed), cache, aux)
 
-    def _rotate(
+    def rotated(
         self, q: Tensor, entries: dict[str, Tensor], at: Positions, ctx: Context
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The projection's `rotate`, with the layer's positions; tables are kept in `ctx.store`."""
         rope = self.rope
         if rope is None:
             return self.projection.rotate(q, entries, at, lambda x, _: x)
@@ -180,7 +187,7 @@ class Attention(nn.Module):
 
 def _real(qkv: QKV, ctx: Context) -> Tensor | None:
     """(B, Lq) bool: tokens that aren't padding; None where the mask knows none."""
-    if ctx.mask is None or (ctx.mask.groups()[0] == 1 and ctx.q_positions is None):
+    if ctx.mask is None or ctx.mask.spec == "causal()":
         return None
     return tokens_of(qkv.q, qkv.k, ctx).q_real.expand(len(qkv.q), -1)
 

@@ -37,6 +37,14 @@ def rope_for(
         raise InputError(
             f"Attention(position={position!r}) is unknown; {nearest(str(position), POSITIONS)}"
         )
+    if projection.rope_dim % 2:
+        raise InputError(
+            "Attention(position='rope'): dimensions turn in pairs, and those of "
+            f"{type(projection).__name__} are {projection.rope_dim}; give an even head_dim, or "
+            "position='none'."
+        )
+    if not theta > 0:
+        raise InputError(f"Attention(theta={theta!r}): expected more than 0, such as 10_000.")
     pairs = projection.interleaved if interleaved is None else interleaved
     return Rope.of(projection.rope_dim, theta, interleaved=pairs)
 

@@ -2,9 +2,10 @@
 
 Small language models on bytes, 3 layers of width 128 with 8 heads: multi-head attention, and
 mixtures in which 6 or 4 of the heads count for a token. Half of these are shared, so that 3 of 5
-(2 of 6) routed heads are chosen. Beside them: no shared heads, no load-balance loss, and a router
-that stays as it was drawn. Gates are normalised, as in the released code. Learning rates are tuned
-for every arm alike.
+(2 of 6) routed heads are chosen. Beside them: no shared heads, no load-balance loss, and random
+routing: W_r stays as it was drawn, and no gradient passes through its choice to the hidden states,
+which could otherwise learn to steer it. Gates are normalised, as in the released code. Learning
+rates are tuned for every arm alike.
 
 The paper has the mixtures above multi-head attention; at this size they are asked to stay near it,
 and to be better than random routing. "pairs" is the part of all (token, head) pairs that counts,
@@ -17,7 +18,10 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
+from typing_extensions import override
 
+from foveate.methods.moh.gates import HeadRouter
 from foveate.papers.harness import Check, Found, Grid, Paper, Trial, at_most, difference
 from foveate.papers.tasks import standard_library
 from foveate.papers.training.language import (
@@ -39,6 +43,23 @@ ARMS = {
 STEPS = 500
 
 
+class Drawn(HeadRouter):
+    """A router whose W_r stays as it was drawn, and that nothing learns to steer."""
+
+    @classmethod
+    def of(cls, router: HeadRouter) -> Drawn:
+        """One with the weights of another, which has shared and routed heads."""
+        assert router.routed is not None
+        made = cls(router.routed.in_features, *router.counts, router.form)
+        made.load_state_dict(router.state_dict())
+        made.routed.requires_grad_(False)  # type: ignore[union-attr]
+        return made
+
+    @override
+    def probabilities(self, x: Tensor) -> Tensor:
+        return super().probabilities(x.detach())
+
+
 def run(trial: Trial) -> Found:
     """Train one arm and see how its heads are used."""
     sizes = Sizes(layers=3, dim=128, heads=8, length=128)
@@ -47,7 +68,8 @@ def run(trial: Trial) -> Found:
         model = language_model(sizes, ARMS[trial.cell])
         if trial.cell == "random routing":
             for layer in model.model.layers:
-                layer.attention.projection.router.routed.requires_grad_(False)
+                projection = layer.attention.projection
+                projection.router = Drawn.of(projection.router)
         return model
 
     model, found = trained_on_bytes(trial, make, steps=STEPS)

@@ -213,6 +213,17 @@ class Projection(nn.Module, ABC):
         return TokenCache(self.fields, capacity)
 
 
+def positive(recipe: str, **numbers: float) -> None:
+    """Refuse numbers that aren't finite and above 0.
+
+    Raises:
+        InputError: one that isn't, by its name.
+    """
+    for name, value in numbers.items():
+        if not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise InputError(f"{recipe}({name}={value!r}): expected a finite number above 0.")
+
+
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, L, heads * D) -> (B, heads, L, D)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)

@@ -62,8 +62,7 @@ class HeadRouter(nn.Module):
         if not routed:
             gates = ps * shared if normalized else ps
             return Gated(gates, torch.ones_like(gates, dtype=torch.bool), ps[..., :0])
-        assert self.routed is not None
-        pr = _softmax(self.routed, x)
+        pr = self.probabilities(x)
         chosen = topk_mask(pr.detach(), active)
         kept = pr * chosen
         if normalized:
@@ -74,6 +73,11 @@ class HeadRouter(nn.Module):
             ps, kept = a[..., :1] * ps, a[..., 1:] * kept
         everywhere = torch.ones_like(ps, dtype=torch.bool)
         return Gated(torch.cat((ps, kept), -1), torch.cat((everywhere, chosen), -1), pr)
+
+    def probabilities(self, x: Tensor) -> Tensor:
+        """The routed heads' pr (B, L, E) for x (B, L, dim), in fp32."""
+        assert self.routed is not None
+        return _softmax(self.routed, x)
 
 
 class QueryRouter(nn.Module):

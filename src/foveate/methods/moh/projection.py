@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from foveate.methods.gqa import GroupedProjection
 from foveate.methods.moh.gates import Gates, HeadRouter, QueryRouter
-from foveate.methods.moh.ragged import Ragged
+from foveate.methods.moh.ragged import Ragged, key_ranges
 from foveate.ops.errors import InputError, nearest
 from foveate.ops.masks.checks import whole
 from foveate.parts.attention import Attention
@@ -151,38 +151,45 @@ class MoHProjection(GroupedProjection):
         self, attention: Attention, qkv: QKV, ctx: Context, selection: Selection | None
     ) -> Tensor:
         assert selection is not None
-        if self._dense(attention, qkv, ctx):
+        ranges = self._ragged(attention, qkv, ctx)
+        if ranges is None:
             return super().attend(attention, qkv, ctx, selection)
-        ragged = Ragged(selection.active, kv_masked=self.execution == "kv-masked")
+        ragged = Ragged(selection.active, ranges, kv_masked=self.execution == "kv-masked")
         return super().attend(ragged, qkv, ctx, selection)
 
-    def _dense(self, attention: Attention, qkv: QKV, ctx: Context) -> bool:
-        """Whether all pairs are computed.
+    def _ragged(self, attention: Attention, qkv: QKV, ctx: Context) -> Tensor | None:
+        """The keys that each query may see, where only active pairs are computed; None is dense.
 
         Raises:
             InputError: the execution that was asked for can't run this call.
         """
+        forced = self.execution in ("ragged", "kv-masked")
+        q_len, kv_len = qkv.q.shape[2], qkv.k.shape[2]
+        every, short = self.active == self.routed, kv_len < RAGGED_FROM
+        if not forced and (every or short or self.execution == "dense"):
+            return None
+        ranges = key_ranges(ctx, q_len, kv_len, qkv.q.device)
         reasons = []
         if not attention.exact:
             reasons.append("the attention isn't full attention")
-        if ctx.mask is not None and ctx.mask.spec != "causal()":
-            reasons.append(f"the mask is {ctx.mask!r}, neither causal() nor None")
-        elif ctx.q_positions is not None or ctx.kv_positions is not None:
-            reasons.append("positions are given")
+        if ranges is None:
+            reasons.append(
+                f"the mask is {ctx.mask!r}, neither causal() nor padding(...) nor both, or the "
+                "keys' positions don't count up by one"
+            )
         if self.all_outputs and ctx.phase == "train":
             reasons.append("gradient='all' needs the outputs of all heads")
-        if self.execution == "kv-masked" and qkv.q.shape[2] != qkv.k.shape[2]:
-            reasons.append("keys in the cache don't say who chose them, so it can't decode")
-        if self.execution in ("ragged", "kv-masked"):
-            if reasons:
-                raise InputError(
-                    f"MoH(execution={self.execution!r}) can't run this call: {'; '.join(reasons)}. "
-                    "Use execution='auto'."
-                )
-            return False
-        every = self.active == self.routed
-        short = qkv.k.shape[2] < RAGGED_FROM
-        return bool(reasons) or every or short or self.execution == "dense"
+        if self.execution == "kv-masked":
+            if q_len != kv_len:
+                reasons.append("keys in the cache don't say who chose them, so it can't decode")
+            if ranges is not None and bool(ranges[..., 0].any()):
+                reasons.append("there is padding in front, which it can't leave out")
+        if reasons and forced:
+            raise InputError(
+                f"MoH(execution={self.execution!r}) can't run this call: {'; '.join(reasons)}. "
+                "Use execution='auto'."
+            )
+        return None if reasons else ranges
 
     @override
     def shard(self, rank: int, ranks: int) -> Self:

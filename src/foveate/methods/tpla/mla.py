@@ -38,6 +38,7 @@ from foveate.parts.projection import (
     Turn,
     columns_of,
     join_heads,
+    positive,
     rows_of,
     share,
     split_heads,
@@ -60,7 +61,7 @@ class MLA(Recipe):
         eps: of the norms.
 
     Raises:
-        InputError: a size below 1 or an odd rope_dim.
+        InputError: a size below 1, an odd rope_dim, or eps or mscale not above 0.
     """
 
     latent: int | None = None
@@ -78,6 +79,7 @@ class MLA(Recipe):
                 whole(name, field, getattr(self, field), least=1)
         if self.rope_dim is not None and whole(name, "rope_dim", self.rope_dim, least=0) % 2:
             raise InputError(f"{name}(rope_dim={self.rope_dim}): expected an even number.")
+        positive(name, eps=self.eps, mscale=self.mscale)
 
     @override
     def build(self, sizes: Sizes) -> MLAProjection:
@@ -115,6 +117,10 @@ class MLAProjection(Projection):
     @override
     def fields(self) -> tuple[Field, ...]:
         return (token_field("latent", 1, self.latent + self.rope_dim),)
+
+    def summed_per_token(self, kv_len: int) -> int:
+        """Numbers that devices sum for each token that is decoded against kv_len: D, the output."""
+        return self.out.out_features
 
     def key_up(self) -> Tensor:
         """W_UK^T (h, d_h, r)."""

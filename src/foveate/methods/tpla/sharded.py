@@ -17,7 +17,7 @@ Cache per device: r / g + d_r numbers for each token, instead of r + d_r.
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import torch
@@ -134,6 +134,12 @@ class TPLAProjection(MLAProjection):
         return (token_field("latent", self.groups, self.elements_per_device),)
 
     @override
+    def summed_per_token(self, kv_len: int) -> int:
+        """D as MLA; one number more for an exact norm, h scores a key for an exact softmax."""
+        exact_scores = 0 if self.local_softmax else self.heads * kv_len
+        return super().summed_per_token(kv_len) + (not self.local_norm) + exact_scores
+
+    @override
     def entries(
         self, x_kv: Tensor, cache: TokenCache | None = None, phase: Phase = "prefill"
     ) -> Entries:
@@ -217,20 +223,39 @@ class TPLAProjection(MLAProjection):
         if self.pd_sep or not (self.local_norm and self.local_softmax):
             raise InputError(
                 "shard: exact prefill splits heads and exact norms or softmaxes exchange numbers; "
-                "shard one with pd_sep=False and local norm and softmax for decoding, and the MLA "
+                "shard for_decoding() of one with local norm and softmax for decoding, and the MLA "
                 "that it was made from for prefill."
             )
-        if ranks % self.groups and self.groups % ranks:
-            raise InputError(f"shard: {self.groups} groups don't go evenly over {ranks} ranks.")
+        part = self._of_groups(self.groups_of(rank, ranks))
         per_group = max(1, ranks // self.groups)
-        groups = share(self.groups, rank // per_group, max(1, ranks // per_group), "groups")
-        part = self._of_groups(groups)
         mine = share(part.heads, rank % per_group, per_group, "heads")
         made = MLAProjection.shard(part, rank % per_group, per_group)
         assert made.heads == mine.stop - mine.start
         if made.out.bias is not None and rank:
             made.out.bias.data.zero_()
         return made
+
+    def for_decoding(self) -> Self:
+        """A copy without exact prefill: what devices that only decode are made of (step 20).
+
+        A rank's part of it goes on from the rank's slices of the cache that an exact prefill left:
+
+            entries = prefill.entries["latent"][:, projection.groups_of(rank, ranks)]
+        """
+        made = deepcopy(self)
+        made.pd_sep, made.recipe = False, replace(self.recipe, pd_sep=False)
+        return made
+
+    def groups_of(self, rank: int, ranks: int) -> slice:
+        """The slices of the latent that a rank has, see `shard`.
+
+        Raises:
+            InputError: the groups don't go evenly over the ranks.
+        """
+        if ranks < 1 or (ranks % self.groups and self.groups % ranks):
+            raise InputError(f"shard: {self.groups} groups don't go evenly over {ranks} ranks.")
+        per_group = max(1, ranks // self.groups)
+        return share(self.groups, rank // per_group, max(1, ranks // per_group), "groups")
 
     def _of_groups(self, groups: slice) -> Self:
         """Only some of the slices, and in GLA only their heads."""

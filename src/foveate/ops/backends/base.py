@@ -35,14 +35,20 @@ class Inputs:
     needs_grad: bool = False
     bias_first: int | None = None
 
-    def resolved(self, tile: int | tuple[int, int] = 64) -> Inputs:
-        """The same call with a layout in place of its mask."""
+    def resolved(self, tile: int | tuple[int, int] = 64, *, gathers: bool = False) -> Inputs:
+        """The same call with a layout in place of its mask.
+
+        A backend that `gathers` reads rows by index, so that a mask may put them in its own order.
+        """
         if self.mask is None:
             return self
         q_len, kv_len = self.query.shape[2], self.key.shape[2]
         rows, cols = tile if isinstance(tile, tuple) else (tile, tile)
         rows = min(rows, max(8, -(-q_len // 8) * 8))  # no empty rows for a few queries
-        layout = self.mask.layout(q_len, kv_len, (rows, cols), device=self.query.device)
+        device = self.query.device
+        layout = self.mask._ordered(q_len, kv_len, (rows, cols), device) if gathers else None
+        if layout is None:
+            layout = self.mask.layout(q_len, kv_len, (rows, cols), device=device)
         return replace(self, mask=None, layout=layout)
 
     def plain_bias(self) -> Tensor | None:

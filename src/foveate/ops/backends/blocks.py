@@ -95,7 +95,8 @@ class Blocks(Backend):
 
 def _layout(inputs: Inputs) -> Layout:
     everything = window(-1, -1) if inputs.mask is None and inputs.layout is None else inputs.mask
-    call = Inputs(inputs.query, inputs.key, inputs.value, everything, inputs.layout).resolved(128)
+    call = Inputs(inputs.query, inputs.key, inputs.value, everything, inputs.layout)
+    call = call.resolved(128, gathers=True)
     assert call.layout is not None
     return call.layout
 

@@ -86,12 +86,16 @@ def build(
 
 
 class Found(NamedTuple):
-    """The entries of one group: row and column of each, its kind, and the partial ones' bits."""
+    """The entries of one group: row and column of each, its kind, and the partial ones' bits.
+
+    `which` says which of the bits each partial entry has; None: one after the other.
+    """
 
     rows: Tensor
     cols: Tensor
     kinds: Tensor
     bits: Tensor
+    which: Tensor | None = None
 
 
 def assemble(
@@ -110,7 +114,12 @@ def assemble(
         starts = torch.zeros(*groups, 1, dtype=torch.int64, device=counts.device)
     table, index = bitset.distinct(torch.cat([f.bits for f in found]))
     kinds = torch.cat([f.kinds for f in found])
-    kinds[kinds != FULL] = (index + 1).int()
+    start, used = 0, []
+    for f in found:
+        mine = index[start : start + len(f.bits)]
+        used.append(mine if f.which is None else mine[f.which])
+        start += len(f.bits)
+    kinds[kinds != FULL] = (torch.cat(used) + 1).int()
     return Layout(
         q_len=lengths[0],
         kv_len=lengths[1],
@@ -165,8 +174,45 @@ def _group(mask: Mask | None, boxes: Boxes, b: int, h: int, chosen: Tensor | Non
         r, c = rows[part], cols[part]
         return q[r], boxes.q_real[r], k[c], boxes.k_real[c]
 
-    keep, kinds, bits = evaluate(mask, full, tile, (b, h), (q.shape[1], k.shape[1]))
-    return Found(rows[keep], cols[keep], kinds[keep], bits)
+    sizes = (q.shape[1], k.shape[1])
+    unsure = (~full).nonzero()[:, 0]
+    alike = None if mask is None else _alike(mask, boxes, rows[unsure], cols[unsure], (b, h))
+    if alike is None:
+        keep, kinds, bits = evaluate(mask, full, tile, (b, h), sizes)
+        return Found(rows[keep], cols[keep], kinds[keep], bits)
+    first, like = alike  # one tile speaks for all that look the same
+    some, kind, bits = evaluate(
+        mask, full[unsure[first]], lambda part: tile(unsure[first[part]]), (b, h), sizes
+    )
+    kinds = torch.zeros(len(full), dtype=torch.int32, device=full.device)
+    keep = full.index_copy(0, unsure, some[like])
+    kinds[unsure] = kind[like]
+    which = (kind.cumsum(0) - 1)[like]
+    return Found(rows[keep], cols[keep], kinds[keep], bits, which[kind[like] > 0])
+
+
+def _alike(
+    mask: Mask, boxes: Boxes, rows: Tensor, cols: Tensor, group: tuple[int, int]
+) -> tuple[Tensor, Tensor] | None:
+    """(one tile of each look, the look of each tile); None if the mask can't tell."""
+    q, k, *_ = boxes.of(group[0])
+    if not len(rows) or any(bool((x.diff(dim=-1) != 1).any()) for x in (q, k)):
+        return None
+    told = mask._alike(q[rows, 0], k[cols, 0], (q.shape[1], k.shape[1]), *group)
+    if told is None:
+        return None
+    key, span = torch.zeros_like(rows), 1
+    for x in (*told, boxes.q_real.sum(1)[rows], boxes.k_real.sum(1)[cols]):
+        least = int(x.min())
+        size = int(x.max()) - least + 1
+        span *= size
+        if span >= 1 << 62:
+            return None
+        key = key * size + (x - least)
+    kinds, like = torch.unique(key, return_inverse=True)
+    first = torch.full((len(kinds),), len(rows), device=rows.device)
+    every = torch.arange(len(rows), device=rows.device)
+    return first.scatter_reduce(0, like, every, "amin"), like
 
 
 def evaluate(

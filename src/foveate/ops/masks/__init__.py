@@ -2,6 +2,7 @@
 
 from foveate.ops.masks.base import Mask
 from foveate.ops.masks.fixed import documents, padding, prefix, sinks
+from foveate.ops.masks.grid import neighborhood
 from foveate.ops.masks.parse import parse_mask
 from foveate.ops.masks.relative import causal, strided, window
 from foveate.ops.masks.table import blocks, region
@@ -11,6 +12,7 @@ __all__ = [
     "blocks",
     "causal",
     "documents",
+    "neighborhood",
     "padding",
     "parse_mask",
     "prefix",

@@ -45,6 +45,17 @@ class _Chain(Mask):
         for part in self.parts:
             part._check(q_len, kv_len)
 
+    def _alike(
+        self, q: Tensor, k: Tensor, tile: tuple[int, int], b: int, h: int
+    ) -> tuple[Tensor, ...] | None:
+        all_parts: tuple[Tensor, ...] = ()
+        for part in self.parts:
+            alike = part._alike(q, k, tile, b, h)
+            if alike is None:
+                return None
+            all_parts += alike
+        return all_parts
+
 
 def _common(one: tuple[int, int], two: tuple[int, int]) -> tuple[int, int]:
     for what, a, b in zip(("batch entries", "heads"), one, two):
@@ -124,3 +135,8 @@ class Not(Mask):
     ) -> Certainty:
         inner = self.inner._tiles(q_lo, q_hi, k_lo, k_hi, b, h)
         return Certainty(inner.full, inner.none)
+
+    def _alike(
+        self, q: Tensor, k: Tensor, tile: tuple[int, int], b: int, h: int
+    ) -> tuple[Tensor, ...] | None:
+        return self.inner._alike(q, k, tile, b, h)

@@ -8,6 +8,8 @@ A mask answers three questions, and everything else follows from them:
   whichever subset of the box the real positions are (they need not be contiguous).
 - `groups()`: over how many batch entries and heads does it differ?
 
+A fourth answer, `_alike`, is for speed alone: which tiles look the same.
+
 True means attend. Queries are aligned to the end of the keys: without explicit positions, query i
 of Lq stands at position Lkv - Lq + i.
 """
@@ -52,6 +54,16 @@ class Mask:
         self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor, b: int, h: int
     ) -> Certainty:
         raise TypeError(f"{type(self).__name__} is not a mask: it defines no _tiles")
+
+    def _alike(
+        self, q: Tensor, k: Tensor, tile: tuple[int, int], b: int, h: int
+    ) -> tuple[Tensor, ...] | None:
+        """What decides how a tile of consecutive positions looks, from its first q and first k.
+
+        Tiles of equal size that agree in all of these integers look the same, so that one of
+        them speaks for all. None: nothing is known, look at each.
+        """
+        return None
 
     def groups(self) -> tuple[int, int]:
         """(batch entries, heads) over which the mask differs; 1 where it is shared."""
@@ -147,6 +159,12 @@ class Mask:
         from foveate.ops.layout.build import layout_of_mask
 
         return layout_of_mask(self, q_len, kv_len, tile, q_positions, kv_positions, device)
+
+    def _ordered(
+        self, q_len: int, kv_len: int, tile: tuple[int, int], device: torch.device
+    ) -> Layout | None:
+        """A layout with the tokens in a better order, by row indices; None where there is none."""
+        return None
 
     def pairs(self, q_len: int, kv_len: int) -> int:
         """Number of (query, key) pairs that may attend, for one batch entry and head.

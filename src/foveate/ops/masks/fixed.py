@@ -33,6 +33,11 @@ class sinks(Mask):  # noqa: N801 - masks read as words
             ((k_lo >= self.n) | (k_hi < 0)) & same, (k_hi < self.n) & (k_lo >= 0) & same
         )
 
+    def _alike(
+        self, q: Tensor, k: Tensor, tile: tuple[int, int], b: int, h: int
+    ) -> tuple[Tensor, ...] | None:
+        return (k.clamp(-tile[1], self.n),)
+
 
 class prefix(Mask):  # noqa: N801
     """The first n tokens see each other."""
@@ -51,6 +56,11 @@ class prefix(Mask):  # noqa: N801
     ) -> Certainty:
         none = (q_lo >= self.n) | (k_lo >= self.n) | (q_hi < 0) | (k_hi < 0)
         return Certainty(none, (q_hi < self.n) & (k_hi < self.n) & (q_lo >= 0) & (k_lo >= 0))
+
+    def _alike(
+        self, q: Tensor, k: Tensor, tile: tuple[int, int], b: int, h: int
+    ) -> tuple[Tensor, ...] | None:
+        return q.clamp(-tile[0], self.n), k.clamp(-tile[1], self.n)
 
 
 class documents(Mask):  # noqa: N801
@@ -142,6 +152,11 @@ class padding(Mask):  # noqa: N801
         return Certainty(
             ((k_lo >= length) | (k_hi < 0)) & same, (k_hi < length) & (k_lo >= 0) & same
         )
+
+    def _alike(
+        self, q: Tensor, k: Tensor, tile: tuple[int, int], b: int, h: int
+    ) -> tuple[Tensor, ...] | None:
+        return (k.clamp(-tile[1], self._length(b)),)
 
 
 def _short(values: tuple[int, ...]) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 from foveate.ops.errors import InputError, nearest
 from foveate.ops.masks.base import Mask
 from foveate.ops.masks.fixed import documents, padding, prefix, sinks
+from foveate.ops.masks.grid import neighborhood
 from foveate.ops.masks.relative import causal, strided, window
 from foveate.ops.masks.table import blocks, region
 
@@ -17,6 +18,7 @@ MAKERS: dict[str, Callable[..., Mask]] = {
     maker.__name__: maker
     for maker in (
         causal, window, sinks, prefix, documents, padding, blocks, strided, region,
+        neighborhood,
     )
 }  # fmt: skip
 

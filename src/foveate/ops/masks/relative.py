@@ -33,6 +33,13 @@ class causal(Mask):  # noqa: N801 - masks read as words
             q_lo, q_hi, k_lo, k_hi = (x // self.block for x in (q_lo, q_hi, k_lo, k_hi))
         return Certainty(k_lo > q_hi, k_hi <= q_lo)
 
+    def _alike(
+        self, q: Tensor, k: Tensor, tile: tuple[int, int], b: int, h: int
+    ) -> tuple[Tensor, ...] | None:
+        if self.block == 1:
+            return ((q - k).clamp(-tile[0], tile[1]),)
+        return _in_blocks(q, k, self.block)
+
 
 class window(Mask):  # noqa: N801
     """Query i sees keys i - left ... i + right; -1 is unlimited on that side.
@@ -71,6 +78,15 @@ class window(Mask):  # noqa: N801
             full = full & (k_hi <= q_lo + self.right)
         return Certainty(none, full)
 
+    def _alike(
+        self, q: Tensor, k: Tensor, tile: tuple[int, int], b: int, h: int
+    ) -> tuple[Tensor, ...] | None:
+        if self.block > 1:
+            return _in_blocks(q, k, self.block)
+        reach = tile[0] + tile[1]
+        ends = [self.left] * (self.left >= 0) + [-self.right] * (self.right >= 0)
+        return tuple((q - k - end).clamp(-reach, reach) for end in ends)
+
 
 class strided(Mask):  # noqa: N801
     """Every `stride`-th line: keys (or queries, or offsets i - j) congruent to `phase`.
@@ -107,3 +123,13 @@ class strided(Mask):  # noqa: N801
         none = first > hi
         full = (lo == hi) & ~none if self.stride > 1 else ~none
         return Certainty(none, full)
+
+    def _alike(
+        self, q: Tensor, k: Tensor, tile: tuple[int, int], b: int, h: int
+    ) -> tuple[Tensor, ...] | None:
+        return ({"key": k, "query": q, "offset": q - k}[self.axis] % self.stride,)
+
+
+def _in_blocks(q: Tensor, k: Tensor, block: int) -> tuple[Tensor, ...]:
+    """Where in their blocks q and k stand, and how many blocks apart."""
+    return q % block, k % block, q // block - k // block

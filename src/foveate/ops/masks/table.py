@@ -101,6 +101,23 @@ class blocks(Mask):  # noqa: N801 - masks read as words
         seen = sums[r1, c1] - sums[r0, c1] - sums[r1, c0] + sums[r0, c0]
         return Certainty(seen == 0, seen == area)
 
+    def _alike(
+        self, q: Tensor, k: Tensor, tile: tuple[int, int], b: int, h: int
+    ) -> tuple[Tensor, ...] | None:
+        """The entries under the tile as one number, where it holds few of them and whole."""
+        rows, cols = (max(1, t // own) for t, own in zip(tile, self.tile))
+        whole_ones = (tile[0] % self.tile[0], tile[1] % self.tile[1]) == (0, 0)
+        if not whole_ones or rows * cols > 60:
+            return None
+        if bool((q % self.tile[0]).any()) or bool((k % self.tile[1]).any()):
+            return None
+        number = torch.zeros_like(q)
+        for i in range(rows):
+            for j in range(cols):
+                seen = self._element(q + i * self.tile[0], k + j * self.tile[1], b, h)
+                number = number * 2 + seen
+        return (number,)
+
 
 class region(Mask):  # noqa: N801
     """A rectangle of the attention matrix, filled by a mask as if it were a problem of its own.

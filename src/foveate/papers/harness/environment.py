@@ -9,15 +9,16 @@ from typing import Any
 import torch
 
 import foveate
-from foveate.compare import environment as machine
+from foveate.runs.machine import machine, source_digest
 
 # What the figures of a miniature depend on, beside its own file.
 _JUDGED = ("ops", "parts", "methods", "nn", "models", "papers/tasks", "papers/training")
+_FILES = ("catalog.py", "runs/timing.py")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Everything that the figures depend on and that isn't in the miniature, as plain data."""
-    return machine.environment(device) | {
+    return machine(device) | {
         "code": code_digest(),
         "threads": torch.get_num_threads(),
     }
@@ -27,4 +28,5 @@ def environment(device: torch.device) -> dict[str, Any]:
 def code_digest() -> str:
     """12 hex digits over the source of whatever a miniature may run."""
     root = Path(foveate.__file__).parent
-    return machine.source_digest(f for part in _JUDGED for f in (root / part).rglob("*"))
+    found = [f for part in _JUDGED for f in (root / part).rglob("*")]
+    return source_digest([*found, *(root / name for name in _FILES)])

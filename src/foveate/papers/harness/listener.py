@@ -12,8 +12,8 @@ class Listener:
     def begin(self, title: str, parts: int) -> None:
         """A job of so many parts begins."""
 
-    def skip(self) -> None:
-        """A part was found done: it took no time."""
+    def skip(self, parts: float = 1) -> None:
+        """Parts were found done: they took no time."""
 
     def advance(self, done: float, doing: str) -> None:
         """Parts that are done, the running one by its share, and what it is doing."""

@@ -17,18 +17,18 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
 
-from foveate.compare.records import Records, digest
 from foveate.ops.errors import InputError
 from foveate.papers.harness.environment import environment
 from foveate.papers.harness.listener import Listener
 from foveate.papers.harness.paper import Found, Paper, Trial
+from foveate.papers.harness.stopwatch import Stopwatch
 from foveate.papers.harness.verdict import Outcome, outcomes, verdict_object
 from foveate.papers.training.errors import DivergedError
+from foveate.runs.records import Records, digest
 
 CHECKPOINTS = "checkpoints"
 
@@ -177,7 +177,10 @@ class Run:
             what = f"{cell.name}, {grid.name} {point}"
         checkpoints = self.folder / CHECKPOINTS / key
 
+        watch = Stopwatch(checkpoints / "seconds")
+
         def tell(share: float, doing: str) -> None:
+            watch.tick()
             self.listener.advance(number + share, f"{what}: {doing}" if doing else what)
 
         tell(0.0, "")
@@ -191,7 +194,6 @@ class Run:
             device=self.device,
             tell=tell,
         )
-        started = perf_counter()
         found: Found = {}
         try:
             with _seeded(cell.seed):
@@ -199,7 +201,10 @@ class Run:
         except DivergedError:
             if cell.point is None:
                 raise
-        seconds = perf_counter() - started
+        except BaseException:
+            watch.keep()
+            raise
+        seconds = watch.seconds
         _check_finite(self.paper, found)
         shutil.rmtree(checkpoints, ignore_errors=True)
         return {"found": found, "diverged": not found, "seconds": seconds}

@@ -9,6 +9,10 @@ t, so that each end is wrong once in twenty), and compare the whole interval wit
   the miniature states another);
 - **inconclusive**: anything else, so whenever the interval straddles, and with a single seed.
 
+"Holds" asks for all checks of a paper at once, so errors don't add up there. They do where one
+refuted check refutes the paper: each that may, with a true figure on its very threshold, is wrong
+once in twenty. That is why a miniature says of most checks that alone they refute nothing.
+
 A figure that is counted, not sampled, is exact: it is compared as it stands, and must be the same
 for every seed.
 """

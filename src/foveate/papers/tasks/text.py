@@ -77,9 +77,12 @@ class ByteText:
             yield self._windows(some)
 
     def describe(self) -> str:
-        """Title, size and digest of the text."""
+        """Title, size and digest of the text, and how it is cut."""
         made = hashlib.sha256(self.content).hexdigest()[:12]
-        return f"{self.title}, {len(self.content)} bytes, sha256 {made}"
+        return (
+            f"{self.title}, {len(self.content)} bytes, sha256 {made}, in windows of {self.length}, "
+            f"{self.held} of them held out"
+        )
 
     def _stretch(self, split: str) -> tuple[int, int]:
         train, validation = self.shares

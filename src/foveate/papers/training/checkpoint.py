@@ -51,12 +51,16 @@ class Checkpoints:
         """Write a checkpoint; when this returns it is on the disk and earlier ones are gone."""
         save_file = _safetensors().save_file
         self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(".new-*"):  # by a run that was killed while it wrote
+            shutil.rmtree(left, ignore_errors=True)
         new = self.folder / f".new-{os.getpid()}"
-        shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         save_file(weights(model), new / "model.safetensors")
         save_file(_moments(model, optimizer), new / "optimizer.safetensors")
-        sums = {name: _sum(new / name) for name in ("model.safetensors", "optimizer.safetensors")}
+        names = ("model.safetensors", "optimizer.safetensors")
+        for name in names:
+            _to_disk(new / name)
+        sums = {name: _sum(new / name) for name in names}
         kept = {"schema": SCHEMA, "training": self.training, "step": step, "sums": sums} | state
         with (new / "state.json").open("w", encoding="utf-8") as file:
             json.dump(kept, file, allow_nan=False)
@@ -66,6 +70,7 @@ class Checkpoints:
         place = self.folder / f"step-{step:06d}"
         shutil.rmtree(place, ignore_errors=True)
         new.rename(place)
+        _to_disk(self.folder)
         for old in before:
             if old != place:
                 shutil.rmtree(old, ignore_errors=True)
@@ -103,8 +108,19 @@ class Checkpoints:
         new.replace(self.folder / "best.safetensors")
 
     def best(self) -> dict[str, Tensor]:
-        """The best weights so far."""
-        found: dict[str, Tensor] = _safetensors().load_file(self.folder / "best.safetensors")
+        """The best weights so far.
+
+        Raises:
+            CheckpointError: they can't be read.
+        """
+        path = self.folder / "best.safetensors"
+        try:
+            found: dict[str, Tensor] = _safetensors().load_file(path)
+        except (OSError, _safetensors_error()) as error:
+            raise CheckpointError(
+                f"{path} can't be read ({error}), and no other file holds the best weights; remove "
+                f"{self.folder} and train anew."
+            ) from error
         return found
 
     def clear(self) -> None:
@@ -170,6 +186,20 @@ def _put_moments(
         # AdamW keeps its step counter on the CPU, the moments beside the parameter.
         place = value if field == "step" else value.to(parameter.device)
         optimizer.state[parameter][field] = place
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:  # a folder can't be opened everywhere
+        return
+    try:
+        os.fsync(handle)
+    except OSError:  # nor waited for
+        pass
+    finally:
+        os.close(handle)
 
 
 def _sum(path: Path) -> str:

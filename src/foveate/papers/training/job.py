@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-from foveate.compare.records import writable_folder
-from foveate.compare.text import default_text
 from foveate.hf.demo_models import quiet
 from foveate.ops.errors import InputError
 from foveate.papers.tasks.text import ByteText, text_file
@@ -20,6 +18,8 @@ from foveate.papers.training.language import Sizes, language_model
 from foveate.papers.training.loop import Trained, train
 from foveate.papers.training.objective import evaluate
 from foveate.papers.training.regime import Regime
+from foveate.runs.records import writable_folder
+from foveate.runs.text import default_text
 
 SPECIAL = 3  # ByT5's tokens: padding, end, unknown, then the 256 bytes
 
@@ -67,6 +67,8 @@ def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]
         raise InputError(
             f"{job.out} holds a training already; give --resume to go on with it, or another --out."
         )
+    if job.resume and not any(checkpoints.glob("step-*")):
+        say(f"{checkpoints} holds no checkpoint to go on from; the training begins.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.regime.seed)
         model = language_model(

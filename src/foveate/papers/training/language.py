@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from foveate.ops.errors import InputError
 from foveate.papers.harness.paper import Check, Trial, at_most
 from foveate.papers.tasks.text import standard_library
@@ -45,6 +47,10 @@ def language_model(
 ) -> Any:
     """A `foveate.models.FoveateForCausalLM` with fresh weights from torch's random state.
 
+    All start as torch makes them: linear maps by their fan-in, uniform within fan_in ** -0.5, the
+    embedding normal. One deviation for all of them (transformers' 0.02) is far too small at these
+    widths, most of all for a map out of a low rank, and would judge arms by how they start.
+
     Args:
         sizes: as they say.
         projection: such as "mfa(head_dim=16)".
@@ -67,7 +73,11 @@ def language_model(
         attention=attention,
         **more,
     )
-    return models.FoveateForCausalLM(config)
+    model = models.FoveateForCausalLM(config)
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            module.reset_parameters()
+    return model
 
 
 def trained_on_bytes(

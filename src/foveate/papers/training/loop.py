@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.compare.records import digest
 from foveate.papers.tasks.base import Batch, Task, generator
 from foveate.papers.training.checkpoint import Checkpoints, put_weights, weights
 from foveate.papers.training.errors import DivergedError
 from foveate.papers.training.objective import evaluate, next_token
 from foveate.papers.training.regime import Regime, optimizer_of, schedule_of
+from foveate.runs.records import digest
 
 Objective = Callable[[nn.Module, Batch], Tensor]
 
@@ -74,7 +74,7 @@ def train(
         objective: loss of a batch, a scalar; default cross entropy, plus the model's own losses.
         folder: of checkpoints, written at each evaluation; None keeps none.
         resume: go on from the folder's latest checkpoint; else these are removed.
-        tell: takes the share that is done and a few words, after some steps.
+        tell: takes the share that is done and a few words, at the start and after some steps.
 
     Raises:
         DivergedError: the loss is no finite number any more.
@@ -100,6 +100,8 @@ def train(
     best = None if regime.patience is None else weights(model)
     if best is not None and kept is not None and done.best_step:
         best = kept.best()
+    if tell is not None:
+        tell(done.steps / regime.steps, f"goes on at step {done.steps}" if done.steps else "begins")
     started = perf_counter()
     before = done.seconds
     losses: list[float] = []

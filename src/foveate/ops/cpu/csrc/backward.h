@@ -106,10 +106,10 @@ INLINE void reweigh(const Call& c, const float* lse, const float* bias, const ui
         vf t = tanhv(x * inner);
         store(slope + j * W + r, 1.0f - t * t);
         x = t * cap;
-        if (bias) x += load(bias + j * W + r);
+        if (bias) x += load(bias + j * W + r) * LOG2E;
         x = x - row;
       } else if (bias) {
-        x = x * inner + load(bias + j * W + r) - row;
+        x = x * inner + (load(bias + j * W + r) * LOG2E - row);
       } else {
         x = x * inner - row;
       }
@@ -118,18 +118,6 @@ INLINE void reweigh(const Call& c, const float* lse, const float* bias, const ui
       store(s + j * W + r, x);
     }
   }
-}
-
-// Add dS, before slope and scale, to the gradient of the bias.
-INLINE void add_bias(const Call& c, const Block& b, const Turned& t, const int32_t* key, int n, const float* ds,
-                     const Sums& sums) {
-  for (int h = 0; h < b.heads; ++h)
-    for (int i = 0; i < b.rows; ++i) {
-      int r = h * b.rows + i;
-      if (t.query[r] < 0) continue;
-      float* to = sums.bias + (b.head0 + h) * sums.bias_h + t.query[r] * sums.bias_q;
-      for (int j = 0; j < n; ++j) to[bias_at(c, t.query[r], key[j]) * sums.bias_k] += ds[j * t.width + r];
-    }
 }
 
 template <class P, class T, int W>
@@ -158,7 +146,7 @@ void backward_step(const Call& c, const Item& it, const Block& b, Turned& t, con
     }
   }
   if (biased) {
-    add_bias(c, b, t, keys.key + lo, n, s, sums);
+    add_bias(c, b, t.query, keys.key + lo, n, W, s, sums);
     for (int i = 0; i < n * W; i += VL)
       store(s + i, slopes ? load(s + i) * load(keys.slope + i) * scale : load(s + i) * scale);
   }

@@ -51,28 +51,35 @@ INLINE void take_values(const float* const* v, int j, int n, int at, int dim, vf
   UNROLL for (int m = 0; m < M; ++m) x[m] = load(v[j] + at + m * VL);
 }
 
-// M vectors of R rows of `values_by_row`.
+// M vectors of R rows of `values_by_row`. Few sums are kept apart by keys, so that none waits for itself.
 template <class P, int F, int R, int M>
 INLINE void values_by_row_of(const float* p, const float* const* v, int n, int at, int dim, float* o,
                              int64_t stride, const float* alpha, bool first, Drip* ahead) {
   using W = Weights<P, F>;
-  vf acc[R][M];
-  UNROLL for (int r = 0; r < R; ++r) UNROLL for (int m = 0; m < M; ++m) acc[r][m] = vf{};
-  for (int j = 0; j * P::PAIR < n; ++j) {
+  constexpr int APART = R * M >= 8 ? 1 : 8 / (R * M);
+  vf acc[APART][R][M];
+  UNROLL for (int i = 0; i < APART; ++i)
+    UNROLL for (int r = 0; r < R; ++r) UNROLL for (int m = 0; m < M; ++m) acc[i][r][m] = vf{};
+  auto add = [&](int j, int i) __attribute__((always_inline)) {
     if (ahead) ahead->turn();
     const float* weight = p + j / W::EACH * W::GROUP + j % W::EACH;
     vf x[M];
     take_values<P, M>(v, j, n, at, dim, x);
     UNROLL for (int r = 0; r < R; ++r) {
       vf y = set1(scalar(weight + r * W::ROW));
-      UNROLL for (int m = 0; m < M; ++m) acc[r][m] = P::fma(acc[r][m], x[m], y);
+      UNROLL for (int m = 0; m < M; ++m) acc[i][r][m] = P::fma(acc[i][r][m], x[m], y);
     }
-  }
+  };
+  int j = 0;
+  for (; (j + APART) * P::PAIR <= n; j += APART) UNROLL for (int i = 0; i < APART; ++i) add(j + i, i);
+  for (; j * P::PAIR < n; ++j) add(j, 0);
+  UNROLL for (int i = 1; i < APART; ++i)
+    UNROLL for (int r = 0; r < R; ++r) UNROLL for (int m = 0; m < M; ++m) acc[0][r][m] += acc[i][r][m];
   UNROLL for (int r = 0; r < R; ++r) {
     vf scale = set1(alpha[r * F]);
     UNROLL for (int m = 0; m < M; ++m) {
       float* to_row = o + r * stride + at + m * VL;
-      store(to_row, first ? acc[r][m] : load(to_row) * scale + acc[r][m]);
+      store(to_row, first ? acc[0][r][m] : load(to_row) * scale + acc[0][r][m]);
     }
   }
 }
@@ -90,8 +97,10 @@ void values_by_row(const float* p, const float* const* v, int n, int dim, float*
 #else
   constexpr int M = R == 8 ? 1 : R == 4 ? 2 : 4;
 #endif
-  int turns = (dim / (M * VL) + (dim % (M * VL) + LEAST * VL - 1) / (LEAST * VL)) * ((n + LEAST - 1) / LEAST);
-  auto drip = Drip::start(ahead.row, n, ahead.bytes, turns * (ALL / R));
+  constexpr int HALF = M / 2 > LEAST ? M / 2 : LEAST;
+  int passes = dim / (M * VL), rest = dim % (M * VL);
+  passes += rest / (HALF * VL) + (rest % (HALF * VL) + LEAST * VL - 1) / (LEAST * VL);
+  auto drip = Drip::start(ahead.row, n, ahead.bytes, passes * ((n + LEAST - 1) / LEAST) * (ALL / R));
   for (int r = 0; r < ALL; r += R) {
     auto run = [&](int at, auto size) __attribute__((always_inline)) {
       constexpr int N = decltype(size)::value;
@@ -100,6 +109,7 @@ void values_by_row(const float* p, const float* const* v, int n, int dim, float*
     };
     int at = 0;
     for (; at + M * VL <= dim; at += M * VL) run(at, Size<M>{});
+    for (; at + HALF * VL <= dim; at += HALF * VL) run(at, Size<HALF>{});
     for (; at < dim; at += LEAST * VL) run(at, Size<LEAST>{});
   }
 }

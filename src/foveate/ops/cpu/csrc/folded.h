@@ -85,7 +85,12 @@ INLINE void scores_folded_of(const float* q, const float* const* k, int left, in
   if (F >= 8) {  // memory is the limit: key by key, in the order in which they lie
     UNROLL for (int j = 0; j < KN; ++j) {
       for (int l = 0; ahead && j < left && l < bytes; l += 64) prefetch(ahead[j] + l);
-      for (int t = 0; t < n; ++t) acc[j] = P::fma(acc[j], load(q + t * VL), load_group<F>(row[j] + t * F));
+      auto add = [&](int t) __attribute__((always_inline)) {
+        acc[j] = P::fma(acc[j], load(q + t * VL), load_group<F>(row[j] + t * F));
+      };
+      int t = 0;
+      for (; t + 4 <= n; t += 4) UNROLL for (int u = 0; u < 4; ++u) add(t + u);
+      for (; t < n; ++t) add(t);
     }
   } else {
     auto drip = Drip::start(ahead, left < KN ? left : KN, bytes, n);
@@ -120,7 +125,7 @@ INLINE void settle(float* s, int keys, bool adjusted, float c, float cap, const 
     if (adjusted) {
       x = x * c;
       if (cap != 0) x = tanhv(x) * (cap * LOG2E);
-      if (bias) x += load(bias + j / F * VL);
+      if (bias) x += load(bias + j / F * VL) * LOG2E;
     }
     if (seen || keys - j < F)
       x = select(lanes_seen<F>(seen ? seen + j : nullptr, keys - j), x, set1(-__builtin_inff()));

@@ -2,6 +2,7 @@
 #pragma once
 #include <math.h>
 
+#include "bias.h"
 #include "by_row.h"
 #include "folded.h"
 #include "pack.h"

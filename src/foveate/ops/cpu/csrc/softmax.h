@@ -83,36 +83,6 @@ INLINE void soften_pairs(const float* s, int keys, const float* top, float c, fl
 }
 #endif
 
-template <class T>
-INLINE void read_bias(const T* data, const Call& c, int64_t head_at, const int32_t* query,
-                      const int32_t* key, int keys, int rows, int width, int fold, float* out) {
-  // Rows of the bias are contiguous along keys as a rule: read along them, write down the lanes.
-  for (int r = 0; r < rows; ++r) {
-    int64_t q = query[r] < 0 ? 0 : query[r];
-    const T* row = data + head_at + q * c.bias_q;
-    for (int j = 0; j < keys; ++j)
-      out[j / fold * width + r * fold + j % fold] = to_float(row[bias_at(c, q, key[j]) * c.bias_k]) * LOG2E;
-  }
-}
-
-// Bias of a block times log2 e, [key / fold][row * fold + key % fold]; `fold` is 1 but in folded.h.
-INLINE void bias_block(const Call& c, const Item& it, const Block& b, const int32_t* query,
-                       const int32_t* key, int keys, int width, int fold, float* out) {
-  if (fold > 1 || b.heads * b.rows < width)
-    memset(out, 0, sizeof(float) * width * ((keys + fold - 1) / fold));
-  for (int h = 0; h < b.heads; ++h) {
-    int64_t at = it.batch * c.bias_b + (b.head0 + h) * c.bias_h;
-    const int32_t* q = query + h * b.rows;
-    float* to = out + h * b.rows * fold;
-    if (c.bias_dtype == F32)
-      read_bias((const float*)c.bias, c, at, q, key, keys, b.rows, width, fold, to);
-    else if (c.bias_dtype == BF16)
-      read_bias((const bf16*)c.bias, c, at, q, key, keys, b.rows, width, fold, to);
-    else
-      read_bias((const f16*)c.bias, c, at, q, key, keys, b.rows, width, fold, to);
-  }
-}
-
 // s becomes log2 e * (softcap * tanh(c s) + bias), or log2 e * (...) of what there is of it, -inf
 // where hidden; c is such that c s is what goes into the tanh, or the scaled score in base 2.
 template <int W>
@@ -123,7 +93,7 @@ INLINE void adjust(float* s, int keys, float c, float cap, const float* bias, co
     for (int j = 0; j < keys; ++j) {
       vf x = load(s + j * W + r) * c;
       if (cap != 0) x = tanhv(x) * (cap * LOG2E);
-      if (bias) x += load(bias + j * W + r);
+      if (bias) x += load(bias + j * W + r) * LOG2E;
       if (seen) x = select((uint32_t)(seen[j] >> r), x, set1(-__builtin_inff()));
       m = vmax(m, x);
       store(s + j * W + r, x);

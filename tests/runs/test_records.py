@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from foveate.compare.records import FILE, Records, digest
 from foveate.ops.errors import InputError
+from foveate.runs.records import FILE, Records, digest
 
 
 def fill(folder, count=3):

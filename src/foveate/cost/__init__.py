@@ -1,0 +1,1 @@
+"""What attention costs before anyone runs it: `foveate cost tiles` for neighborhoods."""
