@@ -327,9 +327,9 @@ def neighborhood(
     options = job.Options(
         settings=base.settings if settings is None else job.parse(settings),
         heads=heads,
-        head_dims=_numbers("--head-dims", head_dims) or base.head_dims,
-        dtypes=_words(dtypes) or base.dtypes,
-        threads=_numbers("--threads", threads) or _threads(quick, clock),
+        head_dims=numbers("--head-dims", head_dims) or base.head_dims,
+        dtypes=words(dtypes) or base.dtypes,
+        threads=numbers("--threads", threads) or _threads(quick, clock),
         pace=_pace(repeats, budget, clock, quick),
         seed=seed,
     )

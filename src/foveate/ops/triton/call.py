@@ -151,7 +151,7 @@ def precision(dtype: torch.dtype) -> str:
         return "ieee"
     told = torch.backends.cuda.matmul.fp32_precision
     if told == "none":  # as for all of torch
-        told = torch.backends.fp32_precision
+        told = torch.backends.fp32_precision  # type: ignore[attr-defined]
     return "tf32" if told == "tf32" else "ieee"
 
 
