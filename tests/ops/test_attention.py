@@ -318,6 +318,40 @@ def test_ranges(backend, kind):
 
 
 @pytest.mark.parametrize("backend", OURS)
+@pytest.mark.parametrize("kind", ["key_range", "row_range"])
+def test_ranges_over_single_keys(backend, kind):
+    """Ranges speak of virtual keys: in a tile of single keys, of those that it lists."""
+    listed = torch.tensor([[3, 50, 17, 44, 29, 8, 59, -1], [58, 0, 31, 12, 46, 21, -1, -1]])
+    first = torch.arange(32) if kind == "key_range" else torch.arange(60) // 3
+    spans = torch.stack((first, first + (25 if kind == "key_range" else 12)), -1)
+    layout = Layout(
+        q_len=32,
+        kv_len=60,
+        q_tile=16,
+        kv_tile=8,
+        ptr=torch.tensor([[[0, 1, 2]]]),
+        cols=torch.tensor([8, 9], dtype=torch.int32),  # after the 8 tiles of 60 keys
+        kinds=torch.full((2,), {"key_range": -1, "row_range": -2}[kind], dtype=torch.int32),
+        bits=torch.zeros(0, 8, 2, dtype=torch.uint8),
+        gathered=listed.int(),
+        **{kind: spans[None, None].int()},
+    )
+    want = torch.zeros(1, 1, 32, 60, dtype=torch.bool)
+    for i in range(32):
+        for j in listed[i // 16].tolist():
+            inside = i <= j < i + 25 if kind == "key_range" else j // 3 <= i < j // 3 + 12
+            want[0, 0, i, j] |= j >= 0 and inside
+    assert torch.equal(layout.checked().dense(), want)
+    assert layout.pairs == want.sum()
+    inputs = [torch.randn(1, 2, n, 16) for n in (32, 60, 60)]
+    grads = (torch.randn(1, 2, 32, 16).double(), torch.randn(1, 2, 32).double())
+    options = {"scale": None, "softcap": None, "sink_logits": None}
+    call = Call(inputs, want.expand(1, 2, -1, -1), options, grads, None)
+    if supports(backend, call, layout=layout):
+        assert error(call.run(backend, layout=layout), call.truth()) < 4e-6
+
+
+@pytest.mark.parametrize("backend", OURS)
 def test_no_key_and_no_query(backend):
     q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 0, 8)
     if backend == "sdpa":

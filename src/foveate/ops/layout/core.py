@@ -120,6 +120,10 @@ class Layout:
 
     def entry_keys(self, entries: Tensor) -> Tensor:
         """(n, kv_tile) int64 indices of real keys for the given entries; -1 is no key."""
+        virtual = self._virtual_keys(entries)
+        return virtual if self.kv_index is None else self._look_up(self.kv_index, virtual, entries)
+
+    def _virtual_keys(self, entries: Tensor) -> Tensor:
         cols = self.cols[entries].long()
         slots = torch.arange(self.kv_tile, device=self.device)
         virtual = cols[:, None] * self.kv_tile + slots
@@ -127,10 +131,7 @@ class Layout:
             single = cols >= self.kv_tiles
             listed = self.gathered[(cols - self.kv_tiles).clamp_min(0)].long()
             virtual = torch.where(single[:, None], listed, virtual)
-        virtual = virtual.masked_fill(virtual >= self.kv_rows, -1)
-        if self.kv_index is None:
-            return virtual
-        return self._look_up(self.kv_index, virtual, entries)
+        return virtual.masked_fill(virtual >= self.kv_rows, -1)
 
     def entry_queries(self, entries: Tensor) -> Tensor:
         """(n, q_tile) int64 indices of real queries for the given entries; -1 is no query."""
@@ -158,9 +159,7 @@ class Layout:
     def _in_ranges(self, entries: Tensor, kinds: Tensor) -> Tensor:
         tile = self.entry_rows[entries] % self.q_tiles
         rows = tile[:, None] * self.q_tile + torch.arange(self.q_tile, device=self.device)
-        cols = self.cols[entries].long()[:, None] * self.kv_tile + torch.arange(
-            self.kv_tile, device=self.device
-        )
+        cols = self._virtual_keys(entries)
         inside = torch.ones(
             len(entries), self.q_tile, self.kv_tile, dtype=torch.bool, device=self.device
         )
