@@ -95,6 +95,10 @@ def compare_gradients(
     loss = want.sum() * 0 + want_lse.masked_fill(want_lse == -torch.inf, 0).sum() * 0
     if do is not None:
         loss = loss + (want * do.double()).sum()
+        # An engine has `out` as it was put out: e = do . (exact - rounded) enters each ds as p e,
+        # which is what a gradient e at lse does.
+        e = ((want.detach() - out.double()) * do.double()).sum(-1)
+        loss = loss + (want_lse * e).masked_fill(want_lse == -torch.inf, 0).sum()
     if dlse is not None:
         loss = loss + (want_lse * dlse.double()).masked_fill(want_lse == -torch.inf, 0).sum()
     right = torch.autograd.grad(loss, wide)

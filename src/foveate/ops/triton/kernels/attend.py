@@ -30,6 +30,7 @@ from foveate.ops.triton.kernels.tiles import (
     range_of,
     row_program,
     seen_pairs,
+    some_row_sees,
 )
 
 VARYING = [
@@ -169,6 +170,12 @@ def attend(
         if ROW_RANGE is not None:
             row_low, row_high = range_of(ROW_RANGE, group_b * rr_b + group_h * rr_h, place, there)
             there = there & ((kind != -2) | (row_low < row_high))
+        if VECTOR:
+            seen = seen_pairs(
+                there[None, :], WORDS, KEY_RANGE, ROW_RANGE, kind, line, first, row, place, low,
+                high, row_low, row_high, -1, Q_TILE, KV_TILE, N, VECTOR,
+            )  # fmt: skip
+            there = there & some_row_sees(seen, live)
         key = or_none(key, there)
         k_at = key.to(tl.int64) * k_l
         k1 = load_rows(k_base, k_at, d1, there, D, D1)
@@ -182,10 +189,11 @@ def attend(
                 scores, B, b_head, query[:, None], key[None, :], live[:, None] & there[None, :],
                 b_q, b_k, b_first, b_count, shift, BIAS, BIAS_ROW, BIAS_COL,
             )  # fmt: skip
-        seen = seen_pairs(
-            there[None, :], WORDS, KEY_RANGE, ROW_RANGE, kind, line, first, row, place, low, high,
-            row_low, row_high, -1, Q_TILE, KV_TILE, N, VECTOR,
-        )  # fmt: skip
+        if not VECTOR:
+            seen = seen_pairs(
+                there[None, :], WORDS, KEY_RANGE, ROW_RANGE, kind, line, first, row, place, low,
+                high, row_low, row_high, -1, Q_TILE, KV_TILE, N, VECTOR,
+            )  # fmt: skip
         scores = tl.where(seen, scores, float("-inf"))
         if SHARED:
             v = k1

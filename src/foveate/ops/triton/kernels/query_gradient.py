@@ -35,6 +35,7 @@ from foveate.ops.triton.kernels.tiles import (
     range_of,
     row_program,
     seen_pairs,
+    some_row_sees,
 )
 
 VARYING = [
@@ -193,6 +194,12 @@ def query_gradient(
         if ROW_RANGE is not None:
             row_low, row_high = range_of(ROW_RANGE, group_b * rr_b + group_h * rr_h, place, there)
             there = there & ((kind != -2) | (row_low < row_high))
+        if VECTOR:
+            seen = seen_pairs(
+                live[:, None] & there[None, :], WORDS, KEY_RANGE, ROW_RANGE, kind, line, first, row,
+                place, low, high, row_low, row_high, -1, Q_TILE, KV_TILE, N, VECTOR,
+            )  # fmt: skip
+            there = there & some_row_sees(seen, live)
         key = or_none(key, there)
         k = load_rows(k_base, key.to(tl.int64) * k_l, d, there, D, D1)
         raw = dot(q, tl.trans(k), tl.zeros([M, N], tl.float32), PRECISION, WIDEN)
@@ -202,10 +209,11 @@ def query_gradient(
                 scores, B, b_head, query[:, None], key[None, :], live[:, None] & there[None, :],
                 b_q, b_k, b_first, b_count, shift, BIAS, BIAS_ROW, BIAS_COL,
             )  # fmt: skip
-        seen = seen_pairs(
-            live[:, None] & there[None, :], WORDS, KEY_RANGE, ROW_RANGE, kind, line, first, row,
-            place, low, high, row_low, row_high, -1, Q_TILE, KV_TILE, N, VECTOR,
-        )  # fmt: skip
+        if not VECTOR:
+            seen = seen_pairs(
+                live[:, None] & there[None, :], WORDS, KEY_RANGE, ROW_RANGE, kind, line, first, row,
+                place, low, high, row_low, row_high, -1, Q_TILE, KV_TILE, N, VECTOR,
+            )  # fmt: skip
         ds = exponentials(tl.where(seen, scores, float("-inf")), scale, lse, FOLD)
         if G is not None:
             v = load_rows(v_base, key.to(tl.int64) * v_l, dv, there, DV, DV1)

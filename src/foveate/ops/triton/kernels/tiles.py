@@ -254,7 +254,7 @@ def key_step(
         listed = GATHERED + (col - kv_tiles).to(tl.int64) * KV_TILE + within
         place = one_of(single, tl.load(listed, mask=single & there, other=-1), place)
     there = there & (place >= 0) & (place < kv_rows)
-    # With VECTOR Triton 3.7 fails to compile this look-up: keys that nobody sees are loaded then.
+    # With VECTOR Triton 3.7 fails to compile this look-up; see `some_row_sees`.
     if ALIVE is not None and not VECTOR:
         there = there & any_bits(ALIVE, kind, first, KV_TILE, N, VECTOR)
     key = place
@@ -285,6 +285,12 @@ def seen_pairs(
         lows, highs = streamed_low[None, :], streamed_high[None, :]
         seen = seen & in_range(owned[:, None], wide, lows, highs, -3 - RANGE_KIND)
     return seen
+
+
+@triton.jit
+def some_row_sees(seen, live):
+    """Which keys of a step some row sees, (N,) bool: others may hold anything, NaN too."""
+    return tl.max((seen & live[:, None]).to(tl.int32), 0) > 0
 
 
 @triton.jit
