@@ -122,6 +122,9 @@ MMINFERENCE = Paper(
     "Li et al., 2025",
     "2504.16083",
 )
+HYPER = Paper(
+    "HyperAttention: Long-context Attention in Near-Linear Time", "Han et al., 2023", "2310.05869"
+)
 
 SHAZEER = Paper(
     "Fast Transformer Decoding: One Write-Head is All You Need", "Shazeer, 2019", "1911.02150"
@@ -162,6 +165,7 @@ BUILDERS = ("Attention", "train")
 DENSE_DECODE = Support(True, "dense over the whole cache, as in the paper")
 LAST_QUERIES = Support(False, "the last queries choose the index for all rows")
 SLASHES = Support(False, "a slash is a distance to an earlier key; use block-sparse")
+SORTED_QUERIES = Support(False, "a query's block depends on the queries that are sorted with it")
 POOLED_BLOCK = Support(False, "a block's mean query and key hold its later tokens")
 
 ROWS: tuple[Row, ...] = (
@@ -216,6 +220,18 @@ ROWS: tuple[Row, ...] = (
         papers=(MINFERENCE, MMINFERENCE),
         sheet="mminference",
         capabilities=Capabilities(decode=DENSE_DECODE, causal_routing=POOLED_BLOCK),
+    ),
+    Row(
+        key="hyperattention",
+        kind="attention",
+        path="foveate.methods.hyperattention.HyperAttention",
+        title="HyperAttention",
+        summary="Sorted diagonal blocks exactly, a few weighted sampled keys for the rest.",
+        papers=(HYPER,),
+        sheet="hyperattention",
+        capabilities=Capabilities(
+            decode=Support(True, "dense over the whole cache"), causal_routing=SORTED_QUERIES
+        ),
     ),
     Row(
         key="mha",
