@@ -13,7 +13,7 @@ from foveate.methods import make
 from foveate.methods.hyperattention import HyperAttention, alpha, kappa
 from foveate.methods.hyperattention.samples import Draw
 from foveate.methods.hyperattention.sort_lsh import bucket_ranks, gray_code, order_of
-from foveate.ops import AttentionOutput, Layout
+from foveate.ops import AttentionOutput
 from foveate.ops.errors import InputError
 
 MASKS = pytest.mark.parametrize("mask", [causal(), None], ids=["causal", "full"])
@@ -412,20 +412,9 @@ def test_memory_and_work_follow_the_pieces():
     assert pairs == n // least * (least * (least + 1) // 2) + levels * (n // 2) * b
 
 
-def test_its_layouts_hold_what_the_cost_formula_says(monkeypatch):
-    seen: list[Layout] = []
-    import foveate.methods.hyperattention.method as module
-
-    real = module.attention
-
-    def spy(*given, layout, **options):
-        seen.append(layout)
-        return real(*given, layout=layout, **options)
-
-    monkeypatch.setattr(module, "attention", spy)
+def test_its_layouts_hold_what_the_cost_formula_says():
     q, k, v = qkv(1, 1, 1, 1024, 1024)
-    HyperAttention(64, 64, 128)(q, k, v, Context(mask=causal()))
-    heavy, light = seen
+    heavy, light = HyperAttention(64, 64, 128).layouts(q, k, v, Context(mask=causal()))
     sizes = (128, 256, 512)  # of the rectangles of each level, 512 queries together
     assert heavy.pairs == 8 * 128 * 129 / 2 + len(sizes) * 512 * 64
     # Each sample is hidden from the queries of one block.

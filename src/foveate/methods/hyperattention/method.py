@@ -11,8 +11,14 @@ from torch import Tensor
 from foveate.methods.hyperattention import sort_lsh
 from foveate.methods.hyperattention.heavy import Order, heavy_layout
 from foveate.methods.hyperattention.recursion import Piece, pieces_of
-from foveate.methods.hyperattention.samples import Draw, draw_by_values, draw_uniform, light_part
-from foveate.ops import AttentionOutput, attention, merge, with_sinks
+from foveate.methods.hyperattention.samples import (
+    Draw,
+    Light,
+    draw_by_values,
+    draw_uniform,
+    light_part,
+)
+from foveate.ops import AttentionOutput, Layout, attention, merge, with_sinks
 from foveate.ops import causal as causal_mask
 from foveate.ops.check import check_tensors
 from foveate.ops.errors import InputError
@@ -126,6 +132,19 @@ class HyperAttention(Attention):
             sinks=self.sinks,
         )
 
+    def layouts(
+        self, q: Tensor, k: Tensor, v: Tensor, ctx: Context | None = None
+    ) -> tuple[Layout, Layout | None]:
+        """What a call without padding visits: (heavy part, queries on sampled keys), to count it.
+
+        The second one is None if nothing is estimated.
+        """
+        ctx = Context() if ctx is None else ctx
+        pieces = self.pieces(q.shape[2], k.shape[2], causal=ctx.mask == causal_mask())
+        plan = self._plan(q, k, v, pieces, ctx)
+        heavy, light = self._parts(q, k, plan, slice(None), slice(None))
+        return heavy, None if light is None else light.layout
+
     # -- what may be done otherwise in a study of the method -------------------------------------
     def order(self, q: Tensor, k: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
         """What queries (B, Hq, Lq, D) and keys (B, Hkv, Lkv, D) are sorted by: (B, H, L) int64."""
@@ -214,30 +233,35 @@ class HyperAttention(Attention):
         bias = None
         if ctx.bias is not None:
             bias = _four(ctx.bias)
-            options["bias"] = bias = bias[:, heads] if bias.shape[1] > 1 else bias
-        orders = [o and Order(o.query[:, heads], o.key[:, kv]) for o in plan.orders]
-        lengths = (q.shape[2], k.shape[2])
-        groups = (q.shape[0], q.shape[1])
-        layout = heavy_layout(plan.pieces, orders, lengths, self.block_size, groups, q.device)
+            options["bias"] = bias = _heads_of(bias, heads)
+        layout, light = self._parts(q, k, plan, heads, kv)
         result = attention(q, k, v, layout=layout, **options)
-        if plan.draws:
-            draws = [Draw(d.places[:, kv], _heads_of(d.log_weights, kv)) for d in plan.draws]
-            some = [(p, o) for p, o in zip(plan.pieces, orders) if o is not None]
-            light = light_part(
-                [p for p, _ in some], [o for _, o in some], draws, q.shape[2],
-                self.block_size, q.shape[1],
-            )  # fmt: skip
-            at = light.keys[..., None]
+        if light is not None:
             weights = light.log_weights.to(torch.promote_types(q.dtype, torch.float32))
             weights = weights.repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None]
             if bias is not None:
                 weights = weights + _columns(bias, light.keys, q)
             options["bias"] = weights
+            at = light.keys[..., None]
             k_at, v_at = (x.gather(2, at.expand(-1, -1, -1, x.shape[3])) for x in (k, v))
             result = merge([result, attention(q, k_at, v_at, layout=light.layout, **options)])
         if ctx.sink_logits is not None:
             result = with_sinks(result, ctx.sink_logits[heads])
         return result
+
+    def _parts(
+        self, q: Tensor, k: Tensor, plan: _Plan, heads: slice, kv: slice
+    ) -> tuple[Layout, Light | None]:
+        """The heavy part's layout and the light part, of some heads."""
+        orders = [o and Order(o.query[:, heads], o.key[:, kv]) for o in plan.orders]
+        lengths, groups = (q.shape[2], k.shape[2]), (q.shape[0], q.shape[1])
+        layout = heavy_layout(plan.pieces, orders, lengths, self.block_size, groups, q.device)
+        if not plan.draws:
+            return layout, None
+        draws = [Draw(d.places[:, kv], _heads_of(d.log_weights, kv)) for d in plan.draws]
+        some = [(p, o) for p, o in zip(plan.pieces, orders) if o is not None]
+        pieces, sorted_ = [p for p, _ in some], [o for _, o in some]
+        return layout, light_part(pieces, sorted_, draws, q.shape[2], self.block_size, q.shape[1])
 
 
 def _exact(q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> AttentionOutput:
