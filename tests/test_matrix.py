@@ -16,6 +16,10 @@ SMALL = {
     "a-shape": "a-shape(sinks=8, local=16)",
     "vertical-slash": "vertical-slash(verticals=32, slashes=50, forced_slashes=48)",
     "block-sparse": "block-sparse(blocks=1)",
+    "tri-shape": "tri-shape(sinks=8, local=16, bottom=20)",
+    "grid": "grid(max_stride=9)",
+    "q-boundary": "q-boundary(patterns=['grid(max_stride=9)'])",
+    "2d-boundary": "2d-boundary(patterns=[['grid(max_stride=9)']])",
 }
 PATTERNS = [row for row in catalog.rows() if row.kind == "pattern"]
 BATCH, LENGTH = 2, 403

@@ -163,6 +163,7 @@ MOH = Paper(
 
 BUILDERS = ("Attention", "train")
 DENSE_DECODE = Support(True, "dense over the whole cache, as in the paper")
+CAUSAL_ONLY = Support(False, "defined for causal attention; use block-sparse")
 LAST_QUERIES = Support(False, "the last queries choose the index for all rows")
 SLASHES = Support(False, "a slash is a distance to an earlier key; use block-sparse")
 SORTED_QUERIES = Support(False, "a query's block depends on the queries that are sorted with it")
@@ -220,6 +221,52 @@ ROWS: tuple[Row, ...] = (
         papers=(MINFERENCE, MMINFERENCE),
         sheet="mminference",
         capabilities=Capabilities(decode=DENSE_DECODE, causal_routing=POOLED_BLOCK),
+    ),
+    Row(
+        key="tri-shape",
+        kind="pattern",
+        path="foveate.methods.mminference.TriShape",
+        title="Tri-shape (MInference)",
+        summary="An A-shape whose last queries see everything; the papers' baseline.",
+        papers=(MINFERENCE, MMINFERENCE),
+        sheet="mminference",
+        capabilities=Capabilities(decode=DENSE_DECODE, bidirectional=CAUSAL_ONLY),
+    ),
+    Row(
+        key="grid",
+        kind="pattern",
+        path="foveate.methods.mminference.Grid",
+        title="Grid (MMInference)",
+        summary="Every stride-th column and row, the stride and phase found in the input.",
+        papers=(MMINFERENCE,),
+        sheet="mminference",
+        capabilities=Capabilities(
+            decode=DENSE_DECODE, bidirectional=CAUSAL_ONLY, causal_routing=LAST_QUERIES
+        ),
+    ),
+    Row(
+        key="q-boundary",
+        kind="pattern",
+        path="foveate.methods.mminference.QBoundary",
+        title="Q-boundary (MMInference)",
+        summary="Text and vision queries each run a pattern of their own, on all keys.",
+        papers=(MMINFERENCE,),
+        sheet="mminference",
+        capabilities=Capabilities(
+            decode=DENSE_DECODE, bidirectional=CAUSAL_ONLY, causal_routing=LAST_QUERIES
+        ),
+    ),
+    Row(
+        key="2d-boundary",
+        kind="pattern",
+        path="foveate.methods.mminference.TwoDBoundary",
+        title="2D-boundary (MMInference)",
+        summary="Each pair of query and key modality runs its own pattern, merged by lse.",
+        papers=(MMINFERENCE,),
+        sheet="mminference",
+        capabilities=Capabilities(
+            decode=DENSE_DECODE, bidirectional=CAUSAL_ONLY, causal_routing=LAST_QUERIES
+        ),
     ),
     Row(
         key="hyperattention",
