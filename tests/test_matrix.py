@@ -18,6 +18,10 @@ SMALL = {
     "block-sparse": "block-sparse(blocks=1)",
     "fna": "fna(window=31)",
     "gna": "gna(window=32, stride=8)",
+    "tri-shape": "tri-shape(sinks=8, local=16, bottom=20)",
+    "grid": "grid(max_stride=9)",
+    "q-boundary": "q-boundary(patterns=['grid(max_stride=9)'])",
+    "2d-boundary": "2d-boundary(patterns=[['grid(max_stride=9)']])",
 }
 PATTERNS = [row for row in catalog.rows() if row.kind == "pattern"]
 BATCH, LENGTH = 2, 403

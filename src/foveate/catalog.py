@@ -122,6 +122,9 @@ MMINFERENCE = Paper(
     "Li et al., 2025",
     "2504.16083",
 )
+HYPER = Paper(
+    "HyperAttention: Long-context Attention in Near-Linear Time", "Han et al., 2023", "2310.05869"
+)
 
 SHAZEER = Paper(
     "Fast Transformer Decoding: One Write-Head is All You Need", "Shazeer, 2019", "1911.02150"
@@ -175,8 +178,10 @@ GENERALIZED_NA = Paper(
 BUILDERS = ("Attention", "train")
 GRIDS = ("Attention", "use", "bench", "cost")
 DENSE_DECODE = Support(True, "dense over the whole cache, as in the paper")
+CAUSAL_ONLY = Support(False, "defined for causal attention; use block-sparse")
 LAST_QUERIES = Support(False, "the last queries choose the index for all rows")
 SLASHES = Support(False, "a slash is a distance to an earlier key; use block-sparse")
+SORTED_QUERIES = Support(False, "a query's block depends on the queries that are sorted with it")
 POOLED_BLOCK = Support(False, "a block's mean query and key hold its later tokens")
 
 ROWS: tuple[Row, ...] = (
@@ -255,6 +260,64 @@ ROWS: tuple[Row, ...] = (
             decode=Support(True, "with a stride, the last group's window depends on the length")
         ),
         jobs=GRIDS,
+    ),
+    Row(
+        key="tri-shape",
+        kind="pattern",
+        path="foveate.methods.mminference.TriShape",
+        title="Tri-shape (MInference)",
+        summary="An A-shape whose last queries see everything; the papers' baseline.",
+        papers=(MINFERENCE, MMINFERENCE),
+        sheet="mminference",
+        capabilities=Capabilities(decode=DENSE_DECODE, bidirectional=CAUSAL_ONLY),
+    ),
+    Row(
+        key="grid",
+        kind="pattern",
+        path="foveate.methods.mminference.Grid",
+        title="Grid (MMInference)",
+        summary="Every stride-th column and row, the stride and phase found in the input.",
+        papers=(MMINFERENCE,),
+        sheet="mminference",
+        capabilities=Capabilities(
+            decode=DENSE_DECODE, bidirectional=CAUSAL_ONLY, causal_routing=LAST_QUERIES
+        ),
+    ),
+    Row(
+        key="q-boundary",
+        kind="pattern",
+        path="foveate.methods.mminference.QBoundary",
+        title="Q-boundary (MMInference)",
+        summary="Text and vision queries each run a pattern of their own, on all keys.",
+        papers=(MMINFERENCE,),
+        sheet="mminference",
+        capabilities=Capabilities(
+            decode=DENSE_DECODE, bidirectional=CAUSAL_ONLY, causal_routing=LAST_QUERIES
+        ),
+    ),
+    Row(
+        key="2d-boundary",
+        kind="pattern",
+        path="foveate.methods.mminference.TwoDBoundary",
+        title="2D-boundary (MMInference)",
+        summary="Each pair of query and key modality runs its own pattern, merged by lse.",
+        papers=(MMINFERENCE,),
+        sheet="mminference",
+        capabilities=Capabilities(
+            decode=DENSE_DECODE, bidirectional=CAUSAL_ONLY, causal_routing=LAST_QUERIES
+        ),
+    ),
+    Row(
+        key="hyperattention",
+        kind="attention",
+        path="foveate.methods.hyperattention.HyperAttention",
+        title="HyperAttention",
+        summary="Sorted diagonal blocks exactly, a few weighted sampled keys for the rest.",
+        papers=(HYPER,),
+        sheet="hyperattention",
+        capabilities=Capabilities(
+            decode=Support(True, "dense over the whole cache"), causal_routing=SORTED_QUERIES
+        ),
     ),
     Row(
         key="mha",

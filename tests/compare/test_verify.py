@@ -13,7 +13,8 @@ from foveate.ops import AttentionOutput, Layout, causal
 from foveate.parts import Attention
 
 METHODS = ("full", "sink-window(window=30)", "a-shape(sinks=8, local=30)",
-           "vertical-slash(verticals=20, slashes=50)", "block-sparse(blocks=2)")  # fmt: skip
+           "vertical-slash(verticals=20, slashes=50)", "block-sparse(blocks=2)",
+           "hyperattention(block_size=16, sample_size=16, min_seq_len=32)")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

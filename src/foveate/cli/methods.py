@@ -42,6 +42,8 @@ def hyper_parameters(method: Any) -> dict[str, Any]:
     """The fields of a method's class with their defaults; None where one must be given."""
     found = {}
     for field in dataclasses.fields(method):
+        if not field.init:
+            continue
         if field.default_factory is not dataclasses.MISSING:
             found[field.name] = field.default_factory()
         else:

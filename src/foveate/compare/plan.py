@@ -31,6 +31,8 @@ BUDGETS = {
     "a-shape": ("local",),
     "vertical-slash": ("verticals", "slashes"),
     "block-sparse": ("blocks",),
+    "tri-shape": ("local",),
+    "hyperattention": ("block_size", "sample_size"),
 }
 FACTORS = (0.25, 0.5, 1.0, 2.0)
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from foveate.methods.mminference.prefill import PrefillPattern, budget, check_fraction
-from foveate.ops import Layout
+from foveate.methods.mminference.prefill import ProblemPattern, budget, check_fraction
+from foveate.methods.mminference.problem import Part, Problem
+from foveate.ops import Layout, blocks
 from foveate.ops.errors import InputError
 from foveate.ops.masks.checks import whole
 from foveate.parts.anchor import Places, mask_by_places, placed
@@ -21,7 +22,7 @@ from foveate.parts.tokens import Tokens, tokens_of
 
 
 @dataclass(frozen=True)
-class BlockSparse(PrefillPattern):
+class BlockSparse(ProblemPattern):
     """Row block m sees the `blocks` key blocks with the highest mean(q_m) . mean(k_n).
 
     Within `ctx.mask`, and always with the blocks on its own diagonal. Blocks are cut from each
@@ -81,6 +82,30 @@ class BlockSparse(PrefillPattern):
         best = self._best(scores, allowed, tokens)
         return (best | self._diagonal(rows, cols, tokens)) & allowed
 
+    @override
+    def parts(self, problem: Problem) -> list[list[Part]]:
+        """Blocks of the problem's own rows and keys, as they stand side by side."""
+        rows, keys = (torch.arange(len(x), device=x.device) for x in (problem.rows, problem.keys))
+        if not len(rows) or not len(keys):
+            return [[] for _ in range(problem.heads)]
+        q_blocks, k_blocks = (-(-len(x) // self.tile) for x in (rows, keys))
+        mean_q, mean_k = (_means(x, self.tile) for x in (problem.q, problem.k))
+        scores = (mean_q.unflatten(0, (len(mean_k), -1)) @ mean_k[:, None].mT).flatten(0, 1)
+        low = problem.k_at[:: self.tile]
+        last = (torch.arange(1, q_blocks + 1, device=rows.device) * self.tile - 1).clamp_max(
+            len(rows) - 1
+        )
+        allowed = low <= problem.q_at[last][:, None]
+        most = max(1, budget(self.blocks, self.fraction, k_blocks))
+        chosen = topk_mask(scores, most, allowed.expand_as(scores))
+        # The block that holds a row's own key, where the problem has it.
+        at = torch.searchsorted(problem.k_at, problem.q_at).clamp_max(len(keys) - 1)
+        own = problem.k_at[at] == problem.q_at
+        chosen[:, rows[own] // self.tile, at[own] // self.tile] = True
+        # The table's last row and column are the same place: see `blocks`.
+        numbers = (rows + (k_blocks - q_blocks) * self.tile, keys)
+        return [[Part(rows, keys, None, blocks(one, self.tile), numbers)] for one in chosen]
+
     def _blocks(
         self, q: Tensor, k: Tensor, ctx: Context, tokens: Tokens
     ) -> tuple[Places, Places, Layout]:
@@ -116,6 +141,12 @@ class BlockSparse(PrefillPattern):
         low, high = ((first + move) // self.tile, (last + move) // self.tile)
         at = torch.arange(-(-cols.index.shape[1] // self.tile), device=device)
         return ((at >= low[..., None]) & (at <= high[..., None]))[:, None]
+
+
+def _means(x: Tensor, tile: int) -> Tensor:
+    """Means of blocks of rows, (H, n, D) to (H, T, D), in fp32 or wider."""
+    real = torch.ones(1, x.shape[1], dtype=torch.bool, device=x.device)
+    return _pool(x[None], real, Places.of(real, tile), tile)[0]
 
 
 def _pool(x: Tensor, real: Tensor, places: Places, tile: int) -> Tensor:

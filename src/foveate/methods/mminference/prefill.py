@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 
 from torch import Tensor
 from typing_extensions import override
 
+from foveate.methods.mminference.problem import Part, Problem
 from foveate.ops.errors import InputError
 from foveate.parts.attention import Pattern
 from foveate.parts.context import Context
@@ -22,6 +24,17 @@ class PrefillPattern(Pattern):
     def _keeps_all(self, q: Tensor, k: Tensor, ctx: Context) -> bool:
         """Whether the budget covers everything."""
         return False
+
+
+class ProblemPattern(PrefillPattern):
+    """A pattern that can be asked about a part of a sequence, as boundaries between modalities do.
+
+    A problem keeps original positions, so that causality survives any choice of rows and keys.
+    """
+
+    @abstractmethod
+    def parts(self, problem: Problem) -> list[list[Part]]:
+        """What each query head visits of a problem; every query that can must see some key."""
 
 
 def check_fraction(owner: str, fraction: object) -> None:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from foveate.methods.mminference.distances import Distances
 from foveate.methods.mminference.kernel_index import kernel_index
-from foveate.methods.mminference.prefill import PrefillPattern, budget, check_fraction
+from foveate.methods.mminference.prefill import ProblemPattern, budget, check_fraction
+from foveate.methods.mminference.problem import Part, Problem
 from foveate.ops import Layout
 from foveate.ops.errors import InputError
 from foveate.ops.masks.checks import whole
@@ -51,7 +53,7 @@ class Index:
 
 
 @dataclass(frozen=True)
-class VerticalSlash(PrefillPattern):
+class VerticalSlash(ProblemPattern):
     """Query i sees key j if j <= i and (j in V or i - j in T); V, T per sequence and query head.
 
     Ahat, the attention of the last `last` real queries, is summed over rows per key and per
@@ -155,6 +157,19 @@ class VerticalSlash(PrefillPattern):
     @override
     def layout(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Layout:
         return self.layout_from(self.index(q, k, ctx), q, k, ctx)
+
+    @override
+    def parts(self, problem: Problem) -> list[list[Part]]:
+        """V and T from the problem's own last queries; T are original distances."""
+        rows, keys = (torch.arange(len(x), device=x.device) for x in (problem.rows, problem.keys))
+        if not len(rows) or not len(keys):
+            return [[] for _ in range(problem.heads)]
+        nv, ns = self._budgets(len(keys))
+        vertical = problem.column_sums.masked_fill(problem.k_at < self.forced_verticals, torch.inf)
+        slash = problem.distance_sums.clone()
+        slash[:, : self.forced_slashes] = torch.inf
+        columns, offsets = topk_mask(vertical, nv), topk_mask(slash, ns)
+        return [[Part(rows, keys, v, Distances(t))] for v, t in zip(columns, offsets)]
 
 
 def _first(tokens: Tokens) -> Tensor:

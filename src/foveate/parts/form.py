@@ -1,0 +1,55 @@
+"""Whether a call's mask is plain: all real tokens, or all that aren't later.
+
+For methods that reorder or estimate whole halves of the attention matrix, and so have nothing to
+say of a mask's finer shape.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from foveate.parts.attention import EVERYTHING, remember
+from foveate.parts.context import Context
+from foveate.parts.tokens import Tokens
+
+_PLAIN = re.compile(r"(?:causal\(\)|window\(-1, -1\)|padding\(\[[\d, ]*\]\)|[& ()])+")
+_ROWS = 256
+
+
+def is_causal_or_full(ctx: Context, tokens: Tokens) -> bool:
+    """Whether every real query sees all real keys, or all that aren't later.
+
+    Told by the mask's expression where that says it, else element by element, a few rows at a time,
+    once for all layers of a forward (`ctx.store`).
+    """
+    mask = EVERYTHING if ctx.mask is None else ctx.mask
+    if not tokens.regular:
+        return False
+    if _PLAIN.fullmatch(mask.spec):
+        return True
+    batches = max(len(tokens.q_real), mask.groups()[0])
+    lengths = (tokens.q_real.shape[1], tokens.k_real.shape[1])
+
+    def look() -> bool:
+        return all(
+            _plain(ctx, tokens, b, h) for b in range(batches) for h in range(mask.groups()[1])
+        )
+
+    return remember(ctx, (is_causal_or_full, mask, lengths), look)
+
+
+def _plain(ctx: Context, tokens: Tokens, b: int, h: int) -> bool:
+    assert ctx.mask is not None
+    q, k, q_real, k_real = (
+        x[b if len(x) > 1 else 0]
+        for x in (tokens.q_pos, tokens.k_pos, tokens.q_real, tokens.k_real)
+    )
+    q, k = q[q_real], k[k_real]
+    for rows in q.split(_ROWS):
+        seen = ctx.mask._element(rows[:, None], k, b, h)
+        want = k <= rows[:, None] if tokens.causal else torch.ones_like(seen)
+        if not torch.equal(seen.expand_as(want), want):
+            return False
+    return True
