@@ -16,6 +16,7 @@ SMALL = {
     "a-shape": "a-shape(sinks=8, local=16)",
     "vertical-slash": "vertical-slash(verticals=32, slashes=50, forced_slashes=48)",
     "block-sparse": "block-sparse(blocks=1)",
+    "dhsa": "dhsa(budget=64, block=32, local=32, sinks=8, instruction=24, chunk=16)",
 }
 PATTERNS = [row for row in catalog.rows() if row.kind == "pattern"]
 BATCH, LENGTH = 2, 403

@@ -158,10 +158,19 @@ MOH = Paper(
     "MoH: Multi-Head Attention as Mixture-of-Head Attention", "Jin et al., 2024", "2410.11842"
 )
 
+DHSA = Paper(
+    "Long-Context Modeling with Dynamic Hierarchical Sparse Attention for On-Device LLMs",
+    "Xiong et al., 2025",
+    "2510.24606",
+)
+
 BUILDERS = ("Attention", "train")
+FITTED = ("compare", "use", "fit")
 DENSE_DECODE = Support(True, "dense over the whole cache, as in the paper")
 LAST_QUERIES = Support(False, "the last queries choose the index for all rows")
 SLASHES = Support(False, "a slash is a distance to an earlier key; use block-sparse")
+CAUSAL_CHUNKS = Support(False, "chunks are scored for causal models; use block-sparse")
+LOOKS_AHEAD = Support(False, "block means and the boundary predictor look ahead")
 POOLED_BLOCK = Support(False, "a block's mean query and key hold its later tokens")
 
 ROWS: tuple[Row, ...] = (
@@ -216,6 +225,17 @@ ROWS: tuple[Row, ...] = (
         papers=(MINFERENCE, MMINFERENCE),
         sheet="mminference",
         capabilities=Capabilities(decode=DENSE_DECODE, causal_routing=POOLED_BLOCK),
+    ),
+    Row(
+        key="dhsa",
+        kind="pattern",
+        path="foveate.methods.dhsa.DHSA",
+        title="Dynamic hierarchical sparse (DHSA)",
+        summary="A learnt predictor cuts chunks of unequal length; queries keep the best ones.",
+        papers=(DHSA,),
+        sheet="dhsa",
+        capabilities=Capabilities(bidirectional=CAUSAL_CHUNKS, causal_routing=LOOKS_AHEAD),
+        jobs=FITTED,
     ),
     Row(
         key="mha",

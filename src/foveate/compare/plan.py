@@ -31,6 +31,7 @@ BUDGETS = {
     "a-shape": ("local",),
     "vertical-slash": ("verticals", "slashes"),
     "block-sparse": ("blocks",),
+    "dhsa": ("budget",),
 }
 FACTORS = (0.25, 0.5, 1.0, 2.0)
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from foveate.ops.errors import MissingPackageError
 from foveate.papers.training.errors import CheckpointError
+from foveate.parts.weights import moments, put_moments, put_weights, weights
 
 SCHEMA = 1
 
@@ -55,7 +56,7 @@ class Checkpoints:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         save_file(weights(model), new / "model.safetensors")
-        save_file(_moments(model, optimizer), new / "optimizer.safetensors")
+        save_file(moments(model, optimizer), new / "optimizer.safetensors")
         sums = {name: _sum(new / name) for name in ("model.safetensors", "optimizer.safetensors")}
         kept = {"schema": SCHEMA, "training": self.training, "step": step, "sums": sums} | state
         with (new / "state.json").open("w", encoding="utf-8") as file:
@@ -81,7 +82,7 @@ class Checkpoints:
                 state = self._read(place)
                 load_file = _safetensors().load_file
                 tensors = load_file(place / "model.safetensors")
-                moments = load_file(place / "optimizer.safetensors")
+                held = load_file(place / "optimizer.safetensors")
             except (OSError, ValueError, KeyError, _safetensors_error()) as error:
                 self._put_aside(place, error)
                 continue
@@ -91,7 +92,7 @@ class Checkpoints:
                     "folder with --out, or go without --resume to begin anew."
                 )
             put_weights(model, tensors)
-            _put_moments(model, optimizer, moments)
+            put_moments(model, optimizer, held)
             return state
         return None
 
@@ -133,43 +134,6 @@ class Checkpoints:
         self.notes.append(
             f"The checkpoint {place.name} can't be read ({error}); it was kept as {kept.name}."
         )
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and kept buffer under its name, tied ones once, on the CPU."""
-    found: dict[str, Tensor] = dict(model.named_parameters())
-    kept = model.state_dict()
-    found |= {name: tensor for name, tensor in model.named_buffers() if name in kept}
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in found.items()}
-
-
-def put_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """The way back of `weights`."""
-    mine: dict[str, Tensor] = dict(model.named_parameters())
-    mine |= dict(model.named_buffers())
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            mine[name].copy_(tensor)
-
-
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{field}/{name}": value.detach().cpu().clone().contiguous()
-        for name, parameter in model.named_parameters()
-        for field, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def _put_moments(
-    model: nn.Module, optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]
-) -> None:
-    mine = dict(model.named_parameters())
-    for key, value in moments.items():
-        field, _, name = key.partition("/")
-        parameter = mine[name]
-        # AdamW keeps its step counter on the CPU, the moments beside the parameter.
-        place = value if field == "step" else value.to(parameter.device)
-        optimizer.state[parameter][field] = place
 
 
 def _sum(path: Path) -> str:
