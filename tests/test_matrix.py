@@ -22,6 +22,7 @@ SMALL = {
     "grid": "grid(max_stride=9)",
     "q-boundary": "q-boundary(patterns=['grid(max_stride=9)'])",
     "2d-boundary": "2d-boundary(patterns=[['grid(max_stride=9)']])",
+    "dhsa": "dhsa(budget=64, block=32, local=32, sinks=8, instruction=24, chunk=16)",
 }
 PATTERNS = [row for row in catalog.rows() if row.kind == "pattern"]
 BATCH, LENGTH = 2, 403

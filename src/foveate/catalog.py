@@ -160,7 +160,6 @@ GLA = Paper("Hardware-Efficient Attention for Fast Decoding", "Zadouri et al., 2
 MOH = Paper(
     "MoH: Multi-Head Attention as Mixture-of-Head Attention", "Jin et al., 2024", "2410.11842"
 )
-
 NAT = Paper("Neighborhood Attention Transformer", "Hassani et al., 2022", "2204.07143")
 DINAT = Paper("Dilated Neighborhood Attention Transformer", "Hassani and Shi, 2022", "2209.15001")
 FASTER_NA = Paper(
@@ -175,13 +174,22 @@ GENERALIZED_NA = Paper(
     "2504.16922",
 )
 
+DHSA = Paper(
+    "Long-Context Modeling with Dynamic Hierarchical Sparse Attention for On-Device LLMs",
+    "Xiong et al., 2025",
+    "2510.24606",
+)
+
 BUILDERS = ("Attention", "train")
 GRIDS = ("Attention", "use", "bench", "cost")
+FITTED = ("compare", "use", "fit")
 DENSE_DECODE = Support(True, "dense over the whole cache, as in the paper")
 CAUSAL_ONLY = Support(False, "defined for causal attention; use block-sparse")
 LAST_QUERIES = Support(False, "the last queries choose the index for all rows")
 SLASHES = Support(False, "a slash is a distance to an earlier key; use block-sparse")
 SORTED_QUERIES = Support(False, "a query's block depends on the queries that are sorted with it")
+CAUSAL_CHUNKS = Support(False, "chunks are scored for causal models; use block-sparse")
+LOOKS_AHEAD = Support(False, "block means and the boundary predictor look ahead")
 POOLED_BLOCK = Support(False, "a block's mean query and key hold its later tokens")
 
 ROWS: tuple[Row, ...] = (
@@ -318,6 +326,17 @@ ROWS: tuple[Row, ...] = (
         capabilities=Capabilities(
             decode=Support(True, "dense over the whole cache"), causal_routing=SORTED_QUERIES
         ),
+    ),
+    Row(
+        key="dhsa",
+        kind="pattern",
+        path="foveate.methods.dhsa.DHSA",
+        title="Dynamic hierarchical sparse (DHSA)",
+        summary="A learnt predictor cuts chunks of unequal length; queries keep the best ones.",
+        papers=(DHSA,),
+        sheet="dhsa",
+        capabilities=Capabilities(bidirectional=CAUSAL_CHUNKS, causal_routing=LOOKS_AHEAD),
+        jobs=FITTED,
     ),
     Row(
         key="mha",

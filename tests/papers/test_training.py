@@ -18,8 +18,8 @@ from foveate.papers.training import (
     next_token,
     train,
 )
-from foveate.papers.training.checkpoint import weights
 from foveate.papers.training.regime import optimizer_of, schedule_of
+from foveate.parts.weights import weights
 
 pytest.importorskip("safetensors")
 TASK = Copying(string=4, symbols=7, held=32)

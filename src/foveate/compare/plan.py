@@ -33,6 +33,7 @@ BUDGETS = {
     "block-sparse": ("blocks",),
     "tri-shape": ("local",),
     "hyperattention": ("block_size", "sample_size"),
+    "dhsa": ("budget",),
 }
 FACTORS = (0.25, 0.5, 1.0, 2.0)
 

@@ -15,6 +15,7 @@ from foveate.compare.measure import Machine, Pass, Sample, cache_bytes
 from foveate.compare.needle import Prompts, found
 from foveate.compare.plan import Cell, Round
 from foveate.compare.validate import Job
+from foveate.hf.fit.artefacts import Shelf
 from foveate.ops.errors import FoveateError, InputError
 from foveate.runs.machine import load_average
 
@@ -34,7 +35,8 @@ class Bench:
         self.job = job
         self.machine = Machine(model, job.info.kind)
         self.layers = int(model.config.get_text_config().num_hidden_layers)
-        self._methods = {entry.name: entry.method() for entry in job.entries}
+        shelf = Shelf(model)
+        self._methods = {entry.name: shelf.bind(entry.key, entry.method()) for entry in job.entries}
         self._warm: set[tuple[str, int]] = set()
         self._head_checked = False
 

@@ -28,6 +28,7 @@ from foveate.hf.assignment import (
 )
 from foveate.hf.attend import HELD, SEATS, Running, Seat
 from foveate.hf.errors import InUseError, ModelError
+from foveate.hf.fit.artefacts import Shelf
 from foveate.hf.places import Site, sites
 from foveate.hf.pointer import NAME, Pointer, register, release
 from foveate.parts import Attention
@@ -49,6 +50,7 @@ def use(
     backend: str = "auto",
     cross: bool = False,
     stats: Callable[..., None] | None = None,
+    fitted: str | Path | None = None,
 ) -> Use:
     """Run a transformers model's attention through foveate, until undone.
 
@@ -72,15 +74,18 @@ def use(
         cross: whether a single pattern is for cross-attention as well, which otherwise stays full.
         stats: called after each layer as `stats(layer=, layout=, build_seconds=,
             attend_seconds=)` by methods that are patterns.
+        fitted: for methods that were fitted (`foveate fit`): the artefact, or a folder of them.
+            Default: the folder that the model was loaded from, then the cache, by its weights.
 
     Raises:
         UnknownMethodError: no such pattern.
         AssignmentError: the assignment names layers or heads that the model doesn't have, or
             there is none where it was looked for.
         InUseError: the model, or a part of it, is in use already.
-        ModelError: the model's attention can't be reached.
+        ModelError: the model's attention can't be reached, or a method wasn't fitted on it yet.
+        ArtefactError: what was fitted belongs to another model, or can't be read.
     """
-    return Use(model, pattern, backend=backend, cross=cross, stats=stats)
+    return Use(model, pattern, backend=backend, cross=cross, stats=stats, fitted=fitted)
 
 
 class Use:
@@ -94,6 +99,7 @@ class Use:
         backend: str = "auto",
         cross: bool = False,
         stats: Callable[..., None] | None = None,
+        fitted: str | Path | None = None,
     ) -> None:
         if not isinstance(model, PreTrainedModel):
             raise ModelError(
@@ -110,7 +116,8 @@ class Use:
         self.sites: dict[str, Site] = {}
         self._model = weakref.ref(model)
         found = sites(model)
-        plan = plan_of(pattern, found, cross)
+        self._shelf = Shelf(model, fitted)
+        plan = self._shelf.bind_all(plan_of(pattern, found, cross))
         taken = [site.name for module, site in found.items() if module in SEATS]
         if taken:
             raise InUseError(
@@ -190,8 +197,8 @@ class Use:
     def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
         """Write the model and, as `foveate.json` beside it, which pattern its layers and heads run.
 
-        `foveate.use(model)` finds it again on the model that `from_pretrained(folder)` loads; to
-        transformers alone the folder is an ordinary model's.
+        `foveate.use(model)` finds it again on the model that `from_pretrained(folder)` loads, with
+        what its methods were fitted to; to transformers alone the folder is an ordinary model's.
 
         Args:
             folder: where to; made if it doesn't exist.
@@ -209,6 +216,7 @@ class Use:
             raise ModelError("save_pretrained: the model of this use doesn't exist any more.")
         assignment = assignment_of(self.pattern, self.sites.values(), self.cross)
         model.save_pretrained(folder, **options)
+        self._shelf.save_beside(Path(folder))
         return assignment.save(Path(folder) / FILE)
 
     @property

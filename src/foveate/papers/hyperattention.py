@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from foveate.methods import make
 from foveate.methods.hyperattention import HyperAttention, alpha
-from foveate.ops import attention, causal
+from foveate.ops import AttentionOutput, attention, causal
 from foveate.papers.harness import Check, Found, Paper, Trial, at_most, difference
-from foveate.parts import Context
+from foveate.parts import Attention, Context
 
 OURS, BLOCKS = "sortLSH + samples", "sortLSH blocks"
 SAMPLES, RANDOM = "samples only", "random blocks + samples"
@@ -151,8 +152,8 @@ def model(trial: Trial) -> Found:
         own = spec.format(n // 8, sinks, trial.seed)
         with use(lm, Assignment(dict.fromkeys(range(count - last, count), own))):
             found[_arm(last, sinks)] = {"perplexity": _perplexity(lm, ids)}
-    keep = (0, count // 2, count - 1) if trial.quick else range(count)
-    for skip, shares in _alphas(lm, ids, frozenset(keep)).items():
+    kept = frozenset((0, count // 2, count - 1) if trial.quick else range(count))
+    for skip, shares in _alphas(lm, ids, kept).items():
         found.setdefault(DENSE + IN_HEAVY.format(skip) * (skip > 0), {}).update(shares)
     return found
 
@@ -170,7 +171,7 @@ def _perplexity(lm: Any, ids: Tensor) -> float:
 
 
 def _text(tokenizer: Any, seed: int, n: int) -> Tensor:
-    from foveate.compare.text import default_text
+    from foveate.runs.text import default_text
 
     text = default_text()
     start = seed % 64 * 15_000
@@ -178,25 +179,44 @@ def _text(tokenizer: Any, seed: int, n: int) -> Tensor:
     return ids
 
 
-def _alphas(lm: Any, ids: Tensor, keep: frozenset[int]) -> dict[int, dict[str, float]]:
-    """Median of alpha / n over the heads of each third of the layers, by columns left out."""
-    from foveate.compare.measure import Machine
-    from foveate.methods import make
+class _Watched(Attention):
+    """Full attention that keeps alpha / n of some layers' heads, by columns left out."""
 
+    def __init__(self, layers: frozenset[int]) -> None:
+        self.method = make("full")
+        self.layers = layers
+        self.found: dict[int, dict[int, Tensor]] = {0: {}, FIRST: {}}
+
+    @override
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, ctx: Context | None = None
+    ) -> AttentionOutput:
+        result: AttentionOutput = self.method(q, k, v, ctx)
+        if ctx is None or ctx.layer not in self.layers:
+            return result
+        lse = attention(q, k, v, causal()).lse
+        for skip, shares in self.found.items():
+            shares[ctx.layer] = alpha(q, k, lse, causal(), skip=skip).flatten() / k.shape[-2]
+        return result
+
+
+def _alphas(lm: Any, ids: Tensor, layers: frozenset[int]) -> dict[int, dict[str, float]]:
+    """Median of alpha / n over the heads of each third of the layers, by columns left out."""
+    from foveate.hf import use
+
+    watched = _Watched(layers)
+    with use(lm, watched):
+        lm(input_ids=ids)
     count = lm.config.num_hidden_layers
-    log = Machine(lm, "causal-lm").run(ids, make("full"), inspect=True, keep=keep).log
-    assert log is not None
-    found: dict[int, dict[str, list[Tensor]]] = {0: {}, FIRST: {}}
-    for sample in log.samples:
-        lse = attention(sample.q, sample.k, sample.v, causal()).lse
-        name = f"alpha/n, {('first', 'middle', 'last')[sample.layer * 3 // count]} third"
-        for skip, shares in found.items():
-            share = alpha(sample.q, sample.k, lse, causal(), skip=skip) / ids.shape[1]
-            shares.setdefault(name, []).append(share.flatten())
-    return {
-        skip: {name: float(torch.cat(values).median()) for name, values in shares.items()}
-        for skip, shares in found.items()
-    }
+    told: dict[int, dict[str, float]] = {}
+    for skip, shares in watched.found.items():
+        thirds = [[x for i, x in shares.items() if i * 3 // count == third] for third in range(3)]
+        told[skip] = {
+            f"alpha/n, {name} third": float(torch.cat(values).median())
+            for name, values in zip(("first", "middle", "last"), thirds)
+            if values
+        }
+    return told
 
 
 def _exact(name: str, metric: str, most: float) -> Check:

@@ -317,7 +317,10 @@ class Layout:
         within: Mask | None = None,
         **positions: Tensor,
     ) -> Layout:
-        """From chosen tiles, bool (Bm, Hm, Tq, Tk), their elements limited by the mask `within`."""
+        """From chosen tiles, bool (Bm, Hm, Tq, Tk), their elements limited by the mask `within`.
+
+        With `q_index` (B or 1, 1, Nq), query tiles are of those rows; `positions` are the queries'.
+        """
         from foveate.ops.layout import select
 
         return select.from_tiles(tiles, q_len, kv_len, tile, within, **positions)
@@ -334,7 +337,8 @@ class Layout:
     ) -> Layout:
         """From chosen tiles, bool (Bm, Hm, Tq, Tk), and single keys, bool (Bm, Hm, Tq, Lkv).
 
-        Keys that lie in a chosen tile of the same query tile are not listed twice.
+        Keys that lie in a chosen tile of the same query tile are not listed twice. `q_index` as in
+        `from_tiles`.
         """
         from foveate.ops.layout import select
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -19,14 +21,31 @@ def from_tiles(
     within: Mask | None = None,
     q_positions: Tensor | None = None,
     kv_positions: Tensor | None = None,
+    q_index: Tensor | None = None,
 ) -> Layout:
     """Chosen tiles, their elements limited by a mask; see `Layout.from_tiles`."""
     sizes = tile_sizes(tile)
-    tiles = _choice("tiles", tiles, (-(-q_len // sizes[0]), -(-kv_len // sizes[1])))
+    rows = q_len if q_index is None else q_index.shape[-1]
+    tiles = _choice("tiles", tiles, (-(-rows // sizes[0]), -(-kv_len // sizes[1])))
     if within is not None:
         within._check(q_len, kv_len)
     q_pos, k_pos = positions(q_len, kv_len, q_positions, kv_positions, tiles.device)
-    return build(within, q_pos, k_pos, sizes, tiles)
+    return _indexed(build(within, _at(q_pos, q_index), k_pos, sizes, tiles), q_len, q_index)
+
+
+def _at(q_pos: Tensor, q_index: Tensor | None) -> Tensor:
+    """Positions by virtual row; where no query stands, of the first one."""
+    if q_index is None:
+        return q_pos
+    rows = q_index[:, 0].long().clamp_min(0)
+    batches = max(len(q_pos), len(rows))
+    return q_pos.expand(batches, -1).gather(1, rows.expand(batches, -1))
+
+
+def _indexed(layout: Layout, q_len: int, q_index: Tensor | None) -> Layout:
+    if q_index is None:
+        return layout
+    return replace(layout, q_len=q_len, q_index=q_index.int(), _counts=[])
 
 
 def from_selection(
@@ -38,11 +57,13 @@ def from_selection(
     within: Mask | None = None,
     q_positions: Tensor | None = None,
     kv_positions: Tensor | None = None,
+    q_index: Tensor | None = None,
 ) -> Layout:
     """Chosen tiles and single keys together; see `Layout.from_selection`."""
     sizes = tile_sizes(tile)
-    tiles = _choice("tiles", tiles, (-(-q_len // sizes[0]), -(-kv_len // sizes[1])))
-    keys = _choice("keys", keys, (-(-q_len // sizes[0]), kv_len))
+    virtual = q_len if q_index is None else q_index.shape[-1]
+    tiles = _choice("tiles", tiles, (-(-virtual // sizes[0]), -(-kv_len // sizes[1])))
+    keys = _choice("keys", keys, (-(-virtual // sizes[0]), kv_len))
     batches, heads = (max(a, b) for a, b in zip(tiles.shape[:2], keys.shape[:2]))
     keys = keys & ~tiles.repeat_interleave(sizes[1], -1)[..., :kv_len]
     keys = keys.expand(batches, heads, -1, -1)
@@ -54,12 +75,13 @@ def from_selection(
         within,
         q_positions,
         kv_positions,
+        q_index,
     )
     batches, heads = base.groups
     keys = keys.expand(batches, heads, -1, -1)
     listed, rows = _gather(keys.reshape(-1, kv_len), sizes[1])
     q_pos, k_pos = positions(q_len, kv_len, q_positions, kv_positions, tiles.device)
-    boxes = Boxes(q_pos, k_pos, sizes)
+    boxes = Boxes(_at(q_pos, q_index), k_pos, sizes)
     found = []
     for group in range(batches * heads):
         b, h = divmod(group, heads)
@@ -69,13 +91,14 @@ def from_selection(
         found.append(
             _join(base, group, rows[mine][keep] % base.q_tiles, mine[keep], kinds[keep], bits)
         )
-    return assemble(
+    made = assemble(
         found,
         (batches, heads),
-        (q_len, kv_len),
+        (virtual, kv_len),
         sizes,
         gathered=listed.int() if len(listed) else None,
     )
+    return _indexed(made, q_len, q_index)
 
 
 def _choice(name: str, chosen: Tensor, shape: tuple[int, int]) -> Tensor:

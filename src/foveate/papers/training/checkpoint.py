@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from foveate.ops.errors import MissingPackageError
 from foveate.papers.training.errors import CheckpointError
+from foveate.parts.weights import moments, put_moments, put_weights, weights
 
 SCHEMA = 1
 
@@ -56,7 +57,7 @@ class Checkpoints:
         new = self.folder / f".new-{os.getpid()}"
         new.mkdir()
         save_file(weights(model), new / "model.safetensors")
-        save_file(_moments(model, optimizer), new / "optimizer.safetensors")
+        save_file(moments(model, optimizer), new / "optimizer.safetensors")
         names = ("model.safetensors", "optimizer.safetensors")
         for name in names:
             _to_disk(new / name)
@@ -86,7 +87,7 @@ class Checkpoints:
                 state = self._read(place)
                 load_file = _safetensors().load_file
                 tensors = load_file(place / "model.safetensors")
-                moments = load_file(place / "optimizer.safetensors")
+                held = load_file(place / "optimizer.safetensors")
             except (OSError, ValueError, KeyError, _safetensors_error()) as error:
                 self._put_aside(place, error)
                 continue
@@ -96,7 +97,7 @@ class Checkpoints:
                     "folder with --out, or go without --resume to begin anew."
                 )
             put_weights(model, tensors)
-            _put_moments(model, optimizer, moments)
+            put_moments(model, optimizer, held)
             return state
         return None
 
@@ -149,43 +150,6 @@ class Checkpoints:
         self.notes.append(
             f"The checkpoint {place.name} can't be read ({error}); it was kept as {kept.name}."
         )
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and kept buffer under its name, tied ones once, on the CPU."""
-    found: dict[str, Tensor] = dict(model.named_parameters())
-    kept = model.state_dict()
-    found |= {name: tensor for name, tensor in model.named_buffers() if name in kept}
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in found.items()}
-
-
-def put_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """The way back of `weights`."""
-    mine: dict[str, Tensor] = dict(model.named_parameters())
-    mine |= dict(model.named_buffers())
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            mine[name].copy_(tensor)
-
-
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{field}/{name}": value.detach().cpu().clone().contiguous()
-        for name, parameter in model.named_parameters()
-        for field, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def _put_moments(
-    model: nn.Module, optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]
-) -> None:
-    mine = dict(model.named_parameters())
-    for key, value in moments.items():
-        field, _, name = key.partition("/")
-        parameter = mine[name]
-        # AdamW keeps its step counter on the CPU, the moments beside the parameter.
-        place = value if field == "step" else value.to(parameter.device)
-        optimizer.state[parameter][field] = place
 
 
 def _to_disk(path: Path) -> None:

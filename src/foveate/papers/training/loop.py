@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from foveate.papers.tasks.base import Batch, Task, generator
-from foveate.papers.training.checkpoint import Checkpoints, put_weights, weights
+from foveate.papers.training.checkpoint import Checkpoints
 from foveate.papers.training.errors import DivergedError
 from foveate.papers.training.objective import evaluate, next_token
 from foveate.papers.training.regime import Regime, optimizer_of, schedule_of
+from foveate.parts.weights import put_weights, weights
 from foveate.runs.records import digest
 
 Objective = Callable[[nn.Module, Batch], Tensor]

@@ -1,0 +1,1 @@
+"""Fitting methods on a transformers model, and finding again what was fitted."""
