@@ -101,7 +101,7 @@ def test_head_sizes_are_split_where_that_pads_less(dim, parts):
         (96, 128, (32, False)),
         (16, 64, (64, True)),
         (40, 64, (64, True)),
-        (48, 16, (16, False)),
+        (48, 16, (16, True)),
     ],
 )
 def test_steps_of_the_streamed_side(tile, most, found):

@@ -181,7 +181,7 @@ def streamed_block(tile: int, most: int) -> tuple[int, bool]:
         if tile % size == 0:
             return size, False
         size //= 2
-    if most <= 16 and tile % 16 == 0:
+    if tile == 16 and most <= 16:
         return 16, False
     return max(16, most), True
 
