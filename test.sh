@@ -21,11 +21,17 @@ stage ruff-check ruff check .
 stage ruff-format ruff format --check .
 stage mypy mypy
 stage lint-imports lint-imports --no-logo
-stage pytest python -m pytest -n "${FOVEATE_TEST_WORKERS:-2}" --dist loadfile "$@"
-# The GPU kernels in Triton's interpreter, which has to be asked for before Triton is imported.
-if [ $# -eq 0 ] && python -c 'import triton' 2>/dev/null; then
-    stage triton-interpreter env TRITON_INTERPRET=1 python -m pytest \
-        -n "${FOVEATE_TEST_WORKERS:-2}" tests/ops/test_triton.py
+workers=${FOVEATE_TEST_WORKERS:-2}
+if [ $# -gt 0 ]; then
+    stage pytest python -m pytest -n "$workers" --dist loadfile "$@"
+else
+    # Of the Triton tests the slow ones are for whoever changes kernels; see CONTRIBUTING.md.
+    stage pytest python -m pytest -n "$workers" --dist loadfile -m 'not (triton and slow)'
+    # The interpreter has to be asked for before Triton is imported: a run of its own.
+    if python -c 'import triton' 2>/dev/null; then
+        stage triton-interpreter env TRITON_INTERPRET=1 python -m pytest -n "$workers" \
+            -m 'not slow' tests/ops/test_triton.py
+    fi
 fi
 
 if [ -n "$failed" ]; then

@@ -86,6 +86,7 @@ def test_tf32_is_taken_only_where_torch_was_told_that_it_may():
         (80, (64, 16)),
         (576, (512, 64)),
         (100, (128, 0)),
+        (40, (64, 0)),
         (5, (16, 0)),
     ],
 )
@@ -95,7 +96,13 @@ def test_head_sizes_are_split_where_that_pads_less(dim, parts):
 
 @pytest.mark.parametrize(
     ("tile", "most", "found"),
-    [(128, 64, (64, False)), (96, 128, (32, False)), (16, 64, (64, True)), (40, 64, (64, True))],
+    [
+        (128, 64, (64, False)),
+        (96, 128, (32, False)),
+        (16, 64, (64, True)),
+        (40, 64, (64, True)),
+        (48, 16, (16, True)),
+    ],
 )
 def test_steps_of_the_streamed_side(tile, most, found):
     assert config.streamed_block(tile, most) == found

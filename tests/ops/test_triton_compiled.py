@@ -21,7 +21,7 @@ from foveate.ops import Layout, causal, triton
 from foveate.ops.triton.config import _SHIPPED, Config, shipped
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.triton,
     pytest.mark.plain_empty,
     pytest.mark.skipif(
         importlib.util.find_spec("triton") is None or triton.interpreted(),
@@ -29,7 +29,13 @@ pytestmark = [
     ),
 ]
 SHAPES = [
-    pytest.param(*key, capability, pair[capability >= 90], id=f"{key} {capability}")
+    pytest.param(
+        *key,
+        capability,
+        pair[capability >= 90],
+        id=f"{key} {capability}",
+        marks=() if key[1:] == (128, 2) and capability == 90 else pytest.mark.slow,
+    )
     for key, pair in _SHIPPED.items()
     for capability in (80, 90)
 ]
@@ -63,7 +69,8 @@ def test_what_is_shipped(
     sound(found, capability, SPILLS.get((kernel, bound, size), 0))
     if config.stages > 1:
         assert "cp.async" in found.ptx
-    if size == 2 and capability == 90 and kernel != "decode":
+    owned = config.keys if kernel == "key gradient" else config.rows
+    if size == 2 and capability == 90 and owned >= 64:  # Hopper's own products take 64 rows
         assert "wgmma.mma_async" in found.ptx
     elif size == 2:
         assert "mma.sync" in found.ptx

@@ -192,10 +192,13 @@ def padded(dim: int) -> int:
 
 
 def split_dim(dim: int) -> tuple[int, int]:
-    """A head size in two powers of two, where that pads less: 96 is 64 + 32, 576 is 512 + 64."""
+    """A head size in two powers of two, where that pads less: 96 is 64 + 32, 576 is 512 + 64.
+
+    Up to 64 it stays whole: two small products cost more registers than the padding.
+    """
     whole = padded(dim)
     most = whole // 2
-    if most >= 16 and whole > dim:
+    if most >= 64 and whole > dim:
         rest = padded(dim - most)
         if most + rest < whole:
             return most, rest

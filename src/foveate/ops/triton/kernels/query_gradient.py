@@ -194,7 +194,7 @@ def query_gradient(
         if ROW_RANGE is not None:
             row_low, row_high = range_of(ROW_RANGE, group_b * rr_b + group_h * rr_h, place, there)
             there = there & ((kind != -2) | (row_low < row_high))
-        if VECTOR:
+        if VECTOR and N > 16:
             seen = seen_pairs(
                 live[:, None] & there[None, :], WORDS, KEY_RANGE, ROW_RANGE, kind, line, first, row,
                 place, low, high, row_low, row_high, -1, Q_TILE, KV_TILE, N, VECTOR,
@@ -209,7 +209,7 @@ def query_gradient(
                 scores, B, b_head, query[:, None], key[None, :], live[:, None] & there[None, :],
                 b_q, b_k, b_first, b_count, shift, BIAS, BIAS_ROW, BIAS_COL,
             )  # fmt: skip
-        if not VECTOR:
+        if not (VECTOR and N > 16):
             seen = seen_pairs(
                 live[:, None] & there[None, :], WORDS, KEY_RANGE, ROW_RANGE, kind, line, first, row,
                 place, low, high, row_low, row_high, -1, Q_TILE, KV_TILE, N, VECTOR,

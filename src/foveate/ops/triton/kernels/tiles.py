@@ -289,7 +289,10 @@ def seen_pairs(
 
 @triton.jit
 def some_row_sees(seen, live):
-    """Which keys of a step some row sees, (N,) bool: others may hold anything, NaN too."""
+    """Which keys of a step some row sees, (N,) bool: others may hold anything, NaN too.
+
+    Steps of 16 keys, which fp32 takes at large head sizes, have no registers left for it.
+    """
     return tl.max((seen & live[:, None]).to(tl.int32), 0) > 0
 
 
