@@ -42,6 +42,9 @@ def unfused(
 ) -> AttentionOutput:
     """Attention over the windows of a grid, tokens row by row; differentiable once.
 
+    torch.compile breaks its graph here and runs it as it is, so fullgraph isn't to be had; the
+    fused form has that.
+
     Args:
         q: (B, Hq, N, D).
         k: (B, Hkv, N, D), Hq a multiple of Hkv.
@@ -57,6 +60,8 @@ def unfused(
     Raises:
         InputError: batches, lengths, heads, dtypes or the bias don't fit.
     """
+    if torch.compiler.is_compiling():  # its tables are built by value, which no graph holds
+        return torch.compiler.disable(unfused)(q, k, v, mask, scale, rpb)
     check("unfused", q, k, v, mask)
     shared = q.shape[1] // k.shape[1]
     if shared > 1:
