@@ -185,6 +185,23 @@ def test_what_inference_built_serves_training(form):
     assert all(x.abs().sum() > 0 for x in gradients(got, inputs))
 
 
+@pytest.mark.parametrize(("window", "dilation"), [(7, 1), (7, 2), (3, 4), (2, 30)])
+@pytest.mark.parametrize("flag", [None, True])
+def test_what_a_causal_sequence_sees_does_not_depend_on_its_length(window, dilation, flag):
+    n = 24
+    q, k, v = tensors(n)
+    method = FNA(window=window, dilation=dilation, causal=flag)
+    ctx = Context(mask=None if flag else causal())
+    back = torch.arange(n)[:, None] - torch.arange(n)
+    seen = (back >= 0) & (back % dilation == 0) & (back < window * dilation)
+    want = attention(q, k, v, seen, backend="reference").out
+    for length in range(1, n + 1):
+        few = [x[:, :, :length] for x in (q, k, v)]
+        torch.testing.assert_close(method(*few, ctx).out, want[:, :, :length])
+        last = method(few[0][:, :, -1:], *few[1:], ctx).out
+        torch.testing.assert_close(last, want[:, :, length - 1 : length])
+
+
 def test_the_grid_comes_from_the_field_or_the_context():
     q, k, v = tensors(24)
     one = FNA(window=3, shape=(4, 6))(q, k, v)
