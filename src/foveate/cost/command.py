@@ -87,7 +87,7 @@ def tiles(
         pairs = _pairs(q_tile, kv_tile, kernels, len(grid))
         keys = _sizes("--window", window)
         if share is None and (steps != 1 or dense_steps):
-            raise InputError("--steps and --dense-steps are for the whole model: give --share, too.")
+            raise InputError("--steps and --dense-steps are of a whole model: give --share, too.")
         amdahl = None if share is None else (share, steps, dense_steps)
         if find:
             if stride or dilation or causal or backward:
