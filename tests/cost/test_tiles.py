@@ -264,12 +264,37 @@ def test_command_prints_presets_and_settings(capsys, tmp_path):
         (["--shape", "8x8", "--window", "3x3", "--kernels", "blakwell"], "blackwell"),
         (["--preset", "flux", "--stride", "1x1"], "brings its own"),
         (["--shape", "8x8", "--window", "4x4", "--share", "2"], "0 to 1"),
+        (["--preset", "flux", "--share", "0.5"], "brings its own share"),
+        (["--preset", "flux", "--dense-steps", "3"], "brings its own share"),
+        (["--shape", "8x8", "--window", "4x4", "--dense-steps", "1"], "give --share"),
+        (["--shape", "8x8", "--window", "4x4", "--search", "--most", "0"], "--most 0"),
     ],
 )
 def test_command_refuses_what_makes_no_sense(capsys, args, says):
     pytest.importorskip("typer")
     assert main(["cost", "tiles", *args]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_figure_of_an_unknown_kind_is_refused(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    for name in ("tiles.xyz", "tiles"):
+        path = str(tmp_path / name)
+        assert main(["cost", "tiles", "--preset", "flux", "--figure", path]) == 2
+        assert ".png" in capsys.readouterr().err
+
+
+def test_no_bound_passes_the_operations_where_tiles_divide_the_grid():
+    passed = 0
+    for length in range(4, 33):
+        for k in range(1, length + 1):
+            for s, q_tile, kv_tile in itertools.product({1, k // 2 + 1, k}, (2, 4, 8), (2, 4, 8)):
+                got = simulate(neighborhood(length, k, min(s, k)), (q_tile,), (kv_tile,))
+                assert got.parallel <= got.flops * (1 + 1e-9)
+                ragged = length % q_tile or length % kv_tile
+                assert ragged or got.serial <= got.flops * (1 + 1e-9), (length, k, s)
+                passed += got.serial > got.flops * (1 + 1e-9)
+    assert passed  # short last tiles
 
 
 def test_bounds_of_the_sheets_miniature():

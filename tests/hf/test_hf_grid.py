@@ -40,6 +40,15 @@ def test_the_grid_is_read_from_the_config():
         token_grid(torch.nn.Linear(2, 2))
 
 
+def test_of_a_model_for_text_and_images_the_part_for_images_is_asked_for():
+    text = {"vocab_size": 9, "max_position_embeddings": 8, **SMALL}
+    images = {"image_size": 24, "patch_size": 4, **SMALL}
+    both = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=images))
+    with pytest.raises(ModelError, match="vision_model"):
+        use_on_grid(both, window=3)
+    assert token_grid(both.vision_model) == TokenGrid((6, 6), 1)
+
+
 def masked(model, pixels, allowed):
     """The model's own eager attention under an additive mask that hooks put in."""
     model.set_attn_implementation("eager")

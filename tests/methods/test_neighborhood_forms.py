@@ -94,7 +94,9 @@ def test_the_whole_axis_is_dense_attention():
     q, k, v = tensors(30)
     dense = attention(q, k, v)
     for method in (FNA(window=(5, 6), shape=(5, 6)), FNA(window=40)):
-        torch.testing.assert_close(method(q, k, v).out, dense.out)
+        got = method(q, k, v)
+        assert torch.equal(got.out, dense.out)
+        assert torch.equal(got.lse, dense.lse)
     past = attention(q, k, v, causal())
     for got in (
         FNA(window=30)(q, k, v, Context(mask=causal())),
@@ -171,6 +173,37 @@ def test_tokens_in_tile_order_need_no_moving():
     torch.testing.assert_close(method(*moved, mixed).out, plain.out[:, :, order])
 
 
+@pytest.mark.parametrize("form", ["fused", "unfused"])
+def test_what_inference_built_serves_training(form):
+    mask = neighborhood((9, 14), (3, 5))  # of no other test: its tiles are kept
+    inputs = tensors(mask.tokens)
+    call = GNA((3, 5), shape=(9, 14)) if form == "fused" else lambda *x: unfused(*x, mask)
+    with torch.inference_mode():
+        first = call(*inputs)
+        where = GNA((3, 5), shape=(9, 14)).tiles(mask).where
+    assert not where.is_inference()
+    got = call(*inputs)
+    torch.testing.assert_close(got.out, first.out.clone())
+    assert all(x.abs().sum() > 0 for x in gradients(got, inputs))
+
+
+@pytest.mark.parametrize(("window", "dilation"), [(7, 1), (7, 2), (3, 4), (2, 30)])
+@pytest.mark.parametrize("flag", [None, True])
+def test_what_a_causal_sequence_sees_does_not_depend_on_its_length(window, dilation, flag):
+    n = 24
+    q, k, v = tensors(n)
+    method = FNA(window=window, dilation=dilation, causal=flag)
+    ctx = Context(mask=None if flag else causal())
+    back = torch.arange(n)[:, None] - torch.arange(n)
+    seen = (back >= 0) & (back % dilation == 0) & (back < window * dilation)
+    want = attention(q, k, v, seen, backend="reference").out
+    for length in range(1, n + 1):
+        few = [x[:, :, :length] for x in (q, k, v)]
+        torch.testing.assert_close(method(*few, ctx).out, want[:, :, :length])
+        last = method(few[0][:, :, -1:], *few[1:], ctx).out
+        torch.testing.assert_close(last, want[:, :, length - 1 : length])
+
+
 def test_the_grid_comes_from_the_field_or_the_context():
     q, k, v = tensors(24)
     one = FNA(window=3, shape=(4, 6))(q, k, v)
@@ -195,3 +228,28 @@ def test_unfused_refuses_what_it_can_not_do():
         unfused(q, k, v, neighborhood(12, 3), rpb=torch.zeros(2, 4))
     with pytest.raises(InputError, match="causal"):
         unfused(q, k, v, neighborhood(12, 3, causal=True), rpb=torch.zeros(2, 5))
+
+
+@pytest.mark.parametrize("form", [naive, unfused])
+def test_unfused_and_naive_refuse_tensors_that_do_not_fit(form):
+    q = torch.randn(1, 4, 12, 8)
+    mask = neighborhood(12, 3)
+    k = q[:, :2] if form is unfused else q
+    for bad, says in (
+        ((q, k.expand(2, -1, -1, -1), k), "batch"),
+        ((q, k, k[:, :, :11]), "tokens of k"),
+        ((q, k, k[:, :1]), "heads"),
+        ((q, k[..., :7], k), "8 numbers in a head and k 7"),
+        ((q, q[:, :3], q[:, :3]), "4 heads aren't a multiple of 3"),
+        ((q, k.double(), k), "one dtype"),
+        ((q[0], k[0], k[0]), "4 axes"),
+        ((q[:, :, :10], k[:, :, :10], k[:, :, :10]), "12 tokens, but there are 10 queries"),
+    ):
+        with pytest.raises(InputError, match=says):
+            form(*bad, mask)
+    if form is naive:
+        with pytest.raises(InputError, match="as many heads"):
+            naive(q, q[:, :2], q[:, :2], mask)
+    none = form(q[:0], k[:0], k[:0], mask)
+    assert none.out.shape == (0, 4, 12, 8)
+    assert none.lse.shape == (0, 4, 12)

@@ -118,5 +118,29 @@ def test_what_does_not_fit_is_refused():
         neighborhood_attention(q, q[:, :8], q, 3)
     with pytest.raises(InputError, match="or neither"):
         neighborhood_attention(q, q, q, 3, additional_keys=q)
+    for more in ({"q_tile_shape": (8,)}, {"kv_tile_shape": (8,)}, {"backend": "cpu"}):
+        with pytest.raises(InputError, match="those of the fused form"):
+            neighborhood_attention(q, q, q, 3, form="unfused", **more)
+    with pytest.raises(InputError, match="expected 'fused', 'unfused' or None"):
+        NeighborhoodAttention1D(8, 2, 3, form="naive")
+    with pytest.raises(InputError, match="num_heads=0"):
+        NeighborhoodAttention1D(8, 0, 3)
     with pytest.raises(InputError, match="has no bias"):
         neighborhood_attention(q, q, q, 3, rpb=torch.zeros(2, 5))
+
+
+@pytest.mark.parametrize(("form", "rel_pos_bias"), [("fused", False), ("unfused", True)])
+def test_compiled_modules_are_the_modules(form, rel_pos_bias):
+    """The fused one is one graph; the unfused one, which builds tables, breaks it."""
+    torch._dynamo.reset()
+    layer = NeighborhoodAttention2D(16, 2, (3, 5), form=form, rel_pos_bias=rel_pos_bias)
+    x = torch.randn(2, 6, 7, 16, requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=form == "fused", backend="aot_eager")
+    got, want = compiled(x), layer(x)
+    torch.testing.assert_close(got, want)
+    inputs = (x, *layer.parameters())
+    for one, two in zip(
+        torch.autograd.grad(got.square().sum(), inputs),
+        torch.autograd.grad(want.square().sum(), inputs),
+    ):
+        torch.testing.assert_close(one, two)

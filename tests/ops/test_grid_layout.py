@@ -149,6 +149,31 @@ def test_the_predicate_implies_the_definition_and_then_no_bits_are_kept():
             assert free == perfectly_sparse(mask, q_tile, kv_tile)
 
 
+def test_the_predicate_implies_the_definition_on_every_axis_below_26():
+    """Where key tiles divide the axis and the stride; a window that is the axis needs neither."""
+    claims = 0
+    for length in range(2, 26):
+        for k in range(1, length + 1):
+            for s in range(1, k + 1):
+                spans = [axis_start(i, length, k, s) for i in range(length)]
+                for q_tile in (1, 2, 3, 4, 6, 8):
+                    for kv_tile in (n for n in range(1, 9) if length % n == 0):
+                        if k < length and s % kv_tile:
+                            continue
+                        if not predicate(length, k, s, q_tile, kv_tile):
+                            continue
+                        claims += 1
+                        for first in range(0, length, q_tile):
+                            starts = set(spans[first : first + q_tile])
+                            assert len(starts) == 1
+                            assert min(starts) % kv_tile == 0
+                            assert (min(starts) + k) % kv_tile == 0
+    assert claims > 1000
+    # Without a stride of whole key tiles it claims what isn't so: windows begin at 0, 2 and 3.
+    assert predicate(6, 3, 2, 1, 3)
+    assert [axis_start(i, 6, 3, 2) for i in range(6)] == [0, 0, 2, 2, 3, 3]
+
+
 @pytest.mark.parametrize(
     ("length", "k", "s", "q_tile", "kv_tile"),
     [(32, 16, 16, 8, 8), (32, 16, 8, 8, 4), (64, 24, 8, 8, 8), (32, 8, 8, 4, 8)],

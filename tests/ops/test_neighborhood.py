@@ -257,7 +257,10 @@ ENGINE = pytest.mark.skipif(not cpu.available(), reason="the C++ engine isn't bu
 
 
 @pytest.mark.parametrize("backend", [pytest.param("cpu", marks=ENGINE), "blocks"])
-@pytest.mark.parametrize("setting", [((16, 16), (5, 7), (1, 3)), ((7, 9, 11), (3, 4, 5), 1, 2)])
+@pytest.mark.parametrize(
+    "setting",
+    [((16, 16), (5, 7), (1, 3)), ((7, 9, 11), (3, 4, 5), 1, 2), ((301,), (21,), 1, 5, True)],
+)
 def test_the_core_op_goes_by_multi_axis_tiles(backend, setting):
     mask = neighborhood(*setting)
     inputs = [torch.randn(2, 4 if i == 0 else 2, mask.tokens, 16) for i in range(3)]
@@ -272,3 +275,15 @@ def test_the_core_op_goes_by_multi_axis_tiles(backend, setting):
     theirs = torch.autograd.grad((want.out * weight).sum() + want.lse.sum(), exact)
     for one, two in zip(ours, theirs):
         torch.testing.assert_close(one.double(), two, atol=1e-4, rtol=1e-4)
+
+
+def test_tiles_of_residues_are_fewer_than_those_of_rows():
+    """On one axis, too: a window of 15 with dilation 8 of 1,024 tokens."""
+    mask = neighborhood(1024, 15, dilation=8)
+    ordered = mask._ordered(1024, 1024, (128, 128), torch.device("cpu"))
+    assert ordered is not None
+    assert torch.equal(ordered.dense()[0, 0], seen(mask, 1024))
+    assert ordered.pairs == mask.pairs(1024, 1024)
+    assert len(ordered.cols) < 0.5 * len(mask.layout(1024, 1024, 128).cols)
+    plain = neighborhood(1024, 15)
+    assert plain._ordered(1024, 1024, (128, 128), torch.device("cpu")) is None

@@ -71,9 +71,13 @@ def tiles(
     "parallel" is the bound where all query tiles run at once and the slowest sets the time (a GPU),
     "serial" where nobody waits (a CPU), "operations" what the window alone would allow.
     """
+    if most < 1:
+        raise InputError(f"--most {most}: expected at least 1.")
     if preset is not None:
         if shape or window or stride or q_tile or kv_tile or find or dilation or causal:
             raise InputError("--preset brings its own grid, windows, strides and tiles.")
+        if share is not None or steps != 1 or dense_steps:
+            raise InputError("--preset brings its own share of time, steps and dense steps.")
         rows = preset_rows(preset, dynamic=dynamic, backward=backward)
     else:
         if shape is None or window is None:
@@ -82,6 +86,8 @@ def tiles(
         grid = _sizes("--shape", shape)
         pairs = _pairs(q_tile, kv_tile, kernels, len(grid))
         keys = _sizes("--window", window)
+        if share is None and (steps != 1 or dense_steps):
+            raise InputError("--steps and --dense-steps are of a whole model: give --share, too.")
         amdahl = None if share is None else (share, steps, dense_steps)
         if find:
             if stride or dilation or causal or backward:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from foveate.ops.errors import MissingPackageError
+from foveate.ops.errors import InputError, MissingPackageError
 
 _WORST, _MEAN, _FLOPS = "#3d5a98", "#9db4dd", "#a4161a"
 
@@ -18,6 +18,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> Path:
         path: of the file; its folder is made.
 
     Raises:
+        InputError: a suffix that matplotlib doesn't write.
         MissingPackageError: matplotlib isn't there.
     """
     try:
@@ -25,10 +26,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> Path:
 
         matplotlib.use("Agg")
         from matplotlib import pyplot
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
         raise MissingPackageError(
             "The figure needs matplotlib: pip install 'foveate[report]'"
         ) from error
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise InputError(f"{path}: expected a name that ends in one of .{', .'.join(kinds)}.")
     windows = list(dict.fromkeys((row["shape"], row["window"]) for row in rows))
     tall = sum(1.1 + 0.42 * sum((r["shape"], r["window"]) == w for r in rows) for w in windows)
     heights = [1 + sum((r["shape"], r["window"]) == w for r in rows) for w in windows]

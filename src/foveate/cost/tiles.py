@@ -8,8 +8,10 @@ inside of a visited tile saves no time:
 
 Key tiles lie on a fixed grid (static), or begin where the first window does (dynamic). If all query
 tiles run at once the slowest sets the time, and the bound on the speed is total / max V; an
-executor that is never idle, such as a CPU core, comes to total / mean V. Neither can pass the ratio
-of operations, prod L / prod window. In the backward a key tile visits the query tiles of its
+executor that is never idle, such as a CPU core, comes to total / mean V. Where tiles divide the
+grid and no axis is causal, neither passes the ratio of operations, prod L / prod window; a short
+last query tile makes the mean look better than it is, as it counts like a whole one. In the
+backward a key tile visits the query tiles of its
 inverse ranges.
 
 Source: Hassani et al. 2025, arXiv 2504.16922, section 3.3 (the simulator, and Amdahl's law).

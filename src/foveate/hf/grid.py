@@ -35,9 +35,14 @@ def token_grid(model: nn.Module) -> TokenGrid:
     """The grid of a transformers model for images or videos of the size that its config names.
 
     Raises:
-        ModelError: the config names no sizes of images and patches.
+        ModelError: the config names no sizes of images and patches, or the model reads text, too.
     """
     config: Any = getattr(model, "config", None)
+    if getattr(config, "text_config", None) is not None:
+        raise ModelError(
+            f"{type(model).__name__}: it attends over text, too, which has no grid; give the part "
+            "that reads images, such as model.vision_model."
+        )
     config = getattr(config, "vision_config", config)
     image, patch = (_pair(getattr(config, name, None)) for name in ("image_size", "patch_size"))
     if image is None or patch is None:

@@ -79,6 +79,11 @@ def neighborhood_attention(
     )
     mask = neighborhood(shape, kernel_size, stride, dilation, causal)
     if form == "unfused":
+        if q_tile_shape is not None or kv_tile_shape is not None or backend != "auto":
+            raise InputError(
+                "neighborhood_attention(form='unfused'): tiles and backend are those of the fused "
+                "form; leave q_tile_shape, kv_tile_shape and backend."
+            )
         result = unfused(q, k, v, mask, scale, rpb)
     elif form != "fused":
         raise InputError(f"neighborhood_attention(form={form!r}): expected 'fused' or 'unfused'.")
@@ -162,7 +167,9 @@ class NeighborhoodAttention(nn.Module):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        if embed_dim % num_heads:
+        if form not in (None, "fused", "unfused"):
+            raise InputError(f"{name}(form={form!r}): expected 'fused', 'unfused' or None.")
+        if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
             raise InputError(
                 f"{name}: embed_dim={embed_dim} is no multiple of num_heads={num_heads}."
             )

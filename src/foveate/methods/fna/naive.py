@@ -10,8 +10,9 @@ import math
 import torch
 from torch import Tensor
 
-from foveate.methods.fna.windows import windows
+from foveate.methods.fna.windows import check, windows
 from foveate.ops import AttentionOutput, neighborhood
+from foveate.ops.errors import InputError
 
 _BUDGET = 1 << 22  # gathered numbers at a time
 
@@ -30,7 +31,16 @@ def naive(
 
     Returns:
         out (B, H, N, Dv), lse (B, H, N).
+
+    Raises:
+        InputError: batches, lengths, heads or dtypes don't fit.
     """
+    check("naive", q, k, v, mask)
+    if q.shape[1] != k.shape[1]:
+        raise InputError(
+            f"naive: expected as many heads of keys as of queries, got {k.shape[1]} and "
+            f"{q.shape[1]}; repeat those of k and v, or use another form."
+        )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     own = windows(mask, (1,) * len(mask.axes))
     tokens = own.queries[:, 0]
@@ -38,7 +48,7 @@ def naive(
     out = q.new_empty(*q.shape[:3], v.shape[-1])
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     size = math.prod(q.shape[:2]) * keys.shape[1] * max(q.shape[3], v.shape[3])
-    for rows in torch.arange(len(tokens)).split(max(1, _BUDGET // size)):
+    for rows in torch.arange(len(tokens)).split(max(1, _BUDGET // max(1, size))):
         near = keys[rows]
         scores = torch.einsum("bhnd,bhnld->bhnl", q[:, :, tokens[rows]] * scale, k[:, :, near])
         if own.valid is not None:

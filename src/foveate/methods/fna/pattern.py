@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from foveate.ops import Layout, Mask, neighborhood, region
+from foveate.ops import Layout, Mask, causal, neighborhood, region, strided
 from foveate.ops.errors import InputError
 from foveate.ops.layout.grid import GridLayout, best_tiles, grid_layout
 from foveate.ops.masks.checks import whole
@@ -87,8 +87,8 @@ class FNA(Pattern):
 
     def on(self, shape: tuple[int, ...]) -> neighborhood:
         """The mask over a grid of this shape."""
-        causal = False if self.causal is None else self.causal
-        return neighborhood(shape, self.window, self.strides, self.dilation, causal)
+        past = False if self.causal is None else self.causal
+        return neighborhood(shape, self.window, self.strides, self.dilation, past)
 
     def tiles(self, mask: neighborhood, device: torch.device | str = "cpu") -> GridLayout:
         """The tiles that a call over the mask's grid visits."""
@@ -120,27 +120,47 @@ class FNA(Pattern):
     def _sequence(self, length: int, q: Tensor, k: Tensor, ctx: Context) -> neighborhood:
         if length < 1:
             raise InputError(f"{type(self).__name__}: no token is left for the grid.")
-        window, stride, dilation = (
-            per_axis(type(self).__name__, name, given, 1)[0]
-            for name, given in (
-                ("window", self.window), ("stride", self.strides), ("dilation", self.dilation)
-            )
-        )  # fmt: skip
-        causal = self.causal
-        if causal is None:
-            causal = ctx.mask is not None and tokens_of(q, k, ctx).causal
+        window, stride, dilation = self._line()
+        past = self.causal
+        if past is None:
+            past = ctx.mask is not None and tokens_of(q, k, ctx).causal
         dilation = min(dilation, length)
         window = min(window, length // dilation)
-        return neighborhood(length, window, min(stride, window), dilation, causal)
+        return neighborhood(length, window, min(stride, window), dilation, past)
 
-    def within(self, mask: neighborhood) -> Mask:
-        """The mask of all tokens: the grid's among themselves, those beside it with everyone."""
+    def _line(self) -> tuple[int, int, int]:
+        """Window, stride and dilation where the grid is one axis."""
+        fields = ("window", self.window), ("stride", self.strides), ("dilation", self.dilation)
+        window, stride, dilation = (per_axis(type(self).__name__, *x, 1)[0] for x in fields)
+        return window, stride, dilation
+
+    def _earlier(self, mask: neighborhood, ctx: Context) -> Mask | None:
+        """All earlier tokens of the residue, where a causal sequence is shorter than the window.
+
+        What a token sees must not depend on how many come after it, and a window that fits every
+        residue would leave out the first token of the longer ones.
+        """
+        if self.shape is not None or ctx.grid is not None or not mask.axes[0].causal:
+            return None
+        window, _, dilation = self._line()
+        if window * dilation <= mask.tokens:
+            return None
+        return causal() & strided(dilation, axis="offset")
+
+    def within(self, mask: neighborhood, among: Mask | None = None) -> Mask:
+        """The mask of all tokens: the grid's among themselves, those beside it with everyone.
+
+        Args:
+            mask: over the grid's tokens.
+            among: what these see of each other; None is `mask`.
+        """
         start, tokens = self.before, mask.tokens + self.before + self.after
         stop = start + mask.tokens
+        among = mask if among is None else among
         if not self.before and not self.after:
-            return mask
+            return among
         all_, inner = (0, tokens), (start, stop)
-        rule: Mask = region(mask, inner, inner)
+        rule: Mask = region(among, inner, inner)
         for span in ((0, start), (stop, tokens)):
             if span[0] < span[1]:
                 rule = rule | region(None, all_, span) | region(None, span, all_)
@@ -161,14 +181,15 @@ class FNA(Pattern):
     @override
     def layout(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Layout:
         mask = self.grid_of(q, k, ctx)
-        if ctx.mask is None and q.shape[2] == k.shape[2]:
+        earlier = self._earlier(mask, ctx)
+        if ctx.mask is None and earlier is None and q.shape[2] == k.shape[2]:
             grid = self.tiles(mask, q.device)
             if ctx.q_positions is None and ctx.kv_positions is None:
                 return grid.row_by_row
             orders = _order(ctx.q_positions, q), _order(ctx.kv_positions, k)
             if orders[0] is not _MIXED and orders[1] is not _MIXED:
                 return remember(ctx, grid, lambda: grid.indexed(*orders))
-        rule = self.within(mask)
+        rule = self.within(mask, earlier)
         return mask_layout(rule if ctx.mask is None else ctx.mask & rule, q, k, ctx)
 
 

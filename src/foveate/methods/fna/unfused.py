@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from foveate.methods.fna.windows import Windows, windows
+from foveate.methods.fna.windows import Windows, check, windows
 from foveate.ops import AttentionOutput, neighborhood
 from foveate.ops.errors import InputError
 
@@ -42,6 +42,9 @@ def unfused(
 ) -> AttentionOutput:
     """Attention over the windows of a grid, tokens row by row; differentiable once.
 
+    torch.compile breaks its graph here and runs it as it is, so fullgraph isn't to be had; the
+    fused form has that.
+
     Args:
         q: (B, Hq, N, D).
         k: (B, Hkv, N, D), Hq a multiple of Hkv.
@@ -55,15 +58,11 @@ def unfused(
         out (B, Hq, N, Dv), lse (B, Hq, N).
 
     Raises:
-        InputError: lengths, heads or the bias don't fit.
+        InputError: batches, lengths, heads, dtypes or the bias don't fit.
     """
-    if q.shape[2] != mask.tokens or k.shape[2] != mask.tokens:
-        raise InputError(
-            f"unfused: {mask!r} has {mask.tokens} tokens, but there are {q.shape[2]} queries and "
-            f"{k.shape[2]} keys."
-        )
-    if q.shape[1] % k.shape[1]:
-        raise InputError(f"unfused: {q.shape[1]} heads aren't a multiple of {k.shape[1]}.")
+    if torch.compiler.is_compiling():  # its tables are built by value, which no graph holds
+        return torch.compiler.disable(unfused)(q, k, v, mask, scale, rpb)
+    check("unfused", q, k, v, mask)
     shared = q.shape[1] // k.shape[1]
     if shared > 1:
         k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
@@ -97,7 +96,7 @@ def _bias(rpb: Tensor, mask: neighborhood, own: Windows, heads: int) -> Tensor:
 def _chunks(own: Windows, x: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
     """Some tiles at a time: which, queries (c, t) clamped, which are real, box (c, b), inside."""
     count = x.shape[0] * x.shape[1] * own.queries.shape[1] * own.box.shape[1]
-    step = max(1, _BUDGET // count)
+    step = max(1, _BUDGET // max(1, count))
     for first in range(0, len(own.queries), step):
         part = slice(first, first + step)
         queries = own.queries[part]

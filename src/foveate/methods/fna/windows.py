@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate.ops import neighborhood
+from foveate.ops.errors import InputError
 from foveate.ops.layout.grid import axis_slots
 from foveate.ops.masks.axis import Axis
 
@@ -32,6 +33,40 @@ class Windows:
     inside: Tensor
     valid: Tensor | None
     offset: Tensor
+
+
+def check(owner: str, q: Tensor, k: Tensor, v: Tensor, mask: neighborhood) -> None:
+    """Refuse q (B, Hq, N, D), k (B, Hkv, N, D) and v (B, Hkv, N, Dv) that don't fit together.
+
+    Raises:
+        InputError: it names what doesn't.
+    """
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise InputError(
+            f"{owner}: expected q, k and v of 4 axes, (B, heads, tokens, numbers), got "
+            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
+        )
+    if q.shape[2] != mask.tokens or k.shape[2] != mask.tokens:
+        raise InputError(
+            f"{owner}: {mask!r} has {mask.tokens} tokens, but there are {q.shape[2]} queries and "
+            f"{k.shape[2]} keys."
+        )
+    if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3]:
+        raise InputError(
+            f"{owner}: batch, heads and tokens of k {tuple(k.shape)} and v {tuple(v.shape)} must "
+            f"be the same, the batch that of q {tuple(q.shape)}."
+        )
+    if not k.shape[1] or q.shape[1] % k.shape[1]:
+        raise InputError(f"{owner}: {q.shape[1]} heads aren't a multiple of {k.shape[1]}.")
+    if q.shape[3] != k.shape[3]:
+        raise InputError(
+            f"{owner}: q has {q.shape[3]} numbers in a head and k {k.shape[3]}; expected as many."
+        )
+    if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
+        raise InputError(
+            f"{owner}: q, k and v must have one dtype and device, got {q.dtype} on {q.device}, "
+            f"{k.dtype} on {k.device} and {v.dtype} on {v.device}."
+        )
 
 
 @lru_cache(maxsize=4)

@@ -119,14 +119,17 @@ class GridLayout:
     @cached_property
     def row_by_row(self) -> Layout:
         """The layout of calls whose tokens lie row by row."""
-        return self.indexed()
+        with torch.inference_mode(False):
+            return self.indexed()
 
     @cached_property
     def where(self) -> Tensor:
         """(tokens,) the query slot of each token: what puts results back in their order."""
-        slots = torch.arange(len(self.q_slots), device=self.q_slots.device)
-        real = self.q_slots >= 0
-        return torch.empty_like(slots[: self.tokens]).index_copy(0, self.q_slots[real], slots[real])
+        with torch.inference_mode(False):  # what is kept must serve training, too
+            slots = torch.arange(len(self.q_slots), device=self.q_slots.device)
+            real = self.q_slots >= 0
+            empty = torch.empty_like(slots[: self.tokens])
+            return empty.index_copy(0, self.q_slots[real], slots[real])
 
     def indexed(
         self, q_positions: Tensor | None = None, kv_positions: Tensor | None = None

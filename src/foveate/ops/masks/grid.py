@@ -89,11 +89,15 @@ class neighborhood(Mask):  # noqa: N801 - masks read as words
     def _ordered(
         self, q_len: int, kv_len: int, tile: tuple[int, int], device: torch.device
     ) -> Layout | None:
-        """Over multi-axis tiles, which are far fewer than those of rows, and found far sooner."""
+        """Over multi-axis tiles, which are far fewer than those of rows, and found far sooner.
+
+        On one axis the tiles of a residue, where there is more than one.
+        """
         from foveate.ops.layout.grid import best_tiles, grid_layout
 
         powers = all(size & (size - 1) == 0 for size in tile)
-        if len(self.axes) == 1 or q_len != self.tokens or not powers:
+        rows = len(self.axes) == 1 and self.axes[0].dilation == 1
+        if rows or q_len != self.tokens or not powers:
             return None
         return grid_layout(self, *best_tiles(self, *tile), (0, 0), str(device)).row_by_row
 
