@@ -184,6 +184,17 @@ def test_hyperattention_on_clusters_is_as_the_pilot_was(tmp_path):
         assert sum(found[arm] for found in seeds) / 3 == pytest.approx(pilot, abs=0.06)
 
 
+def test_mminference_finds_grids_in_vision_tokens_alone(tmp_path):
+    from foveate.papers.mminference import GRID, NO_GRID, TWO_D
+
+    _, found = cell("mminference", "grid", tmp_path)
+    assert found[GRID]["found"] == 1
+    assert all(0 < metrics["recall"] <= 1 for metrics in found.values())
+    _, found = cell("mminference", "mixed", tmp_path)
+    assert (found[TWO_D]["found"], found[NO_GRID]["found"]) == (1, 0)
+    assert found[TWO_D]["recall"] > 2 * found[NO_GRID]["recall"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("key", papers.available())
 def test_the_whole_quick_path_runs_in_a_minute(key, tmp_path):

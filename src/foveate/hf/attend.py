@@ -40,12 +40,19 @@ class Running:
         stats: called by patterns with what they built and how long it took; or None.
         store: what the layers of one forward share; a new dict for each forward.
         last: order of the module that ran last.
+        modality: (B, L) of the tokens so far; None where the model has text alone.
     """
 
     backend: str = "auto"
     stats: Callable[..., None] | None = None
     store: dict[Any, Any] = field(default_factory=dict)
     last: int = -1
+    modality: Tensor | None = None
+
+    def modality_of(self, kv_len: int) -> Tensor | None:
+        """The modality of each key of a call; None if the call isn't about those tokens."""
+        known = self.modality
+        return None if known is None or known.shape[-1] != kv_len else known
 
     def enter(self, order: int) -> dict[Any, Any]:
         """The store for a module: modules run in order, so one that doesn't begins a forward."""
@@ -142,6 +149,7 @@ def attend(
         backend=running.backend,
         store=running.enter(seat.site.order) if seat is not None else {},
         stats=running.stats,
+        modality=running.modality_of(view.kv_len),
     )
     out = _by_head(groups, query, key, value, view, context)
     return out.transpose(1, 2).contiguous(), None
@@ -247,7 +255,8 @@ def _by_document(
             bias = whole[b[..., None], :, at[:, :, None], at[:, None, :]].permute(0, 3, 1, 2)
         # Each stands alone, also in what its layers share.
         store = ctx.store.setdefault(("document", length), {})
-        alone = replace(ctx, bias=bias, store=store)
+        kinds = None if ctx.modality is None else ctx.modality[b, at]
+        alone = replace(ctx, bias=bias, store=store, modality=kinds)
         part = _run(method, q, k, v, alone)
         out = out.index_put(
             (b[..., None], torch.arange(out.shape[1], device=b.device), at[..., None]),

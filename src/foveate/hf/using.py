@@ -29,6 +29,7 @@ from foveate.hf.assignment import (
 from foveate.hf.attend import HELD, SEATS, Running, Seat
 from foveate.hf.errors import InUseError, ModelError
 from foveate.hf.fit.artefacts import Shelf
+from foveate.hf.modality import watch_modality
 from foveate.hf.places import Site, sites
 from foveate.hf.pointer import NAME, Pointer, register, release
 from foveate.parts import Attention
@@ -136,6 +137,7 @@ class Use:
         self._configs = configs
         self._active = False
         running = Running(backend, stats)
+        self._watch = watch_modality(model, running)
         try:
             self._point(model, found)
             for module, site in found.items():
@@ -187,6 +189,8 @@ class Use:
                 if isinstance(config._attn_implementation, Pointer):
                     config._attn_implementation_internal = held.pointer.before
         self._modules, self._configs = [], []
+        if self._watch is not None:
+            self._watch.remove()
         release()
 
     def _lost(self) -> None:

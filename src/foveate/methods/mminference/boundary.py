@@ -1,7 +1,7 @@
 """Q-Boundary and 2D-Boundary: patterns that depend on what kind of token asks, and what is asked.
 
 Prompts of a vision-language model mix text and vision tokens, and a head's pattern changes where
-they meet (MMInference, arXiv 2504.16083, section 3.3 and algorithms 2 and 3). Queries (and keys) are
+they meet (MMInference, arXiv 2504.16083, section 3.3, algorithms 2 and 3). Queries (and keys) are
 permuted so that those of a modality stand together, each kind runs its own pattern on its own
 estimate, and parts of one query over several kinds of keys are merged by their log-sum-exp.
 No-Boundary and K-Boundary are the patterns themselves, on the whole sequence.

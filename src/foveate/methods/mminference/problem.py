@@ -1,8 +1,8 @@
 """A part of one sequence's attention: queries of one kind on keys of one kind, and its estimate.
 
-Boundaries between modalities cut attention into such problems (MMInference, section 3.3). Each keeps
-original positions, on which causality rests, and each token's number in its own modality, in which
-the lines of a grid are counted (arXiv 2504.16083).
+Boundaries between modalities cut attention into such problems (MMInference, arXiv 2504.16083,
+section 3.3). Each keeps original positions, on which causality rests, and each token's number in
+its own modality, in which the lines of a grid are counted.
 """
 
 from __future__ import annotations
