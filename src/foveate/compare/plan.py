@@ -32,6 +32,7 @@ BUDGETS = {
     "vertical-slash": ("verticals", "slashes"),
     "block-sparse": ("blocks",),
     "dhsa": ("budget",),
+    "flux": ("local",),
 }
 FACTORS = (0.25, 0.5, 1.0, 2.0)
 
