@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from foveate import Context, Layout, attention, blocks, catalog, causal, padding
 from foveate.methods import make
+from foveate.methods.flux import Routers
 from foveate.ops.errors import InputError
 
 # Budgets small enough to leave something out at these lengths; other methods run at their defaults.
@@ -22,6 +25,7 @@ SMALL = {
     "grid": "grid(max_stride=9)",
     "q-boundary": "q-boundary(patterns=['grid(max_stride=9)'])",
     "2d-boundary": "2d-boundary(patterns=[['grid(max_stride=9)']])",
+    "flux": "flux(sinks=8, local=32, block=16, route='sparse')",
     "dhsa": "dhsa(budget=64, block=32, local=32, sinks=8, instruction=24, chunk=16)",
 }
 PATTERNS = [row for row in catalog.rows() if row.kind == "pattern"]
@@ -155,15 +159,27 @@ def test_bidirectional_is_refused_where_it_does_not_work(key):
         method(key)(*tensors(), Context())
 
 
+def chooser(key: str):
+    """A method that chooses as it does once it was fitted."""
+    if key != "flux":
+        return method(key)
+    with torch.random.fork_rng():
+        torch.manual_seed(8)
+        routers = Routers((0,), 16)
+        routers.by_layer["0"].head[-1].weight.data.normal_()
+        routers.by_layer["0"].head[-1].bias.data.zero_()
+    return make("flux(sinks=8, local=32, block=16, pool=8)").with_routers(routers)
+
+
 def choices(key: str, changed: int) -> tuple[Tensor, Tensor]:
     """What the first queries see, before and after the tokens from `changed` on are others."""
     q, k, v = tensors()
     ctx = Context(mask=causal())
-    before = method(key).layout(q, k, v, ctx).dense()
+    before = chooser(key).layout(q, k, v, ctx).dense()
     q, k, v = (
         torch.cat([x[:, :, :changed], torch.randn_like(x[:, :, changed:])], 2) for x in (q, k, v)
     )
-    after = method(key).layout(q, k, v, ctx).dense()
+    after = chooser(key).layout(q, k, v, replace(ctx, store={})).dense()
     return before[..., :changed, :], after[..., :changed, :]
 
 

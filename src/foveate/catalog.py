@@ -180,6 +180,12 @@ DHSA = Paper(
     "2510.24606",
 )
 
+FLUX = Paper(
+    "Flux Attention: Context-Aware Hybrid Attention for Efficient LLMs Inference",
+    "Qiu et al., 2026",
+    "2604.07394",
+)
+
 BUILDERS = ("Attention", "train")
 GRIDS = ("Attention", "use", "bench", "cost")
 FITTED = ("compare", "use", "fit")
@@ -188,6 +194,8 @@ CAUSAL_ONLY = Support(False, "defined for causal attention; use block-sparse")
 LAST_QUERIES = Support(False, "the last queries choose the index for all rows")
 SLASHES = Support(False, "a slash is a distance to an earlier key; use block-sparse")
 SORTED_QUERIES = Support(False, "a query's block depends on the queries that are sorted with it")
+PROMPT_END = Support(False, "the prompt's last queries choose the layer's form for all rows")
+STREAMED = Support(False, "streaming is causal; use sink-window")
 CAUSAL_CHUNKS = Support(False, "chunks are scored for causal models; use block-sparse")
 LOOKS_AHEAD = Support(False, "block means and the boundary predictor look ahead")
 POOLED_BLOCK = Support(False, "a block's mean query and key hold its later tokens")
@@ -336,6 +344,17 @@ ROWS: tuple[Row, ...] = (
         papers=(DHSA,),
         sheet="dhsa",
         capabilities=Capabilities(bidirectional=CAUSAL_CHUNKS, causal_routing=LOOKS_AHEAD),
+        jobs=FITTED,
+    ),
+    Row(
+        key="flux",
+        kind="pattern",
+        path="foveate.methods.flux.Flux",
+        title="Flux",
+        summary="A learnt router gives each layer full or sparse attention, once for each prompt.",
+        papers=(FLUX,),
+        sheet="flux",
+        capabilities=Capabilities(bidirectional=STREAMED, causal_routing=PROMPT_END),
         jobs=FITTED,
     ),
     Row(

@@ -34,6 +34,7 @@ BUDGETS = {
     "tri-shape": ("local",),
     "hyperattention": ("block_size", "sample_size"),
     "dhsa": ("budget",),
+    "flux": ("local",),
 }
 FACTORS = (0.25, 0.5, 1.0, 2.0)
 

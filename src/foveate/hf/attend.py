@@ -20,7 +20,7 @@ from foveate.hf.places import Site
 from foveate.hf.view import View, view_of
 from foveate.methods import make
 from foveate.ops import AttentionOutput, documents
-from foveate.parts import Attention, Context, Pattern
+from foveate.parts import Attention, Context, Pattern, Rope
 from foveate.parts.context import Phase
 
 # Arguments of a layer that change the result and that nothing here knows how to honour.
@@ -69,6 +69,7 @@ class Seat:
     site: Site
     groups: list[HeadGroup]
     running: Running
+    rope: Rope | None = None  # of its queries, where a method wants to know
 
 
 SEATS: WeakKeyDictionary[nn.Module, Seat] = WeakKeyDictionary()
@@ -150,9 +151,21 @@ def attend(
         store=running.enter(seat.site.order) if seat is not None else {},
         stats=running.stats,
         modality=running.modality_of(view.kv_len),
+        query_rope=_query_rope(seat, kwargs.get("position_ids"), q_len, view.kv_len, query.device),
     )
     out = _by_head(groups, query, key, value, view, context)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _query_rope(
+    seat: Seat | None, position_ids: Tensor | None, q_len: int, kv_len: int, device: torch.device
+) -> tuple[Rope, Tensor] | None:
+    """How the layer turned its queries, and to which positions."""
+    if seat is None or seat.rope is None:
+        return None
+    if position_ids is None or position_ids.shape[-1] != q_len:
+        return seat.rope, torch.arange(kv_len - q_len, kv_len, device=device)
+    return seat.rope, position_ids
 
 
 def _seat(module: nn.Module) -> Seat | None:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from foveate.hf.assignment import (
     FILE,
     Assignment,
+    HeadGroup,
     assignment_of,
     found_beside,
     is_path,
@@ -32,7 +33,8 @@ from foveate.hf.fit.artefacts import Shelf
 from foveate.hf.modality import watch_modality
 from foveate.hf.places import Site, sites
 from foveate.hf.pointer import NAME, Pointer, register, release
-from foveate.parts import Attention
+from foveate.hf.rotary import ropes
+from foveate.parts import Attention, Rope
 
 
 @dataclass
@@ -119,6 +121,7 @@ class Use:
         found = sites(model)
         self._shelf = Shelf(model, fitted)
         plan = self._shelf.bind_all(plan_of(pattern, found, cross))
+        turning = _turning(model, plan)
         taken = [site.name for module, site in found.items() if module in SEATS]
         if taken:
             raise InUseError(
@@ -141,7 +144,7 @@ class Use:
         try:
             self._point(model, found)
             for module, site in found.items():
-                SEATS[module] = Seat(site, plan[module], running)
+                SEATS[module] = Seat(site, plan[module], running, turning.get(site.layer))
                 self.sites[site.name] = site
                 weakref.finalize(module, self._lost).atexit = False
         except BaseException:
@@ -246,6 +249,18 @@ class Use:
     def __repr__(self) -> str:
         state = "active" if self.active else "undone"
         return f"Use({self.pattern!r}, {len(self.sites)} attention modules, {state})"
+
+
+def _turning(
+    model: PreTrainedModel, plan: dict[nn.Module, list[HeadGroup]]
+) -> dict[int, Rope | None]:
+    """The rotation of each layer's queries, if any method wants to know; they turn as keys do."""
+    methods = [group.method for groups in plan.values() for group in groups]
+    if not any(method.wants_query_rope for method in methods):
+        return {}
+    if not any(name.rpartition(".")[2] == "rotary_emb" for name, _ in model.named_modules()):
+        return {}
+    return ropes(model)
 
 
 def _configs(model: nn.Module) -> Iterator[Any]:

@@ -22,10 +22,12 @@ class Attention(ABC):
     """Takes q, k, v and a context and returns an output.
 
     A dataclass whose fields are its hyper-parameters; an `nn.Module` as well where it has
-    parameters or persistent state. `exact` says that it keeps everything that the mask allows.
+    parameters or persistent state. `exact` says that it keeps everything that the mask allows,
+    `wants_query_rope` that it looks at queries as they were before their rotation.
     """
 
     exact: ClassVar[bool] = False
+    wants_query_rope: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(

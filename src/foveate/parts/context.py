@@ -11,6 +11,7 @@ from torch import Tensor
 
 from foveate.ops import Mask
 from foveate.ops.errors import InputError
+from foveate.parts.rope import Rope
 
 Phase = Literal["train", "prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("train", "prefill", "decode")
@@ -36,6 +37,9 @@ class Context:
         hidden: (B, L, dim), input of the layer.
         raw_query: (B, Hq, Lq, D), before the rotation of positions.
         raw_key: (B, Hkv, Lkv, D), likewise.
+        query_rope: the rotation that q has been through and its positions, (Lq,) or (B, Lq); told
+            to methods that say `wants_query_rope`, where it isn't handed over as `raw_query`.
+            None there means that q wasn't turned.
         grid: shape of the tokens where they are an image or a video.
         modality: integer (L,) or (B, L), kind of each token.
         document_ids: integer (L,) or (B, L), document of each token.
@@ -61,6 +65,7 @@ class Context:
     hidden: Tensor | None = None
     raw_query: Tensor | None = None
     raw_key: Tensor | None = None
+    query_rope: tuple[Rope, Tensor] | None = None
     grid: tuple[int, ...] | None = None
     modality: Tensor | None = None
     document_ids: Tensor | None = None

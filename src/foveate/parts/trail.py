@@ -19,7 +19,8 @@ class Trail:
 
     def __init__(self, k: Tensor) -> None:
         n = k.shape[2]
-        spread = torch.linspace(0, n - 1, min(n, _SPREAD), device=k.device).long()
+        count = min(n, _SPREAD)
+        spread = torch.arange(count, device=k.device) * (n - 1) // max(1, count - 1)
         last = torch.arange(max(0, n - _LAST), n, device=k.device)
         self.length = n
         self._at = torch.cat((spread, last))

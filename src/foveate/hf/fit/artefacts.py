@@ -41,8 +41,9 @@ def fingerprint(model: nn.Module) -> str:
     made = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
         flat = weight.detach().reshape(-1)
-        at = torch.linspace(0, max(0, flat.numel() - 1), min(_SAMPLES, flat.numel()), device="cpu")
-        some = flat[at.long().to(flat.device)].to("cpu", torch.bfloat16).view(torch.int16)
+        count = min(_SAMPLES, flat.numel())
+        at = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(1, count - 1)
+        some = flat[at].to("cpu", torch.bfloat16).view(torch.int16)
         made.update(f"{name}{tuple(weight.shape)}".encode())
         made.update(some.numpy().tobytes())
     return made.hexdigest()
