@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import re
@@ -84,6 +85,8 @@ def test_every_module_imports():
     names = [".".join(f.relative_to(ROOT / "src").with_suffix("").parts) for f in files]
     names = sorted(n.removesuffix(".__init__") for n in names if not n.endswith("__main__"))
     assert len(names) > 50
+    if importlib.util.find_spec("triton") is None:  # its kernels are the one place that needs it
+        names = [n for n in names if not n.startswith("foveate.ops.triton.kernels")]
     code = f"import importlib\nfor name in {names!r}: importlib.import_module(name)\nprint('ok')"
     assert in_fresh_process(code).strip() == "ok"
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from foveate.bench import layer
-from foveate.bench.timing import Pace
 from foveate.ops.errors import FoveateError
+from foveate.runs.timing import Pace
 
 METHOD = "hyperattention(block_size=16, sample_size=16, min_seq_len=64)"
 

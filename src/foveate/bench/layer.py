@@ -20,13 +20,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from foveate.bench.machine import environment
-from foveate.bench.timing import Pace, paired, race, spread
-from foveate.methods import make_attention
-from foveate.ops import attention, causal
+from foveate.methods import make, make_attention
+from foveate.ops import AttentionOutput, attention, causal
 from foveate.ops.errors import FoveateError, InputError
-from foveate.parts import Context
+from foveate.parts import Attention, Context
+from foveate.runs.clusters import clusters
+from foveate.runs.timing import Pace, paired, race, spread
 
 DATA = ("clustered", "smollm2")
 TOLERANCE = 1e-4
@@ -35,27 +37,40 @@ ROWS = 64
 
 def clustered(length: int, heads: int, seed: int) -> tuple[Tensor, Tensor, Tensor, float]:
     """q, k, v (1, heads, length, 64) and the scale."""
-    from foveate.papers.hyperattention import clusters
-
     torch.manual_seed(seed)
     made = [clusters(length, 64, 64) for _ in range(heads)]
     q, k, v = (torch.cat(x, 1) for x in zip(*made))
     return q, k, v, 1.0
 
 
+class _Kept(Attention):
+    """Full attention that keeps one layer's q, k and v."""
+
+    def __init__(self, layer: int) -> None:
+        self.method = make("full")
+        self.layer = layer
+
+    @override
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, ctx: Context | None = None
+    ) -> AttentionOutput:
+        if ctx is not None and ctx.layer == self.layer:
+            self.q, self.k, self.v = q, k, v
+        result: AttentionOutput = self.method(q, k, v, ctx)
+        return result
+
+
 def smollm2(length: int, heads: int, layer: int) -> tuple[Tensor, Tensor, Tensor, float]:
     """The first heads of a layer on 2,048 tokens of text, tiled; heads fit whole groups of 3."""
-    from foveate.compare.measure import Machine
-    from foveate.compare.text import default_text
+    from foveate.hf import use
     from foveate.hf.load import load_model
-    from foveate.methods import make
+    from foveate.runs.text import default_text
 
     model, tokenizer, _ = load_model()
     ids = tokenizer(default_text()[:30_000], return_tensors="pt").input_ids[:, :2048]
-    machine = Machine(model, "causal-lm")
-    log = machine.run(ids, make("full"), inspect=True, keep=frozenset({layer})).log
-    assert log is not None
-    sample = log.samples[0]
+    sample = _Kept(layer)
+    with torch.inference_mode(), use(model, sample):
+        model(input_ids=ids)
     group = sample.q.shape[1] // sample.k.shape[1]
     if heads > 1 and heads % group:
         raise InputError(f"--heads {heads}: expected 1 or a multiple of {group} for smollm2.")

@@ -30,6 +30,7 @@ from foveate.methods.hyperattention import HyperAttention, alpha
 from foveate.ops import AttentionOutput, attention, causal
 from foveate.papers.harness import Check, Found, Paper, Trial, at_most, difference
 from foveate.parts import Attention, Context
+from foveate.runs.clusters import clusters
 
 OURS, BLOCKS = "sortLSH + samples", "sortLSH blocks"
 SAMPLES, RANDOM = "samples only", "random blocks + samples"
@@ -117,16 +118,6 @@ def clustered(trial: Trial, centroids: int) -> dict[str, float]:
         BLOCKS: HyperAttention(sample_size=0, **fields)(q, k, v, ctx),
     }
     return {arm: float(relative_error(made.out, true)) for arm, made in outs.items()}
-
-
-def clusters(n: int, centroids: int, dim: int = 32) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v (1, 1, n, dim): around the same unit centroids, values around one for each."""
-    centre = torch.nn.functional.normalize(torch.randn(centroids, dim), dim=-1)
-    meaning = torch.randn(centroids, dim)
-    mine, theirs = torch.randint(centroids, (n,)), torch.randint(centroids, (n,))
-    q, k = (4 * centre[at] + 0.3 * torch.randn(n, dim) for at in (mine, theirs))
-    v = meaning[theirs] + 0.3 * torch.randn(n, dim)
-    return q[None, None], k[None, None], v[None, None]
 
 
 def relative_error(out: Tensor, true: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""What all jobs share: records that survive a kill, where they were taken, timing, a text."""
+"""What all jobs share: records that survive a kill, where they were taken, timing, data."""
