@@ -14,8 +14,8 @@ from foveate.ops.errors import InputError
 class Seen(NamedTuple):
     """Who sees whom.
 
-    mask, None where everyone sees everyone; positions of the queries (B, Lq) and of all keys (B, Lkv), None where index is position;
-    real (B, Lq) bool, None where all new tokens are.
+    mask, None where everyone sees everyone; positions of the queries (B, Lq) and of all keys
+    (B, Lkv), None where index is position; real (B, Lq) bool, None where all new tokens are.
     """
 
     mask: Mask | None
