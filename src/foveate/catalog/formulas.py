@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from foveate.catalog.row import Capabilities, Paper, Row, Support
+from foveate.catalog.row import BUILDERS, Capabilities, Paper, Row, Support
 
 GRASSMANN = Paper(
     "Attention Is Not What You Need: Grassmann Flows as an Attention-Free Alternative for Sequence "
@@ -45,6 +45,61 @@ ROWS: tuple[Row, ...] = (
         papers=(DECONSTRUCTING,),
         sheet="deconstructing",
         capabilities=Capabilities(gqa=NO_HEADS),
+        jobs=MIXERS,
+    ),
+    Row(
+        key="deconstructed-approximate",
+        kind="attention",
+        path="foveate.methods.deconstructing.Approximate",
+        title="Taylor attention (Deconstructing)",
+        summary="The softmax's second-order expansion, in linear time with running sums.",
+        papers=(DECONSTRUCTING, BASED),
+        sheet="deconstructing",
+        capabilities=Capabilities(),
+        jobs=BUILDERS,
+    ),
+    Row(
+        key="deconstructed-nonapproximate",
+        kind="attention",
+        path="foveate.methods.deconstructing.NonApproximate",
+        title="One score for each key (Deconstructing)",
+        summary="A running softmax whose scores depend on the key's position alone.",
+        papers=(DECONSTRUCTING,),
+        sheet="deconstructing",
+        capabilities=Capabilities(),
+        jobs=BUILDERS,
+    ),
+    Row(
+        key="static-emb-qk",
+        kind="mixer",
+        path="foveate.methods.deconstructing.StaticEmbQK",
+        title="Queries and keys of the embeddings (Deconstructing)",
+        summary="In every layer the token embeddings decide who attends to whom.",
+        papers=(DECONSTRUCTING,),
+        sheet="deconstructing",
+        capabilities=Capabilities(),
+        jobs=MIXERS,
+    ),
+    Row(
+        key="rnd-emb-qk",
+        kind="mixer",
+        path="foveate.methods.deconstructing.RndEmbQK",
+        title="Queries and keys of fixed noise (Deconstructing)",
+        summary="Fixed random embeddings run through the blocks and decide who attends to whom.",
+        papers=(DECONSTRUCTING,),
+        sheet="deconstructing",
+        capabilities=Capabilities(),
+        jobs=MIXERS,
+    ),
+    Row(
+        key="fixed-seq-qk",
+        kind="mixer",
+        path="foveate.methods.deconstructing.FixedSeqQK",
+        title="Queries and keys of a fixed text (Deconstructing)",
+        summary="One fixed sequence runs through the blocks and decides who attends to whom.",
+        papers=(DECONSTRUCTING,),
+        sheet="deconstructing",
+        capabilities=Capabilities(),
         jobs=MIXERS,
     ),
 )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from foveate.models.latent import to_tpla
     from foveate.models.layouts import config_from, load_layout, weights_from
     from foveate.models.nat import NAT
+    from foveate.models.skip import without_layers
 
 _HOMES = {
     "CausalLMOutput": "causal_lm",
@@ -36,6 +37,7 @@ _HOMES = {
     "load_layout": "layouts",
     "to_tpla": "latent",
     "weights_from": "layouts",
+    "without_layers": "skip",
 }
 
 _PLAIN = {"DiT": "dit", "NAT": "nat"}
@@ -55,6 +57,7 @@ __all__ = [
     "load_layout",
     "to_tpla",
     "weights_from",
+    "without_layers",
 ]
 
 

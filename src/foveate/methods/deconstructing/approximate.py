@@ -79,7 +79,7 @@ class Approximate(Stateful):
         if self.form != "joint_full":
             return torch.cat((one, x * scale**0.5, x.square() * (scale / math.sqrt(2))), -1)
         a, b = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
-        factor = torch.where(a == b, scale / math.sqrt(2), scale).to(x.dtype)
+        factor = scale / torch.where(a == b, 2.0, 1.0).to(x.dtype).sqrt()
         return torch.cat((one, x * scale**0.5, x[..., a] * x[..., b] * factor), -1)
 
     def weights(self, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, ...]:

@@ -177,9 +177,9 @@ class _Heads(Mixer):
             )
         self.dim, self.width = sizes.dim, sizes.width
         self.rope_dim = self.width
-        self.query = nn.Linear(self.dim, self.heads * self.width, bias=False)
-        self.key = nn.Linear(self.dim, self.kv_heads * self.width, bias=False)
-        self.value = nn.Linear(self.dim, self.kv_heads * self.width, bias=False)
+        self.q = nn.Linear(self.dim, self.heads * self.width, bias=False)
+        self.k = nn.Linear(self.dim, self.kv_heads * self.width, bias=False)
+        self.v = nn.Linear(self.dim, self.kv_heads * self.width, bias=False)
         self.out = nn.Linear(self.heads * self.width, self.dim, bias=False)
 
     def full(self, x: Tensor, ctx: Context) -> Tensor:
@@ -197,8 +197,8 @@ class _Heads(Mixer):
 
     def turned(self, source: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys of source (B, n, dim), rotated to positions `at`, (n,) or (B, n)."""
-        q = split_heads(self.query(source), self.heads)
-        k = split_heads(self.key(source), self.kv_heads)
+        q = split_heads(self.q(source), self.heads)
+        k = split_heads(self.k(source), self.kv_heads)
         if self.rope is None:
             return q, k
         return self.rope.rotate(q, at), self.rope.rotate(k, at)
@@ -227,7 +227,7 @@ class StaticMixer(_Heads):
         if at is None:
             at = torch.arange(past, past + new, device=x.device)
         q, k = self.turned(self._source(x, ctx), at)
-        held = {"k": k, "v": split_heads(self.value(x), self.kv_heads)}
+        held = {"k": k, "v": split_heads(self.v(x), self.kv_heads)}
         if state is not None:
             held = state.tokens.append(held)
         out = Full()(q, held["k"], held["v"], ctx).out
@@ -276,7 +276,7 @@ class ReferenceMixer(_Heads):
                 f"layer {ctx.layer} takes its queries and keys from a reference stream, which "
                 "isn't in ctx.reference; use a model such as foveate.models.FoveateForCausalLM."
             )
-        v = split_heads(self.value(x), self.kv_heads)
+        v = split_heads(self.v(x), self.kv_heads)
         if maps.recording:
             q, k = self.turned(x, torch.arange(x.shape[1], device=x.device))
             maps.by_layer[ctx.layer] = (q, k)
