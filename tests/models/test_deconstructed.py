@@ -6,13 +6,18 @@ import pytest
 import torch
 
 from foveate import causal
-from foveate.methods.deconstructing import VARIANTS, composed
+from foveate.methods.deconstructing import VARIANTS, composed, indicators
 from foveate.ops.errors import InputError
 from foveate.parts import Context
 
 transformers = pytest.importorskip("transformers")
 
-from foveate.models import FoveateConfig, FoveateForCausalLM, without_layers  # noqa: E402
+from foveate.models import (  # noqa: E402
+    FoveateConfig,
+    FoveateForCausalLM,
+    attention_maps,
+    without_layers,
+)
 
 DIM, HEADS, LAYERS, VOCAB, LENGTH = 24, 4, 4, 53, 32
 OPTIONS = {"rnd-emb-qk": "length=32, sigma=1.0", "fixed-seq-qk": "length=32"}
@@ -291,3 +296,33 @@ def test_grouped_heads_are_repeated_heads(mixer):
     whole.load_state_dict(held)
     with torch.no_grad():
         torch.testing.assert_close(whole(ids()).logits, grouped(ids()).logits)
+
+
+# -- looking at the maps ---------------------------------------------------------------------------
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attention_maps_are_what_the_layers_weigh_by(variant):
+    lm, given = model(variant, "even"), ids()
+    with torch.no_grad():
+        before = lm(given).logits
+        states = lm(given, output_hidden_states=True).hidden_states
+    maps = attention_maps(lm, given)
+    assert torch.equal(lm(given).logits, before)  # the model is as it was
+    lower = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    for i, a in enumerate(maps):
+        if variant == "mlp" and i % 2 == 0:
+            assert a is None
+            continue
+        assert a.shape == (1 if variant in OPTIONS and i % 2 == 0 else 2, HEADS, LENGTH, LENGTH)
+        assert not a[..., ~lower].any()
+        torch.testing.assert_close(a.sum(-1), torch.ones_like(a[..., 0]))
+        assert indicators(a).entropy.min() > 0
+        layer = lm.model.layers[i].attention
+        maps_to = getattr(layer, "mixer", None) or layer.projection
+        with torch.no_grad():
+            h = lm.model.layers[i].attention_norm(states[i])
+            v = maps_to.v(h).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            y = maps_to.out((a @ v).transpose(1, 2).flatten(2))
+            x = states[i] + y
+            x = x + lm.model.layers[i].feedforward(lm.model.layers[i].feedforward_norm(x))
+        if i < LAYERS - 1:
+            torch.testing.assert_close(x, states[i + 1])

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from foveate.models.encoder import FoveateEncoder, FoveateForSequenceClassification
     from foveate.models.latent import to_tpla
     from foveate.models.layouts import config_from, load_layout, weights_from
+    from foveate.models.look import attention_maps
     from foveate.models.nat import NAT
     from foveate.models.skip import without_layers
 
@@ -33,6 +34,7 @@ _HOMES = {
     "FoveateForSequenceClassification": "encoder",
     "FoveateModel": "causal_lm",
     "ModelCache": "cache",
+    "attention_maps": "look",
     "config_from": "layouts",
     "load_layout": "layouts",
     "to_tpla": "latent",
@@ -53,6 +55,7 @@ __all__ = [
     "FoveateForSequenceClassification",
     "FoveateModel",
     "ModelCache",
+    "attention_maps",
     "config_from",
     "load_layout",
     "to_tpla",

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from foveate.ops.errors import InputError
+from foveate.parts.attention import Attention
+from foveate.parts.context import Context
 
 LOCAL = (0, 1, 2, 3)
 
@@ -32,6 +34,19 @@ class Indicators(NamedTuple):
     diversity: Tensor
     sink: Tensor
     local: Tensor
+
+
+def matrix_of(attention: Attention, q: Tensor, k: Tensor, ctx: Context) -> Tensor:
+    """The weights A (B, Hq, L, L) of any attention that is linear in its values: those of ones.
+
+    Args:
+        attention: such as those of `foveate.methods`.
+        q: (B, Hq, L, D).
+        k: (B, Hkv, L, D).
+        ctx: of the call.
+    """
+    eye = torch.eye(k.shape[2], dtype=k.dtype, device=k.device)
+    return attention(q, k, eye.expand(*k.shape[:2], -1, -1), ctx).out
 
 
 def indicators(weights: Tensor) -> Indicators:
