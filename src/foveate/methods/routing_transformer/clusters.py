@@ -1,0 +1,190 @@
+"""Clusters as rows for the core op: gathered queries, gathered keys, and who sees whom.
+
+A query that is in several clusters has one row in each, because its outputs there are averaged,
+not merged by their lse; so queries are gathered here, and keys by the layout's own index. Each
+cluster has whole tiles of its own, and each key tells which of its cluster's rows see it. With
+members in rising order that is the lower triangle (sequence form), or the rows from the key's own
+to the one that pushes it out (prefix form).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from foveate.methods.routing_transformer.members import Stay, best, streamed
+from foveate.ops import Layout
+from foveate.ops.layout import bits as bitset
+from foveate.ops.layout.core import FULL, ROW_RANGE
+
+_TILE = 128
+
+
+class Clusters(NamedTuple):
+    """Rows and keys of all clusters of each head; B batch, H query heads, C clusters.
+
+    rows (B, H, C, R) index of the query, -1 for none; keys (B, H, C, K) index of the key, -1 for
+    none; first, last (B, H, C, K): row r of the cluster sees the key if first <= r < last; and not
+    its own key if `hole`, unless it is the cluster's only one.
+    """
+
+    rows: Tensor
+    keys: Tensor
+    first: Tensor
+    last: Tensor
+    hole: bool = False
+
+
+def gather_clusters(
+    query_scores: Tensor,
+    key_scores: Tensor | None,
+    counts: tuple[int, int],
+    real: tuple[Tensor | None, Tensor | None],
+    *,
+    causal: bool,
+    prefix: bool,
+    own: bool,
+) -> Clusters:
+    """Who is in which cluster, and sees whom there.
+
+    Args:
+        query_scores: (B, H, C, Lq) fp32 or wider.
+        key_scores: (B, H, C, Lkv); None where keys are the queries.
+        counts: w, members of a cluster among the queries, and among the keys.
+        real: bool (B or 1, L) of queries and keys, False on padding; None is all real.
+        causal: whether a query sees no later key.
+        prefix: members as they were at each query's place; causal only.
+        own: whether a query sees its own key; False leaves it to queries that have no other.
+    """
+    q_real, k_real = (None if x is None else x[:, None, None] for x in real)
+    lengths = (query_scores.shape[-1], (key_scores if key_scores is not None else query_scores).shape[-1])
+    q_stay = _members(query_scores, counts[0], q_real, prefix)
+    k_stay = q_stay
+    if key_scores is not None:
+        k_stay = _members(key_scores, counts[1], k_real, prefix)
+    rows, keys, until = q_stay.place, k_stay.place, k_stay.until
+    there = keys >= 0
+    total = (rows >= 0).sum(-1, keepdim=True).expand_as(keys)
+    if not causal:
+        first = torch.zeros_like(keys)
+        return Clusters(
+            rows, keys, first, total * there, hole=key_scores is None and not own
+        )
+    # Rows behind the last real one are put behind everything, to be found by a search.
+    places = torch.where(rows >= 0, rows, lengths[0]).contiguous()
+    first = torch.searchsorted(places, keys)
+    last = torch.searchsorted(places, until.contiguous())
+    if not own and counts[1] > 1:
+        # A member sees its own key only where there was none before it.
+        mine = places.gather(-1, first.clamp_max(places.shape[-1] - 1)) == keys
+        later = torch.arange(keys.shape[-1], device=keys.device) > 0
+        first = first + (mine & later)
+    return Clusters(rows, keys, first * there, last.clamp_min(0) * there)
+
+
+def _members(scores: Tensor, count: int, real: Tensor | None, prefix: bool) -> Stay:
+    if prefix:
+        return streamed(scores, count, real)[0]
+    place = best(scores, count, real)
+    return Stay(place, torch.full_like(place, scores.shape[-1]))
+
+
+def in_tiles(clusters: Clusters) -> tuple[Clusters, int]:
+    """The clusters with rows and keys filled up to whole tiles, and the tile."""
+    size = max(clusters.rows.shape[-1], clusters.keys.shape[-1])
+    each = -(-size // -(-size // _TILE))
+    tile = -(-each // 8) * 8
+
+    def fill(x: Tensor, value: int) -> Tensor:
+        return torch.nn.functional.pad(x, (0, -x.shape[-1] % tile), value=value)
+
+    return Clusters(
+        fill(clusters.rows, -1),
+        fill(clusters.keys, -1),
+        fill(clusters.first, 0),
+        fill(clusters.last, 0),
+        clusters.hole,
+    ), tile
+
+
+def cluster_layout(clusters: Clusters, tile: int, kv_len: int) -> Layout:
+    """The layout of the gathered rows, (B, H, C * R), on Lkv keys.
+
+    Tiles in which no row sees a key aren't visited.
+
+    Args:
+        clusters: filled up to whole tiles.
+        tile: rows and keys of a tile.
+        kv_len: number of keys that `clusters.keys` names.
+    """
+    rows, keys, first, last, hole = clusters
+    batch, heads, count, height = rows.shape
+    tall, wide = height // tile, keys.shape[-1] // tile
+    device = rows.device
+    top = torch.arange(tall, device=device)[:, None] * tile
+    real = (rows >= 0).view(batch, heads, count, tall, 1, tile).all(-1)
+    seen = (last > first).view(batch, heads, count, 1, wide, tile)
+    lo = first.view(batch, heads, count, 1, wide, tile)
+    hi = last.view(batch, heads, count, 1, wide, tile)
+    big = torch.iinfo(torch.int64).max
+    visit = (lo.masked_fill(~seen, big).amin(-1) < top + tile) & (
+        hi.masked_fill(~seen, -1).amax(-1) > top
+    )
+    full = seen.all(-1) & real & (lo.amax(-1) <= top) & (hi.amin(-1) >= top + tile)
+    kinds = torch.where(full, FULL, ROW_RANGE)
+    bits = torch.zeros(0, tile, tile // 8, dtype=torch.uint8, device=device)
+    if hole:
+        apart = ~torch.eye(tile, dtype=torch.bool, device=device)
+        bits = bitset.pack(apart[None])
+        several = ((keys >= 0).sum(-1) > 1)[..., None, None]
+        diagonal = torch.eye(tall, wide, dtype=torch.bool, device=device)
+        kinds = torch.where(diagonal & several, 1, kinds)
+    counts = visit.sum(-1).reshape(batch * heads, -1)
+    ends = counts.flatten().cumsum(0).view(batch * heads, -1)
+    ptr = torch.cat((ends[:, :1] - counts[:, :1], ends), 1)
+    across = torch.arange(count, device=device)[:, None, None] * wide
+    cols = across + torch.arange(wide, device=device)
+    offset = (torch.arange(count, device=device) * height)[:, None]
+    ranges = torch.stack((first + offset, last + offset), -1)
+    return Layout(
+        q_len=count * height,
+        kv_len=kv_len,
+        q_tile=tile,
+        kv_tile=tile,
+        ptr=ptr.view(batch, heads, -1),
+        cols=cols.expand_as(visit)[visit].int(),
+        kinds=kinds[visit].int(),
+        bits=bits,
+        kv_index=keys.reshape(batch, heads, -1).int(),
+        row_range=ranges.reshape(batch, heads, -1, 2).int(),
+    )
+
+
+def pick(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows of x (B, H, L, D): (B, H, C * R, D); what stands where there is none doesn't count."""
+    index = rows.flatten(2).clamp_min(0)[..., None]
+    return x.gather(2, index.expand(-1, -1, -1, x.shape[3]))
+
+
+def average(out: Tensor, saw: Tensor, rows: Tensor, length: int, eps: float) -> Tensor:
+    """Each query's mean over its clusters: sum of its rows / (their number + eps), 0 without any.
+
+    Args:
+        out: (B, H, C * R, Dv).
+        saw: (B, H, C * R) bool: whether the row saw a key; those that didn't don't count.
+        rows: (B, H, C, R) index of the query, -1 for none.
+        length: Lq.
+        eps: added to the number.
+    """
+    wide = torch.promote_types(out.dtype, torch.float32)
+    index = torch.where(saw, rows.flatten(2), -1)
+    index = torch.where(index >= 0, index, length)
+    size = (*out.shape[:2], length + 1)
+    number = out.new_zeros(size, dtype=wide).scatter_add(2, index, saw.to(wide))
+    total = out.new_zeros(*size, out.shape[3], dtype=wide).scatter_add(
+        2, index[..., None].expand_as(out), out.to(wide)
+    )
+    mean = total / (number + eps)[..., None] if eps else total / number.clamp_min(1)[..., None]
+    return mean[:, :, :length].to(out.dtype)
