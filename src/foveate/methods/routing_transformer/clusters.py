@@ -16,6 +16,7 @@ from torch import Tensor
 
 from foveate.methods.routing_transformer.members import Stay, best, streamed
 from foveate.ops import Layout
+from foveate.ops.errors import InputError
 from foveate.ops.layout import bits as bitset
 from foveate.ops.layout.core import FULL, ROW_RANGE
 
@@ -59,29 +60,39 @@ def gather_clusters(
         own: whether a query sees its own key; False leaves it to queries that have no other.
     """
     q_real, k_real = (None if x is None else x[:, None, None] for x in real)
-    lengths = (query_scores.shape[-1], (key_scores if key_scores is not None else query_scores).shape[-1])
+    lengths = query_scores.shape[-1:]
     q_stay = _members(query_scores, counts[0], q_real, prefix)
     k_stay = q_stay
     if key_scores is not None:
         k_stay = _members(key_scores, counts[1], k_real, prefix)
-    rows, keys, until = q_stay.place, k_stay.place, k_stay.until
-    there = keys >= 0
-    total = (rows >= 0).sum(-1, keepdim=True).expand_as(keys)
-    if not causal:
-        first = torch.zeros_like(keys)
-        return Clusters(
-            rows, keys, first, total * there, hole=key_scores is None and not own
-        )
-    # Rows behind the last real one are put behind everything, to be found by a search.
-    places = torch.where(rows >= 0, rows, lengths[0]).contiguous()
-    first = torch.searchsorted(places, keys)
-    last = torch.searchsorted(places, until.contiguous())
-    if not own and counts[1] > 1:
-        # A member sees its own key only where there was none before it.
-        mine = places.gather(-1, first.clamp_max(places.shape[-1] - 1)) == keys
-        later = torch.arange(keys.shape[-1], device=keys.device) > 0
+    if causal:
+        return gather_stays(q_stay, k_stay, lengths[0], own=own or counts[1] == 1)
+    rows, keys = q_stay.place, k_stay.place
+    first = torch.zeros_like(keys)
+    total = (rows >= 0).sum(-1, keepdim=True) * (keys >= 0)
+    return Clusters(rows, keys, first, total, hole=key_scores is None and not own)
+
+
+def gather_stays(queries: Stay, keys: Stay, length: int, *, own: bool) -> Clusters:
+    """Causal clusters: a key is seen from its own place until it is no member any more.
+
+    Args:
+        queries: members among the queries, (B, H, C, R).
+        keys: members among the keys, (B, H, C, K).
+        length: Lq, also the number of keys.
+        own: whether a query sees its own key beside others.
+    """
+    rows, there = queries.place, keys.place >= 0
+    # Slots without a query are put behind all, to be found by a search.
+    places = torch.where(rows >= 0, rows, length).contiguous()
+    first = torch.searchsorted(places, keys.place.contiguous())
+    last = torch.searchsorted(places, keys.until.contiguous())
+    if not own:
+        # The first member has no other key than its own.
+        mine = places.gather(-1, first.clamp_max(places.shape[-1] - 1)) == keys.place
+        later = torch.arange(there.shape[-1], device=rows.device) > 0
         first = first + (mine & later)
-    return Clusters(rows, keys, first * there, last.clamp_min(0) * there)
+    return Clusters(rows, keys.place, first * there, last * there)
 
 
 def _members(scores: Tensor, count: int, real: Tensor | None, prefix: bool) -> Stay:
@@ -188,3 +199,22 @@ def average(out: Tensor, saw: Tensor, rows: Tensor, length: int, eps: float) -> 
     )
     mean = total / (number + eps)[..., None] if eps else total / number.clamp_min(1)[..., None]
     return mean[:, :, :length].to(out.dtype)
+
+
+def with_memory(clusters: Clusters, kv_len: int, each: int) -> Clusters:
+    """The clusters with `each` keys of their own in front, kv_len ... in order, seen by all rows."""
+    rows, keys, first, last, hole = clusters
+    if hole:
+        raise InputError(
+            "routing-transformer(memory=...): with keys that are the queries and a mask that isn't "
+            "causal it isn't defined; expected own=True or shared=False."
+        )
+    count = rows.shape[2]
+    places = torch.arange(kv_len, kv_len + count * each, device=rows.device).view(count, each)
+    total = (rows >= 0).sum(-1, keepdim=True)
+    return Clusters(
+        rows,
+        torch.cat((places.expand(*keys.shape[:2], -1, -1), keys), -1),
+        torch.cat((first.new_zeros(*first.shape[:3], each), first), -1),
+        torch.cat((total.expand(-1, -1, -1, each), last), -1),
+    )
