@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import Tensor
 
-import foveate
 from foveate import Context, attention, causal, padding
 from foveate.methods import make
 from foveate.methods.routing_transformer.centroids import Centroids, layer_norm
 from foveate.methods.routing_transformer.members import best, streamed
-from foveate.ops.errors import InputError
 from foveate.parts import Heads
 from foveate.parts.selection import topk_mask
 
@@ -29,17 +25,26 @@ def build(spec: str = "", heads=(4, 4), layer=0, **more):
 
 
 def tensors(length=40, heads=(4, 4), batch=2, dtype=torch.float32, kv_len=None) -> list[Tensor]:
-    sizes = [(heads[0], length, D), (heads[1], kv_len or length, D), (heads[1], kv_len or length, DV)]
+    sizes = [
+        (heads[0], length, D),
+        (heads[1], kv_len or length, D),
+        (heads[1], kv_len or length, DV),
+    ]
     return [torch.randn(batch, *size, dtype=dtype) for size in sizes]
 
 
-def by_masks(q, k, v, q_in: Tensor, k_in: Tensor, allowed: Tensor, scale: float, eps: float, own: bool):
+def by_masks(
+    q, k, v, q_in: Tensor, k_in: Tensor, allowed: Tensor, scale: float, eps: float, own: bool
+):
     """Oracle 2's brute force: a dense softmax for each cluster, then the mean.
 
     q_in (B, H, C, Lq) bool members; k_in (B, H, C, Lq, Lkv) bool: keys of the cluster for each row.
     """
     group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(v.shape[1] and q.shape[1] // v.shape[1], 1)
+    k, v = (
+        k.repeat_interleave(group, 1),
+        v.repeat_interleave(v.shape[1] and q.shape[1] // v.shape[1], 1),
+    )
     total, number = 0, 0
     for c in range(q_in.shape[2]):
         seen = q_in[:, :, c, :, None] & k_in[:, :, c] & allowed
@@ -126,7 +131,9 @@ def call(made, q, k, v, form, real=None):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize(("clusters", "window", "length"), [(4, 8, 40), (7, 5, 61), (3, 20, 45), (5, 1, 30)])
+@pytest.mark.parametrize(
+    ("clusters", "window", "length"), [(4, 8, 40), (7, 5, 61), (3, 20, 45), (5, 1, 30)]
+)
 def test_oracle_2_equals_brute_force(form, shared, clusters, window, length):
     made = build(
         clusters=clusters, window=window, shared=shared, form="auto" if form == "both" else form
@@ -215,7 +222,9 @@ def test_oracle_3_the_prefix_form_is_strictly_causal(shared):
     ctx = Context(mask=causal())
     before = made(q, k, v, ctx).out
     for cut in (3, 12, 33):
-        changed = [torch.cat((x[:, :, :cut], torch.randn_like(x[:, :, cut:])), 2) for x in (q, k, v)]
+        changed = [
+            torch.cat((x[:, :, :cut], torch.randn_like(x[:, :, cut:])), 2) for x in (q, k, v)
+        ]
         after = made(*changed, Context(mask=causal())).out
         torch.testing.assert_close(after[:, :, :cut], before[:, :, :cut])
         assert not torch.equal(after[:, :, cut:], before[:, :, cut:])

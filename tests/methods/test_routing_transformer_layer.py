@@ -20,6 +20,7 @@ SPEC = "routing-transformer(clusters=4, window=6, block=8{})"
 
 def layer(more="", kv_heads=4, **given):
     text = SPEC.format(f", {more}" if more else "")
+    text = text.replace("window=6, ", "" if "window=" in more else "window=6, ")
     return foveate.Attention(64, 4, f"gqa(kv_heads={kv_heads})", text, **given)
 
 
@@ -111,7 +112,9 @@ def test_a_step_reads_about_one_clusters_keys(monkeypatch):
     read = []
     inner = step.attention
     monkeypatch.setattr(
-        step, "attention", lambda q, k, *a, **b: read.append(k.shape[0] * k.shape[2]) or inner(q, k, *a, **b)
+        step,
+        "attention",
+        lambda q, k, *a, **b: read.append(k.shape[0] * k.shape[2]) or inner(q, k, *a, **b),
     )
     with torch.no_grad():
         for i in range(200, 256):
@@ -160,8 +163,8 @@ def test_centroids_move_in_training_and_not_in_eval():
     assert not torch.equal(made.attention.centroids.mu, before)
     assert "attention.centroids.mu" in made.state_dict()
     assert "attention.centroids.mu" not in dict(made.named_parameters())
-    (weight,) = torch.autograd.grad(aux["commitment_loss"], made.projection.q_proj.weight)
-    assert weight.abs().sum() > 0
+    aux["commitment_loss"].backward()
+    assert sum(p.grad is not None and p.grad.abs().sum() > 0 for p in made.parameters()) == 1
 
 
 def test_a_call_routes_with_the_centroids_from_before_it():
@@ -204,7 +207,7 @@ def test_micro_batches_are_one_step():
 def test_centroids_stay_in_fp32():
     made = layer().bfloat16()
     assert made.attention.centroids.mu.dtype == torch.float32
-    assert made.projection.q_proj.weight.dtype == torch.bfloat16
+    assert {p.dtype for p in made.parameters()} == {torch.bfloat16}
     made.train()
     y, _, aux = made(torch.randn(2, 30, 64, dtype=torch.bfloat16), mask=causal())
     assert y.dtype == torch.bfloat16
@@ -274,8 +277,8 @@ def test_random_members_are_drawn_anew():
 # -- memory and distances -------------------------------------------------------------------------
 @pytest.mark.parametrize("shared", [True, False])
 def test_memories_are_keys_of_their_clusters(shared):
-    spec = f"routing-transformer(clusters=1, window=20, local=0, memory=2, eps=0.0, shared={shared}, own=True)"
-    made = make(spec).build(Heads(64, 2, 2, 16, 16))
+    fields = f"clusters=1, window=20, local=0, memory=2, eps=0.0, shared={shared}, own=True"
+    made = make(f"routing-transformer({fields})").build(Heads(64, 2, 2, 16, 16))
     q, k, v = torch.randn(3, 1, 2, 20, 16).unbind(0)
     x, y = layer_norm(q), layer_norm(q if shared else k)
     keys, values = (torch.cat((table[None], x), 2) for table, x in zip(made.memory, (y, v)))
@@ -317,9 +320,11 @@ def test_distances_count_slots(form):
 
 
 def test_sinks_of_the_model():
-    made = make("routing-transformer(clusters=1, window=20, local=1, eps=0.0, own=True)").build(
-        Heads(64, 2, 2, 16, 16)
-    ).eval()
+    made = (
+        make("routing-transformer(clusters=1, window=20, local=1, eps=0.0, own=True)")
+        .build(Heads(64, 2, 2, 16, 16))
+        .eval()
+    )
     q, k, v = torch.randn(3, 1, 2, 20, 16).unbind(0)
     sinks = torch.tensor([0.3, 1.2])
     x = torch.cat((q[:, :1], layer_norm(q[:, 1:])), 1)
@@ -331,7 +336,9 @@ def test_sinks_of_the_model():
 
 # -- what is skipped ------------------------------------------------------------------------------
 def test_only_clusters_are_visited():
-    made = make("routing-transformer(clusters=16, window=128, local=0)").build(Heads(64, 1, 1, 16, 16))
+    made = make("routing-transformer(clusters=16, window=128, local=0)").build(
+        Heads(64, 1, 1, 16, 16)
+    )
     q, k, v = torch.randn(3, 1, 1, 2048, 16).unbind(0)
     _, layout = made.train().layouts(q, k, v, Context(mask=causal()))
     assert layout.pairs == 16 * (128 * 127 // 2 + 1)
@@ -348,16 +355,16 @@ def test_a_model_trains_and_generates():
         attention="routing-transformer(clusters=4, window=4, block=4, skip_first=1)",
     )  # fmt: skip
     model = FoveateForCausalLM(config)
-    ids = torch.randint(64, (2, 24))
+    ids = torch.randint(1, 64, (2, 24))  # 0 is taken for padding
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     losses = []
     for _ in range(8):
         loss = model(ids, labels=ids, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] - 0.5
     model.eval()
     wanted = ids

@@ -13,12 +13,12 @@ fp32 and saved with the model.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from foveate.ops.errors import InputError
 
@@ -29,7 +29,7 @@ _ROUNDS = 10  # of k-means, to begin with
 
 
 def layer_norm(x: Tensor) -> Tensor:
-    """(x - mean) / sqrt(var + 1e-6) over the last axis, so that ||LN(x)|| = sqrt(D); fp32 inside."""
+    """(x - mean) / sqrt(var + 1e-6) over the last axis, of norm sqrt(D); fp32 inside."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return nn.functional.layer_norm(wide, wide.shape[-1:], eps=1e-6).to(x.dtype)
 
@@ -220,7 +220,9 @@ class Centroids(nn.Module):
             # Without a single token so far there is nothing to divide by.
             some = all_ > 0
             self.mu.copy_(
-                torch.where(some[..., None], self.total / smooth.clamp_min(1e-30)[..., None], self.mu)
+                torch.where(
+                    some[..., None], self.total / smooth.clamp_min(1e-30)[..., None], self.mu
+                )
             )
         elif self.update == "sum":
             self.mu.mul_(self.decay).add_(total, alpha=rest / 2)
@@ -259,7 +261,7 @@ class Centroids(nn.Module):
 
     # -- the sums ---------------------------------------------------------------------------------
     def _by_head(self, tokens: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor]:
-        """All tokens of each head: x (H, n, D) in the centroids' dtype, weight (n,), 0 on padding."""
+        """All tokens of each head: x (H, n, D) as the centroids, weight (n,), 0 on padding."""
         heads = len(self.mu)
         every, weights = [], []
         for x, real in tokens:
@@ -302,5 +304,3 @@ def _mean(x: Tensor, real: Tensor | None) -> Tensor:
 def _again() -> bool:
     """Whether this runs inside a backward: a block whose activations are being recomputed."""
     return torch._C._current_graph_task_id() != -1
-
-

@@ -202,7 +202,7 @@ def average(out: Tensor, saw: Tensor, rows: Tensor, length: int, eps: float) -> 
 
 
 def with_memory(clusters: Clusters, kv_len: int, each: int) -> Clusters:
-    """The clusters with `each` keys of their own in front, kv_len ... in order, seen by all rows."""
+    """The clusters with `each` keys of their own in front, from kv_len on, seen by all rows."""
     rows, keys, first, last, hole = clusters
     if hole:
         raise InputError(

@@ -210,12 +210,12 @@ class RoutingAttention(Stateful, nn.Module):
             other = torch.rand((*size[:3], k.shape[2]), device=q.device, dtype=wide)
         else:
             other = drawn
-        return drawn.repeat_interleave(q.shape[1] // self.routed_kv, 1), None if k is None else other
+        return drawn.repeat_interleave(
+            q.shape[1] // self.routed_kv, 1
+        ), None if k is None else other
 
     # -- the routing heads ------------------------------------------------------------------------
-    def _routed(
-        self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, tokens: Tokens
-    ) -> Tensor:
+    def _routed(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, tokens: Tokens) -> Tensor:
         causal = _is_causal(ctx, tokens)
         q, keys, v = self._normal(q, k, v, causal)
         told = [(q, _padding(tokens.q_real))]
@@ -383,7 +383,7 @@ def _padding(real: Tensor) -> Tensor | None:
 
 
 def _behind(x: Tensor, table: Tensor) -> Tensor:
-    """x (B, H, L, D) with a table's rows (Hkv, m, D) behind."""
+    """Put behind x (B, H, L, D) a table's rows (Hkv, m, D)."""
     table = table.to(x.dtype).repeat_interleave(x.shape[1] // len(table), 0)
     return torch.cat((x, table.expand(len(x), -1, -1, -1)), 2)
 

@@ -147,7 +147,9 @@ def _compare(held: Held, new: Tensor, ranks: Tensor, count: int) -> tuple[Held, 
 
     # How many of those held at first beat each token: of equal ones the earlier does.
     order = torch.sort(held.score, dim=1, descending=True, stable=True).indices
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(count).to(order).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(count).to(order).expand_as(order)
+    )
     rising = held.score.sort(1).values.contiguous()
     above = count - torch.searchsorted(rising, score.contiguous())
     first = torch.cat((rank, above), 1)
@@ -159,8 +161,13 @@ def _compare(held: Held, new: Tensor, ranks: Tensor, count: int) -> tuple[Held, 
     ties = before & (score[:, None, :] == score[:, :, None]) & (new >= 0)[:, None, :]
     beats[:, count:] |= ties
     so_far = beats.cumsum(2, dtype=torch.int32)
-    own = torch.where(steps > 0, so_far[:, count:].gather(2, (steps - 1).clamp_min(0)[None, :, None]
-        .expand(len(new), -1, 1))[..., 0], 0)
+    own = torch.where(
+        steps > 0,
+        so_far[:, count:].gather(
+            2, (steps - 1).clamp_min(0)[None, :, None].expand(len(new), -1, 1)
+        )[..., 0],
+        0,
+    )
     enters = (first[:, count:] + own < count) & (new >= 0)
     member = torch.cat((held.place >= 0, enters), 1)
     gone = (so_far < (count - first)[..., None]).sum(2)  # the first new token with which it's out

@@ -101,7 +101,9 @@ class RoutingTransformer(AttentionRecipe):
         ):
             value = getattr(self, field)
             if value not in known:
-                raise InputError(f"{name}({field}={value!r}) is unknown; {nearest(str(value), known)}")
+                raise InputError(
+                    f"{name}({field}={value!r}) is unknown; {nearest(str(value), known)}"
+                )
         for field in ("shared", "own"):
             if getattr(self, field) not in (None, True, False):
                 raise InputError(
@@ -116,8 +118,8 @@ class RoutingTransformer(AttentionRecipe):
                 )
         if self.window is None and self.form == "prefix":
             raise InputError(
-                f"{name}(window=None, form='prefix'): members of a prefix need a number that doesn't "
-                "grow with it; give window=, such as the usual length over the clusters."
+                f"{name}(window=None, form='prefix'): members of a prefix need a number that "
+                "doesn't grow with it; give window=, such as the usual length over the clusters."
             )
         if self.relative and (self.shared is False or self.memory):
             raise InputError(

@@ -1,6 +1,7 @@
 """Learnt distances inside clusters: embeddings on keys and values, clipped at the longest.
 
-    score_ij = scale q_i . (k_j + r^K_d),   out_i = sum_j p_ij (v_j + r^V_d),   d = min(R - 1, slots)
+    score_ij = scale q_i . (k_j + r^K_d),   out_i = sum_j p_ij (v_j + r^V_d)
+    d = min(R - 1, slots)
 
 where slots counts the members that stand between, as the released code of the Routing Transformer
 does (Shaw et al. 2018, arXiv 1803.02155, equations 3 and 4, with the cluster as the sequence). The
@@ -48,7 +49,7 @@ def attend_clusters(
         pick(x, rows).to(torch.promote_types(x.dtype, torch.float32)).unflatten(2, (count, height))
         for x in (q, k, v)
     ]
-    out = attend(*wide, seen, distance, table, scale)
+    out = attend(wide[0], wide[1], wide[2], seen, distance, table, scale)
     saw = seen.any(-1) & (rows >= 0)
     return out.to(v.dtype).reshape(batch, heads, count * height, -1), saw.flatten(2)
 
@@ -56,7 +57,7 @@ def attend_clusters(
 def attend(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor, distance: Tensor, table: Embeddings, scale: float
 ) -> Tensor:
-    """The formula above: q (B, H, C, n, D), k (B, H, C, m, D), v; seen, distance (B, H, C, n, m)."""
+    """The formula above: q (B, H, C, n, D), k, v (.., m, ..), seen and distance (.., n, m)."""
     longest = table.key.shape[-2] - 1
     distance = distance.clamp(0, longest)
     by_distance = q @ table.key.to(q.dtype)[:, None].mT  # (B, H, C, n, R)

@@ -194,7 +194,8 @@ def _attend(
         distance = (total[:, None] - 1 - steps)[:, None, None, None]
         table = Embeddings(*(x[h][:, None] for x in layer.relative))
         scale = float(options["scale"])  # type: ignore[arg-type]
-        return attend(*wide, seen, distance, table, scale)[:, 0, 0, 0], count > 0
+        out = attend(wide[0], wide[1], wide[2], seen, distance, table, scale)
+        return out[:, 0, 0, 0], count > 0
     if layer.memory is not None:
         each = layer.hyper.memory
         places = c[:, None] * each + torch.arange(each, device=q.device)
