@@ -166,18 +166,18 @@ class Centroids(nn.Module):
         if self.init != "data" or _again() or bool(self.begun):
             return
         x, weight = self._by_head(tokens)
-        heads, clusters, dim = self.mu.shape
+        dim = self.mu.shape[2]
         real = weight.nonzero()[:, 0]
         if not len(real):
             return
-        some = torch.randint(len(real), (heads, clusters), device=x.device)
+        some = torch.randint(len(real), self.mu.shape[:2], device=x.device)
         mu = x.gather(1, real[some][..., None].expand(-1, -1, dim))
         if self.group is not None:
             torch.distributed.broadcast(mu, group=self.group, group_src=0)
         for _ in range(_ROUNDS):
             if self.update == "spherical":
                 mu = nn.functional.normalize(mu, dim=-1)
-            number, total = self._sums(x, weight, mu)
+            number, total = self._sums(x, weight, (x @ mu.mT).argmax(-1))
             mu = torch.where(number[..., None] > 0, total / number.clamp_min(1)[..., None], mu)
         if self.update == "spherical":
             mu = nn.functional.normalize(mu, dim=-1)
@@ -187,7 +187,9 @@ class Centroids(nn.Module):
         self.begun.fill_(True)
 
     @torch.no_grad()
-    def learn(self, tokens: list[tuple[Tensor, Tensor | None]]) -> None:
+    def learn(
+        self, tokens: list[tuple[Tensor, Tensor | None]], near: list[Tensor] | None = None
+    ) -> None:
         """Move the centroids towards their tokens; after routing, in training alone.
 
         What is run a second time in the backward (recomputed activations) changes nothing.
@@ -195,13 +197,13 @@ class Centroids(nn.Module):
         Args:
             tokens: for queries, and for keys where they are others: x (B, H * G, L, D) normalised,
                 and which are real, bool (B or 1, L); None is all.
+            near: for each of these the nearest centroid of each token, (B, H * G, L), if known.
         """
-        if _again():
-            return
-        if self.update in ("gradient", "none"):
+        if _again() or self.update in ("gradient", "none"):
             return
         self._before = self.mu.clone()
-        number, total = self._sums(*self._by_head(tokens), self.mu)
+        near = [self.nearest(self.scores(x)) for x, _ in tokens] if near is None else near
+        number, total = self._sums(*self._by_head(tokens), self._near_by_head(near))
         if self.update == "sum" and len(tokens) == 1:  # keys are the queries
             total = total * 2
         self.waiting_number += number
@@ -233,7 +235,14 @@ class Centroids(nn.Module):
         self.waiting_number.zero_()
         self.waiting_total.zero_()
 
-    def losses(self, x: Tensor, real: Tensor | None, beta: float) -> dict[str, Tensor]:
+    @staticmethod
+    def nearest(scores: Tensor) -> Tensor:
+        """The nearest centroid of each token: (B, H, C, L) to (B, H, L)."""
+        return scores.argmax(2)
+
+    def losses(
+        self, x: Tensor, real: Tensor | None, beta: float, near: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Pulls tokens to their centroids: beta mean |x - sg(mu_a)|^2 over tokens and dimensions.
 
         Where mu is learnt by gradient, also mean |sg(x) - mu_a|^2.
@@ -242,8 +251,9 @@ class Centroids(nn.Module):
             x: (B, H * G, L, D) normalised, with its gradient.
             real: bool (B or 1, L); None is all.
             beta: weight of the first.
+            near: (B, H * G, L) nearest centroids, if known.
         """
-        near = self.scores(x).argmax(2)  # (B, H * G, L)
+        near = self.nearest(self.scores(x)) if near is None else near
         mu = self.mu.detach()
         if _again() and self._before is not None:
             mu = self._before
@@ -273,11 +283,15 @@ class Centroids(nn.Module):
             weights.append(weight[:, None].expand(-1, group, -1).reshape(-1))
         return torch.cat(every, 1), torch.cat(weights)
 
-    def _sums(self, x: Tensor, weight: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (H, C) and their sum (H, C, D) of each cluster, over all ranks."""
-        heads, clusters, dim = mu.shape
-        near = (x @ mu.mT).argmax(-1) + torch.arange(heads, device=x.device)[:, None] * clusters
-        near = near.reshape(-1)
+    def _near_by_head(self, near: list[Tensor]) -> Tensor:
+        """Nearest centroids in the order of `_by_head`, (H, n)."""
+        heads = len(self.mu)
+        return torch.cat([x.unflatten(1, (heads, -1)).transpose(0, 1).flatten(1) for x in near], 1)
+
+    def _sums(self, x: Tensor, weight: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (H, C) and their sum (H, C, D) of each cluster, over all ranks; near (H, n)."""
+        heads, clusters, dim = self.mu.shape
+        near = (near + torch.arange(heads, device=x.device)[:, None] * clusters).reshape(-1)
         weights = weight.expand(heads, -1).reshape(-1)
         number = x.new_zeros(heads * clusters).index_add_(0, near, weights)
         weighted = (x * weight[:, None]).reshape(-1, dim)

@@ -175,8 +175,8 @@ def cluster_layout(clusters: Clusters, tile: int, kv_len: int) -> Layout:
 
 def pick(x: Tensor, rows: Tensor) -> Tensor:
     """Rows of x (B, H, L, D): (B, H, C * R, D); what stands where there is none doesn't count."""
-    index = rows.flatten(2).clamp_min(0)[..., None]
-    return x.gather(2, index.expand(-1, -1, -1, x.shape[3]))
+    flat = x.reshape(-1, x.shape[3]).index_select(0, _flat(rows.clamp_min(0), x.shape[2]))
+    return flat.view(*x.shape[:2], -1, x.shape[3])
 
 
 def average(out: Tensor, saw: Tensor, rows: Tensor, length: int, eps: float) -> Tensor:
@@ -190,15 +190,22 @@ def average(out: Tensor, saw: Tensor, rows: Tensor, length: int, eps: float) -> 
         eps: added to the number.
     """
     wide = torch.promote_types(out.dtype, torch.float32)
-    index = torch.where(saw, rows.flatten(2), -1)
-    index = torch.where(index >= 0, index, length)
-    size = (*out.shape[:2], length + 1)
-    number = out.new_zeros(size, dtype=wide).scatter_add(2, index, saw.to(wide))
-    total = out.new_zeros(*size, out.shape[3], dtype=wide).scatter_add(
-        2, index[..., None].expand_as(out), out.to(wide)
-    )
-    mean = total / (number + eps)[..., None] if eps else total / number.clamp_min(1)[..., None]
-    return mean[:, :, :length].to(out.dtype)
+    saw = saw & (rows.flatten(2) >= 0)
+    index = _flat(rows.clamp_min(0), length)
+    weight = saw.reshape(-1).to(wide)
+    size = out.shape[0] * out.shape[1] * length
+    number = weight.new_zeros(size).index_add(0, index, weight)
+    # What didn't count may be anything but is finite: an empty row is 0.
+    each = out.reshape(-1, out.shape[3]).to(wide) * weight[:, None]
+    total = each.new_zeros(size, out.shape[3]).index_add(0, index, each)
+    mean = total / (number + eps if eps else number.clamp_min(1))[:, None]
+    return mean.view(*out.shape[:2], length, -1).to(out.dtype)
+
+
+def _flat(rows: Tensor, length: int) -> Tensor:
+    """Indices (B, H, C, R) of each head as those of all heads' rows behind each other, flat."""
+    heads = torch.arange(rows.shape[0] * rows.shape[1], device=rows.device)
+    return (rows.reshape(len(heads), -1) + heads[:, None] * length).reshape(-1)
 
 
 def with_memory(clusters: Clusters, kv_len: int, each: int) -> Clusters:

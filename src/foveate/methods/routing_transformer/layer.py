@@ -142,7 +142,7 @@ class RoutingAttention(Stateful, nn.Module):
             q, k, v = self.of_routing(q, k, v)
             causal = _is_causal(ctx, tokens)
             q, keys, v = self._normal(q, k, v, causal)
-            clusters, _ = self._clusters(q, keys, tokens, causal)
+            clusters, _ = self._clusters(self.scores(q, keys), tokens, causal)
             filled, tile = in_tiles(clusters)
             routed = cluster_layout(filled, tile, k.shape[2] + self._memories)
         return local, routed
@@ -223,14 +223,16 @@ class RoutingAttention(Stateful, nn.Module):
             told.append((keys, _padding(tokens.k_real)))
         if self.centroids is not None and self.training:
             self.centroids.begin(told)
+        scores = self.scores(q, keys)
         with torch.no_grad():
-            clusters, alike = self._clusters(q, keys, tokens, causal)
+            clusters, alike = self._clusters(scores, tokens, causal)
         out = self.attend(q, q if keys is None else keys, v, clusters, ctx, alike)
         if self.centroids is not None and self.training:
-            for x, real in told:
-                for name, loss in self.centroids.losses(x, real, self.hyper.beta).items():
+            near = [self.centroids.nearest(x) for x in scores if x is not None]
+            for (x, real), mine in zip(told, near, strict=True):
+                for name, loss in self.centroids.losses(x, real, self.hyper.beta, mine).items():
                     ctx.aux[name] = ctx.aux[name] + loss if name in ctx.aux else loss
-            self.centroids.learn(told)
+            self.centroids.learn(told, near)
         return out
 
     def attend(
@@ -257,7 +259,7 @@ class RoutingAttention(Stateful, nn.Module):
             v = v.repeat_interleave(k.shape[1] // v.shape[1], 1)
         layout = cluster_layout(filled, tile, k.shape[2])
         result = attention(pick(q, rows), k, v, layout=layout, **options)  # type: ignore[arg-type]
-        saw = (result.lse > -torch.inf) & (rows.flatten(2) >= 0)
+        saw = result.lse > -torch.inf
         return average(self.sunk(result, ctx), saw, rows, length, eps)
 
     def _normal(
@@ -274,7 +276,7 @@ class RoutingAttention(Stateful, nn.Module):
         return layer_norm(q), layer_norm(k), v
 
     def _clusters(
-        self, q: Tensor, k: Tensor | None, tokens: Tokens, causal: bool
+        self, found: tuple[Tensor, Tensor | None], tokens: Tokens, causal: bool
     ) -> tuple[Clusters, int]:
         """Who is where, and how many clusters each of them stands for."""
         hyper = self.hyper
@@ -291,10 +293,10 @@ class RoutingAttention(Stateful, nn.Module):
                 "routing-transformer(window=None): outside of training causal routing takes the "
                 "members of each query's prefix, whose number must not grow with it; give window=."
             )
-        lengths = (q.shape[2], q.shape[2] if k is None else k.shape[2])
+        scores, key_scores = found
+        lengths = (scores.shape[3], (scores if key_scores is None else key_scores).shape[3])
         w = [hyper.window or -(-n // hyper.clusters) for n in lengths]
         alike = 1
-        scores, key_scores = self.scores(q, k)
         if max(lengths) <= min(w) and self.memory is None:
             # All tokens are in all clusters, which are then one and the same.
             alike = hyper.clusters
@@ -303,18 +305,18 @@ class RoutingAttention(Stateful, nn.Module):
         if key_scores is not None and key_scores.shape[1] != scores.shape[1]:
             key_scores = key_scores.repeat_interleave(scores.shape[1] // key_scores.shape[1], 1)
         counts = (min(w[0], lengths[0]), min(w[1], lengths[1]))
-        found = gather_clusters(
+        clusters = gather_clusters(
             scores,
             key_scores,
             counts,
             (_padding(tokens.q_real), _padding(tokens.k_real)),
             causal=causal,
             prefix=form == "prefix",
-            own=self.sees_own(k is None),
+            own=self.sees_own(key_scores is None),
         )
         if self.memory is not None:
-            found = with_memory(found, lengths[1], hyper.memory)
-        return found, alike
+            clusters = with_memory(clusters, lengths[1], hyper.memory)
+        return clusters, alike
 
     @property
     def _memories(self) -> int:
@@ -341,12 +343,17 @@ class RoutingAttention(Stateful, nn.Module):
         self._check(q, k, v, ctx)
         return step(self, q, k, v, ctx, state)
 
+    @override
+    def extra_repr(self) -> str:
+        return repr(self.hyper)
+
     # -- what is refused --------------------------------------------------------------------------
     def _check(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> None:
         check_tensors(q, k, v)
-        have = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
-        want = (self.heads.query, self.heads.kv, self.heads.key_dim, self.heads.value_dim)
-        if have != want:
+        have, heads = (q.shape[1], k.shape[1], q.shape[3], v.shape[3]), self.heads
+        want = (heads.query, heads.kv, heads.key_dim, heads.value_dim)
+        tables = self.memory is not None or self.relative is not None
+        if have[:3] != want[:3] or (tables and have != want):
             raise InputError(
                 f"routing-transformer was built for (query heads, key heads, key width, value "
                 f"width) {want}, got {have}."
