@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from foveate.catalog.row import Capabilities, Paper, Row, Support
+from foveate.catalog.row import BUILDERS, Capabilities, Paper, Row, Support
 
 ROUTING = Paper(
     "Efficient Content-Based Sparse Attention with Routing Transformers",
@@ -29,6 +29,6 @@ ROWS: tuple[Row, ...] = (
                 "form='prefix', evaluation and decoding route on the past alone",
             ),
         ),
-        jobs=("foveate.Attention", "train"),
+        jobs=BUILDERS,
     ),
 )
