@@ -10,10 +10,11 @@ import torch
 import foveate
 from foveate import attention, causal
 from foveate.bench import scaling as job
-from foveate.bench.work import Work
 from foveate.cli import main
 from foveate.ops.backends.cpu import Cpu
 from foveate.ops.errors import InputError
+from foveate.runs.growth import at_length
+from foveate.runs.work import Work
 
 
 def test_attention_is_counted_by_its_pairs():
@@ -45,10 +46,10 @@ def test_slopes():
 
 def test_names_in_braces():
     text = "routing-transformer(clusters={root}, window={rest})"
-    assert job.resolved(text, 2048) == "routing-transformer(clusters=64, window=32)"
-    assert job.resolved("full", 7) == "full"
+    assert at_length(text, 2048) == "routing-transformer(clusters=64, window=32)"
+    assert at_length("full", 7) == "full"
     with pytest.raises(InputError, match="root"):
-        job.resolved("full(x={m})", 64)
+        at_length("full(x={m})", 64)
 
 
 def test_exponents_of_dense_and_clustered_attention(pace):

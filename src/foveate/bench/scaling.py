@@ -1,6 +1,6 @@
 """How the cost of training grows with length: one layer's token mixing, forward and backward.
 
-For each method and length: the counted work (`foveate.bench.work`) and the seconds of a forward and
+For each method and length: the counted work (`foveate.runs.work`) and the seconds of a forward and
 backward, and over the lengths the exponent a of cost ~ n^a, fitted to their logarithms, beside the
 one that theory gives. Attentions get their queries, keys and values from a layer, whose maps aren't
 counted; mixers are their own layer. A method whose output isn't that of the same method in float64
@@ -10,10 +10,9 @@ gets no figure; one whose next call would take too long stops at the lengths bef
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,6 @@ from typing_extensions import override
 
 from foveate import catalog
 from foveate.bench.job import Begin, check_clock, check_sizes, run_cells, told
-from foveate.bench.work import Work
 from foveate.methods import make
 from foveate.nn import Attention, MixerLayer
 from foveate.ops import AttentionOutput, causal
@@ -29,65 +27,12 @@ from foveate.ops.errors import InputError
 from foveate.parts import Attention as Method
 from foveate.parts import Context
 from foveate.parts.mixer import MixerRecipe
+from foveate.runs.growth import TRAINED, at_length, setting_of
 from foveate.runs.records import Records
 from foveate.runs.timing import Pace, race, spread
+from foveate.runs.work import Work
 
 TOLERANCE = 1e-4  # of the largest output, against float64
-
-
-class Setting(NamedTuple):
-    """How a method is run at length n, and how its cost should grow.
-
-    text: with {n}, {root} (the power of two nearest to sqrt n) and {rest} (n / root) in it;
-    exponent: what theory says for these hyper-parameters, None where nobody says.
-    """
-
-    text: str
-    exponent: float | None = None
-
-
-SETTINGS = {
-    "full": Setting("full", 2.0),
-    "sink-window": Setting("sink-window(window=256)", 1.0),
-    "dma": Setting("dma(window=256)", 1.0),
-    "superlinear": Setting("superlinear", 1.5),
-    "sea": Setting("sea(max_length={n})", 1.0),
-    "routing-transformer": Setting(
-        "routing-transformer(clusters={root}, window={rest}, local=0)", 1.5
-    ),
-    "combiner": Setting("combiner(size={root})", 1.5),
-    "flowformer": Setting("flowformer", 1.0),
-    "lucid": Setting("lucid", 2.0),
-    "tensor-attention": Setting("tensor-attention", 3.0),
-    "gaam": Setting("gaam", 1.0),
-    "grassmann": Setting("grassmann", 1.0),
-    "deconstructed-mlp": Setting("deconstructed-mlp", 2.0),
-    "deconstructed-approximate": Setting("deconstructed-approximate", 2.0),
-    "deconstructed-nonapproximate": Setting("deconstructed-nonapproximate", 2.0),
-}
-TRAINED = ("full", "dma", "superlinear", "sea", "routing-transformer", "combiner")
-
-
-def setting_of(method: str) -> Setting:
-    """The setting of a key; or a text as it stands, with its key's exponent unknown."""
-    return SETTINGS.get(method, Setting(method))
-
-
-def resolved(method: str, length: int) -> str:
-    """The method's text at a length.
-
-    Raises:
-        InputError: a name in braces that isn't known.
-    """
-    root = 1 << round(math.log2(max(1, length)) / 2)
-    names = {"n": length, "root": root, "rest": -(-length // root)}
-    try:
-        return setting_of(method).text.format(**names)
-    except (KeyError, IndexError, ValueError) as error:
-        raise InputError(
-            f"{method!r}: in braces may stand {{n}}, {{root}} (about its square root) and {{rest}} "
-            "(n / root)."
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -124,7 +69,7 @@ class Options:
         seed: of weights and inputs.
     """
 
-    methods: tuple[str, ...] = TRAINED
+    methods: tuple[str, ...] = ("full", *TRAINED)
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
     dim: int = 128
     heads: int = 2
@@ -149,12 +94,12 @@ class Options:
         if not self.limit > 0:
             raise InputError(f"--limit {self.limit}: expected seconds above 0.")
         for method in self.methods:
-            layer_of(resolved(method, self.lengths[0]), self.dim, self.heads)
+            layer_of(at_length(setting_of(method).text, self.lengths[0]), self.dim, self.heads)
 
     def cells(self, threads: int, method: str) -> Iterator[Cell]:
         """Lengths of a method, short ones first."""
         for n in sorted(self.lengths):
-            text = resolved(method, n)
+            text = at_length(setting_of(method).text, n)
             yield Cell(method, text, n, self.dim, self.heads, self.both_ways, threads)
 
 
