@@ -8,7 +8,7 @@ rows or of columns turns whatever happens within one of them into a small dense 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ class Call:
         x: (B, L, dim), input of the layer, or None.
         ctx: whose scale, dropout and backend count.
         count_bias: whether a span's logit gets log of its length.
+        memo: what direct tokens and spans share.
     """
 
     q: Tensor
@@ -53,7 +54,7 @@ class Call:
     x: Tensor | None
     ctx: Context
     count_bias: bool = False
-    layouts: dict[object, Layout] = field(default_factory=dict)
+    memo: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -80,15 +81,20 @@ class Call:
         bias: Tensor | None = None,
         layout: Layout | None = None,
     ) -> AttentionOutput:
-        """The core op; seen (B', Lk) hides keys, bias (B', Lk) is added to their logits."""
+        """The core op; seen hides keys, bias is added to their logits.
+
+        Either is (B', Lk), (B', Hq, Lk) or (B', Hq, Lq, Lk).
+        """
         if seen is not None:
             work = torch.promote_types(q.dtype, torch.float32)
             none = torch.zeros(seen.shape, dtype=work, device=q.device)
             bias = none.masked_fill(~seen, -torch.inf)
+        if bias is not None and bias.dim() < 4:
+            bias = bias[:, :, None] if bias.dim() == 3 else bias[:, None, None]
         ctx = self.ctx
         return attention(
             q, k, v, mask, layout=layout, scale=ctx.scale, dropout=ctx.dropout, backend=ctx.backend,
-            bias=None if bias is None else bias[:, None, None, :],
+            bias=bias,
         )  # fmt: skip
 
     def span_bias(self, count: Tensor) -> Tensor | None:

@@ -197,6 +197,9 @@ class CombinerAttention(Stateful, nn.Module):
         if not tokens.causal and not bool(real.all()):
             at = torch.arange(q.shape[2], device=q.device)
             seen = (at < real.sum(1, keepdim=True)).expand(len(q), -1)
+            # Padding is as what fills up a last row: 0, so that rowmajor's queries there are, too.
+            q, k, v = (t * seen[:, None, :, None] for t in (q, k, v))
+            x = None if x is None else x * seen[..., None]
         return found, Call(q, k, v, tokens.causal, seen, x, ctx, self.recipe.span_count_bias)
 
     def _back(self, out: AttentionOutput, start: Tensor | None) -> AttentionOutput:
