@@ -10,7 +10,26 @@ COMBINER = Paper(
     "2107.05768",
 )
 
+SEA = Paper(
+    "SEA: Sparse Linear Attention with Estimated Attention Mask", "Lee et al., 2023", "2310.01777"
+)
+
 ROWS: tuple[Row, ...] = (
+    Row(
+        key="sea",
+        kind="attention",
+        path="foveate.methods.sea.SEA",
+        title="SEA",
+        summary="A linear network estimates where attention goes; exact attention runs only there.",
+        papers=(SEA,),
+        sheet="sea",
+        capabilities=Capabilities(
+            decode=Support(True, "estimates each token's row from a state of fixed size"),
+            padding=Support(True, "in front or behind; other masks are refused"),
+            bidirectional=Support(True, "a form of its own, built with causal=False"),
+        ),
+        jobs=BUILDERS,
+    ),
     Row(
         key="combiner",
         kind="attention",
