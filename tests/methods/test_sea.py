@@ -212,7 +212,7 @@ def test_oracle_5_with_the_true_attention_in_place_of_the_estimate():
 
 
 def test_oracle_6_features_give_the_exponential_kernel():
-    q, k = torch.randn(2, 1, 1, 40, 8, dtype=torch.float64) * 0.7
+    q, k = torch.randn(2, 1, 1, 40, 8, dtype=torch.float64) * 0.5
     w = performer.draw(4096, 8, torch.Generator().manual_seed(0)).double()
     a, b = (performer.softmax_features(x, w, keys=False, shift=False, eps=0.0) for x in (q, k))
     found = (a @ b.mT).flatten()
@@ -286,17 +286,18 @@ def by_hand(method, q, k, v, scores, gates, causally):
     heads, length = q.shape[:2]
     k, v = (x.repeat_interleave(heads // len(k), 0) for x in (k, v))
     probs = scores.softmax(-1)
+    order = lambda x: x.round(decimals=10).sort(descending=True, stable=True).indices  # noqa: E731
     width = probs.shape[-1]
     group = method.recipe.chosen_group
     n = torch.arange(1, length + 1) if causally else torch.full((length,), length)
     out = torch.zeros(heads, length, v.shape[-1], dtype=q.dtype)
     if group == "batch":
         budget = budgets(method.recipe.k, torch.tensor(length), width, heads, group, length)
-        chosen = set(probs.flatten().topk(int(budget)).indices.tolist())
+        chosen = set(order(probs.flatten())[: int(budget)].tolist())
     for t in range(length):
         if group == "causal_batch":
             budget = min(max(round(heads * method.recipe.k * width / (t + 1)), 1), heads * width)
-            best = probs[:, t].flatten().topk(budget).indices.tolist()
+            best = order(probs[:, t].flatten())[:budget].tolist()
         for h in range(heads):
             kept = []
             for j in range(int(n[t])):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 GROUPS = ("query", "head", "batch", "causal_batch")
-_EPS = 1e-4
+EPS = 1e-4
 
 
 def bins_of(keys: Tensor, seen: Tensor, width: int, jitter: Tensor | None = None) -> Tensor:
@@ -29,13 +29,13 @@ def bins_of(keys: Tensor, seen: Tensor, width: int, jitter: Tensor | None = None
     at = keys.double() + 0.5
     if jitter is not None:
         at = at + jitter
-    return (at / seen * width - _EPS).floor().long().clamp(0, width - 1)
+    return (at / seen * width - EPS).floor().long().clamp(0, width - 1)
 
 
 def firsts(seen: Tensor, width: int) -> Tensor:
     """(..., K + 1) first key of each bin, and n_t at the end; seen (...) integers."""
     bins = torch.arange(width, device=seen.device)
-    start = ((bins + _EPS) * (seen[..., None].double() / width) - 0.5).ceil().long()
+    start = ((bins + EPS) * (seen[..., None].double() / width) - 0.5).ceil().long()
     start = start.clamp(min=0)
     start = torch.cat((torch.zeros_like(start[..., :1]), start[..., 1:]), -1)
     return torch.cat((torch.minimum(start, seen[..., None]), seen[..., None]), -1)
@@ -61,6 +61,10 @@ def budgets(k: float, seen: Tensor, width: int, heads: int, group: str, rows: in
 def keep_best(probs: Tensor, budget: Tensor, group: str, real: Tensor | None = None) -> Tensor:
     """Which bins are kept, bool (B, H, L, K); of equal ones the first (by head, row, bin).
 
+    Neighbouring bins often are equal, since the CNN widens its image by repeating, but for the
+    rounding of whichever kernel ran: probabilities are compared to a part in 4,096 (in float64, in
+    2^36), so that decoding chooses as the full forward does.
+
     Args:
         probs: (B, H, L, K), the estimate.
         budget: as `budgets` gives it: (B or 1, L) by row, or (B or 1,) by sequence.
@@ -68,7 +72,7 @@ def keep_best(probs: Tensor, budget: Tensor, group: str, real: Tensor | None = N
         real: (B, L) bool; False keeps nothing.
     """
     batch, heads, length, width = probs.shape
-    probs = probs.detach()
+    probs = _rounded(probs.detach())
     if real is not None:
         probs = probs.masked_fill(~real[:, None, :, None], -1.0)
     if group == "query":
@@ -86,22 +90,39 @@ def keep_best(probs: Tensor, budget: Tensor, group: str, real: Tensor | None = N
     return keep if real is None else keep & real[:, None, :, None]
 
 
+def _rounded(x: Tensor) -> Tensor:
+    """x with fewer digits."""
+    mantissa, exponent = torch.frexp(x)
+    digits = float(2 ** (36 if x.dtype == torch.float64 else 12))
+    return torch.ldexp((mantissa * digits).round() / digits, exponent)
+
+
 def _best(flat: Tensor, budget: Tensor) -> Tensor:
-    """The `budget` (...) largest of each row of flat (..., N), bool."""
-    most = int(budget.max())
+    """The `budget` (...) largest of each row of flat (..., N), bool.
+
+    Rows are taken together whose budgets are within a factor of two: the first rows of a causal
+    estimate keep everything, the last ones little.
+    """
     width = flat.shape[-1]
-    if most >= width:
-        order = flat.sort(dim=-1, descending=True, stable=True).indices
-    else:
-        # The cut is at each row's own value; of those equal to it the first are taken.
-        values = flat.topk(most, -1).values
-        cut = values.gather(-1, (budget - 1)[..., None])
-        above = flat > cut
-        ties = flat == cut
-        spare = budget[..., None] - above.sum(-1, keepdim=True)
-        return above | (ties & (ties.cumsum(-1) <= spare))
-    chosen = torch.arange(width, device=flat.device) < budget[..., None]
-    return torch.zeros_like(chosen).scatter(-1, order, chosen)
+    rows, wanted = flat.reshape(-1, width), budget.reshape(-1)
+    found = torch.zeros_like(rows, dtype=torch.bool)
+    level = torch.frexp(wanted.double()).exponent
+    for one in level.unique().tolist():
+        at = (level == one).nonzero()[:, 0]
+        found[at] = _cut(rows[at], wanted[at])
+    return found.view(flat.shape)
+
+
+def _cut(rows: Tensor, wanted: Tensor) -> Tensor:
+    """The `wanted` (R,) largest of each of rows (R, N): what is above each row's own cut, and of
+    those equal to it the first."""  # fmt: skip
+    most = int(wanted.max())
+    if int(wanted.min()) == rows.shape[1]:
+        return torch.ones_like(rows, dtype=torch.bool)
+    cut = rows.topk(most, -1).values.gather(1, (wanted - 1)[:, None])
+    above, ties = rows > cut, rows == cut
+    spare = wanted[:, None] - above.sum(1, keepdim=True)
+    return above | (ties & (ties.cumsum(1) <= spare))
 
 
 def stretched(x: Tensor, keys: int, seen: Tensor, jitter: Tensor | None = None) -> Tensor:

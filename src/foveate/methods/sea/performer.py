@@ -41,7 +41,8 @@ def draw(features: int, dim: int, random: torch.Generator | None = None) -> Tens
     """W (features, dim): orthogonal blocks, rows as long as Gaussian ones."""
     blocks = []
     for _ in range(-(-features // dim)):
-        blocks.append(torch.linalg.qr(torch.randn(dim, dim, generator=random)).Q.mT)
+        q, r = torch.linalg.qr(torch.randn(dim, dim, generator=random))
+        blocks.append((q * r.diagonal().sign()).mT)  # with these signs all rotations are as likely
     lengths = torch.randn(features, dim, generator=random).norm(dim=1, keepdim=True)
     return torch.cat(blocks)[:features] * lengths
 
@@ -83,7 +84,8 @@ def causal(q: Tensor, k: Tensor, v: Tensor, before: Sums | None = None) -> tuple
     q, k, v = (F.pad(x, (0, 0, 0, -length % chunk)).unflatten(2, (-1, chunk)) for x in (q, k, v))
     made = Sums(k.mT @ v, k.sum(-2))
     upto = Sums(made.values.cumsum(2), made.ones.cumsum(2))
-    start = Sums(upto.values - made.values, upto.ones - made.ones)
+    # What is before a chunk must not know of it, not even by rounding.
+    start = Sums(_later(upto.values, (0, 0, 0, 0)), _later(upto.ones, (0, 0)))
     last = Sums(upto.values[:, :, -1], upto.ones[:, :, -1])
     if before is not None:
         start = Sums(*(x + y[:, :, None] for x, y in zip(start, before)))
@@ -93,6 +95,11 @@ def causal(q: Tensor, k: Tensor, v: Tensor, before: Sums | None = None) -> tuple
     out = weights @ v + q @ start.values
     out = out / total[..., None].masked_fill(total[..., None] == 0, 1.0)
     return out.flatten(2, 3)[:, :, :length], last
+
+
+def _later(x: Tensor, keep: tuple[int, ...]) -> Tensor:
+    """x (B, H, n, ...) one chunk later, 0 before the first."""
+    return F.pad(x[:, :, :-1], (*keep, 1, 0))
 
 
 def bidirectional(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
