@@ -103,7 +103,7 @@ def test_distilling_brings_the_estimate_nearer():
     ids = torch.randint(32, (4, 24))
     history = distil(student, dense, lambda _: (ids, ids), steps=30, lr=1e-4, new_lr=1e-2)
     for name in ("est", "hidden", "logits", "ctx"):
-        assert history[-1][name] < 0.8 * history[0][name], name
+        assert history[-1][name] < 0.9 * history[0][name], name
     assert not student.training
 
 

@@ -111,12 +111,12 @@ def distillation(
     Raises:
         InputError: the teacher isn't dense, or the layers differ in number.
     """
-    with torch.no_grad(), _heard(teacher) as heard:
+    with torch.no_grad(), heard(teacher) as said:
         goal = teacher(input_ids=ids, output_hidden_states=True, **inputs)
     with _traced(student) as traced:
         made = student(input_ids=ids, output_hidden_states=True, **inputs)
-    if len(heard) != len(traced):
-        raise InputError(f"The teacher has {len(heard)} layers, the student {len(traced)}.")
+    if len(said) != len(traced):
+        raise InputError(f"The teacher has {len(said)} layers, the student {len(traced)}.")
     chosen = None
     if rows is not None and rows < ids.shape[1]:
         chosen = torch.randperm(ids.shape[1], generator=random)[:rows].sort().values.to(ids.device)
@@ -131,8 +131,8 @@ def distillation(
         parts["task"] = F.cross_entropy(
             made.logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORED
         )
-    for trace, said in zip(traced, heard):
-        for name, loss in trace(said, chosen, dense).items():
+    for trace, layer in zip(traced, said):
+        for name, loss in trace(layer, chosen, dense).items():
             parts[name] = parts.get(name, 0.0) + loss
     factors = weights._asdict()
     loss = torch.stack([factors.get(name, 1.0) * part for name, part in parts.items()]).sum()
@@ -229,9 +229,9 @@ def _layers(model: nn.Module) -> list[Attention]:
 
 
 @contextmanager
-def _heard(teacher: nn.Module) -> Iterator[list[Teacher]]:
+def heard(teacher: nn.Module) -> Iterator[list[Teacher]]:
     """What the layers of a dense model compute, in order."""
-    heard: list[Teacher] = []
+    found: list[Teacher] = []
     layers = _layers(teacher)
     for layer in layers:
         if not layer.attention.exact:
@@ -239,8 +239,8 @@ def _heard(teacher: nn.Module) -> Iterator[list[Teacher]]:
                 f"The teacher has {type(layer.attention).__name__} in layer {layer.layer}; "
                 'expected dense attention, attention="full".'
             )
-    with _listening(layers, [heard] * len(layers)):
-        yield heard
+    with _listening(layers, [found] * len(layers)):
+        yield found
 
 
 @contextmanager

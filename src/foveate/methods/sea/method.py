@@ -24,7 +24,7 @@ from foveate.methods.sea.layout import Stretch, layout_of
 from foveate.methods.sea.lora import Lora, Split
 from foveate.methods.sea.performer import Sums
 from foveate.methods.sea.state import SeaState
-from foveate.ops import AttentionOutput, attention
+from foveate.ops import AttentionOutput, Layout, attention
 from foveate.ops.errors import InputError
 from foveate.ops.masks.checks import whole
 from foveate.parts.attention import AttentionRecipe, Heads
@@ -111,6 +111,7 @@ class Trace:
         real: (B, L) bool, False on padding.
         causal: the form.
         scale: factor on the scores q . k.
+        layout: which keys each row kept.
         jitter: as in `Stretch`.
     """
 
@@ -123,6 +124,7 @@ class Trace:
     real: Tensor
     causal: bool
     scale: float
+    layout: Layout
     jitter: Tensor | None = None
 
 
@@ -233,11 +235,14 @@ class SEAAttention(Stateful, nn.Module):
         seen = (at + 1).clamp_min(0) * real
         how = Stretch(seen, shift, split.k_score.shape[2], self._jitter(split.k_score, ctx))
         keep = self._keep(estimate, seen, real)
-        out = self._mixed(split, v, estimate, keep, how, mean, ctx)
+        how = replace(how, thin=1 if self.training else self.recipe.oversample)
+        with torch.no_grad():
+            layout = layout_of(keep, how)
+        out = self._mixed(split, v, estimate, layout, mean, ctx)
         if self.trace is not None:
             self.trace.append(
                 Trace(split.q_score, split.k_score, estimate.scores, out.out, seen, shift, real,
-                      self.recipe.causal, _scale(split.q, ctx), how.jitter)
+                      self.recipe.causal, _scale(split.q, ctx), layout, how.jitter)
             )  # fmt: skip
         return out
 
@@ -268,14 +273,10 @@ class SEAAttention(Stateful, nn.Module):
         split: Split,
         v: Tensor,
         estimate: Estimate,
-        keep: Tensor,
-        how: Stretch,
+        layout: Layout,
         mean: Tensor,
         ctx: Context,
     ) -> AttentionOutput:
-        how = replace(how, thin=1 if self.training else self.recipe.oversample)
-        with torch.no_grad():
-            layout = layout_of(keep, how)
         if ctx.stats is not None:
             ctx.stats(layer=ctx.layer, layout=layout, build_seconds=0.0, attend_seconds=0.0)
         sparse = attention(
