@@ -1,4 +1,4 @@
-"""Combiner by its definition: explicit lists of direct tokens and spans for every query, in loops."""
+"""Combiner by its definition: lists of direct tokens and spans for every query, in loops."""
 
 from __future__ import annotations
 

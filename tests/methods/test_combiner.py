@@ -137,7 +137,10 @@ def test_rowmajor_summarises_rows_anew_for_each_column(key, form):
     out = built(q, k, v, partition="rowmajor", key=key)(q, k, v, context(form)).out
     for h in range(4):
         keys = k[0, h // 2]
-        of = {"none": lambda at, span, p: keys[at], "wsum": lambda at, span, p: p @ keys[span]}[key]
+
+        def of(at, span, p, keys=keys):
+            return keys[at] if key == "none" else p @ keys[span]
+
         expected = rowmajor(q[0, h], keys, v[0, h // 2], 5, of, form == "causal")
         torch.testing.assert_close(out[0, h], expected, atol=1e-12, rtol=1e-12)
 

@@ -97,9 +97,7 @@ def test_the_layout_is_the_stretched_mask(shape, group):
     assert layout.checked() is layout
 
 
-@pytest.mark.parametrize(
-    ("length", "width", "k", "heads"), [(128, 32, 8, 4), (2048, 256, 64, 12)]
-)
+@pytest.mark.parametrize(("length", "width", "k", "heads"), [(128, 32, 8, 4), (2048, 256, 64, 12)])
 def test_oracle_3_about_k_keys_are_kept(length, width, k, heads):
     probs = torch.rand(1, heads, length, width)
     seen = torch.arange(1, length + 1)[None]
@@ -518,8 +516,8 @@ def test_losses_are_the_sheets_formulas(form):
         kl = terms.sum() / (96 if form == "causal" else 24)
         mse = (log.exp() - goal).square().mean()
         torch.testing.assert_close(found[name], 0.1 * kl + mse)
-    torch.testing.assert_close(found["ctx"], (trace.out - goal_out).square().mean().to(torch.float32)
-                               , check_dtype=False, atol=1e-6, rtol=1e-5)  # fmt: skip
+    context_loss = (trace.out - goal_out).square().mean().to(found["ctx"].dtype)
+    torch.testing.assert_close(found["ctx"], context_loss, atol=1e-6, rtol=1e-5)
     alone = layer_losses(trace, Teacher(tq, tk, goal_out, 0.25), dense=False)
     assert set(alone) == {"est", "ctx"}
 

@@ -38,7 +38,8 @@ def test_masks_grow_linearly():
     for length, (pairs, _) in zip(lengths, sizes):
         assert pairs / length == pytest.approx(16, rel=0.1)
     assert exponent(lengths, [pairs for pairs, _ in sizes]) == pytest.approx(1, abs=0.05)
-    assert exponent(lengths, [area for _, area in sizes]) == pytest.approx(1, abs=0.1)
+    # Short rows drift through their narrow bins within a tile, so that tiles grow even less.
+    assert exponent(lengths, [area for _, area in sizes]) < 1.05
 
 
 def test_counted_flops_grow_linearly():

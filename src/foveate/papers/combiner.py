@@ -4,9 +4,9 @@ Images of 16 x 16 pixels in 8 grey levels, drawn pixel by pixel: a diagonal grad
 rectangles, each of one level, so that what is far above or far left matters. Small language models
 read an image in rows and predict each pixel from those before it, 2 layers of width 64 with 4
 heads. Fixed sees its own row and the last pixel of each earlier one; axial its own row and column.
-Combiner adds to each of them, in one softmax, summaries of all else: earlier rows (fixed), the other
-columns above (vertical). Every arm has the same learning rates to choose from, the same data in the
-same order, and the same number of parameters.
+Combiner adds to each of them, in one softmax, summaries of all else: earlier rows (fixed), the
+other columns above (vertical). Every arm has the same learning rates to choose from, the same data
+in the same order, and the same number of parameters.
 
 Counted beside them, without training: the share of earlier pixels that have a weight in one layer,
 and how the work grows from 1,024 to 65,536 tokens with blocks near the square root.

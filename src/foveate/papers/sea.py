@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from foveate.methods.sea import SEA, performer
 from foveate.methods.sea.compress import budgets, keep_best
@@ -65,8 +64,9 @@ class Performer(Attention, nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Context | None = None
     ) -> AttentionOutput:
         """Attend, as many key heads as query heads."""
-        features = (performer.relu_features(x, self.w) for x in (q, k))
-        out, _ = performer.causal(*features, v)
+        out, _ = performer.causal(
+            performer.relu_features(q, self.w), performer.relu_features(k, self.w), v
+        )
         return AttentionOutput(out, out.new_full(out.shape[:3], torch.nan))
 
 

@@ -26,6 +26,7 @@ from foveate.methods.combiner.call import (
     Spans,
     across,
     columns,
+    folded,
     from_columns,
     from_rows,
     rows,
@@ -51,7 +52,7 @@ class Axial(Partition):
         """Attention within each query's row; `call` is whole rows."""
         m = self.size
         part = call.attend(
-            *(rows(x, m) for x in (call.q, call.k, call.v)),
+            *folded(rows, call, m),
             CAUSAL if call.causal else None,
             seen=seen_rows(call.seen, m),
         )
@@ -61,7 +62,7 @@ class Axial(Partition):
         """Attention within each query's column, itself left out."""
         m = self.size
         part = call.attend(
-            *(columns(x, m) for x in (call.q, call.k, call.v)),
+            *folded(columns, call, m),
             STRICT if call.causal else OTHERS,
             seen=seen_columns(call.seen, m),
         )
@@ -86,9 +87,7 @@ class Axial(Partition):
         q_s, k_s = self.queries.prefixes(q, inner), self.keys.prefixes(k, inner)
         u = call.attend(q_s, k, v, CAUSAL, seen=seen).out
         count = torch.ones(1, k.shape[2], device=k.device).long() if seen is None else seen.long()
-        return Spans(
-            call.each(_shifted(k_s)), _shifted(u), F.pad(count.cumsum(1)[:, :-1], (1, 0))
-        )
+        return Spans(call.each(_shifted(k_s)), _shifted(u), F.pad(count.cumsum(1)[:, :-1], (1, 0)))
 
     def both_ways(
         self, call: Call, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None
@@ -98,7 +97,7 @@ class Axial(Partition):
             call, q.flip(2), k.flip(2), v.flip(2), None if seen is None else seen.flip(1)
         )
         return self.running(call, q, k, v, seen), Spans(
-            back.key.flip(2), back.value.flip(2), back.count.flip(1)
+            back.key.flip(2), back.value.flip(2), back.counts.flip(1)
         )
 
     # -- decoding ------------------------------------------------------------------------------
@@ -139,9 +138,8 @@ class Vertical(Axial):
     def summarised(self, call: Call) -> list[Spans]:
         """Families of prefixes of columns, by rows: key and value (B * n, H, m, .)."""
         m, batch = self.size, len(call.q)
-        folded = (columns(x, m) for x in (call.q, call.k, call.v))
         seen = seen_columns(call.seen, m)
-        q, k, v = folded
+        q, k, v = folded(columns, call, m)
         found = [self.running(call, q, k, v, seen)] if call.causal else [
             *self.both_ways(call, q, k, v, seen)
         ]  # fmt: skip
@@ -197,7 +195,7 @@ class Vertical(Axial):
             self._resummarise(call, lane, call.k[:, :, :whole], call.v[:, :, :whole])
 
     def _resummarise(self, call: Call, lane: Lane, k: Tensor, v: Tensor) -> None:
-        """u of every column over all finished rows: the pooled query has changed."""
+        """Make u of every column anew over all finished rows: the pooled query has changed."""
         m = self.size
         n = k.shape[2] // m
         kept = lane.get("q_sum")
@@ -248,7 +246,7 @@ class Horizontal(Axial):
     def summarised(self, call: Call) -> list[Spans]:
         """Parts of rows left and right of each column, by columns: (B * m, H, n, .)."""
         m, batch = self.size, len(call.q)
-        q, k, v = (rows(x, m) for x in (call.q, call.k, call.v))
+        q, k, v = folded(rows, call, m)
         out = []
         for key, value, count in self.both_ways(call, q, k, v, seen_rows(call.seen, m)):
             n = call.length // m
@@ -293,16 +291,16 @@ class Horizontal(Axial):
             lane.append("k", call.k)
             lane.append("v", call.v)
         if whole:
-            parts = (x[:, :, :whole] for x in (call.q, call.k, call.v))
-            self._append(call, lane, *parts)
+            q, k, v = (x[:, :, :whole] for x in (call.q, call.k, call.v))
+            self._append(call, lane, q, k, v)
         if call.length > whole:
             lane.append("q_open", call.q[:, :, whole:])
 
     def _append(self, call: Call, lane: Lane, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Put the parts of whole rows on the lists, token by token."""
         m, batch = self.size, len(q)
-        folded = (rows(x, m) for x in (q, k, v))
-        for side, found in zip(("left", "right"), self.both_ways(call, *folded, None)):
+        both = self.both_ways(call, rows(q, m), rows(k, m), rows(v, m), None)
+        for side, found in zip(("left", "right"), both):
             for name, x in (("k", found.key[:, :: call.group]), ("u", found.value)):
                 x = x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
                 lane.append(f"{side}_{name}", x)

@@ -7,6 +7,7 @@ rows or of columns turns whatever happens within one of them into a small dense 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ class Spans(NamedTuple):
 
     key: Tensor
     value: Tensor
-    count: Tensor
+    counts: Tensor
 
 
 @dataclass
@@ -145,20 +146,26 @@ def unreversed(out: AttentionOutput, call: Call) -> AttentionOutput:
 
 
 def _picked(x: Tensor, index: Tensor) -> Tensor:
-    """x (B, H, L, W) with index (1 or B, L) along L."""
+    """Take x (B, H, L, W) at index (1 or B, L) along L."""
     if len(index) == 1:
         return x[:, :, index[0]]
     return x.gather(2, index[:, None, :, None].expand(x.shape[0], x.shape[1], -1, x.shape[3]))
 
 
 def turned(x: Tensor, start: Tensor) -> Tensor:
-    """x (B, H, L, W) with each sequence's tokens from start (B,) on at the front, what was before
-    them behind."""  # fmt: skip
+    """Turn x (B, H, L, W) so that each sequence's token start (B,) is the first one."""
     at = torch.arange(x.shape[2], device=x.device)
     return _picked(x, (at + start[:, None]) % x.shape[2])
 
 
 # -- rows and columns ----------------------------------------------------------------------------
+def folded(
+    fold: Callable[[Tensor, int], Tensor], call: Call, m: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Q, k and v of a call by `rows` or by `columns`."""
+    return fold(call.q, m), fold(call.k, m), fold(call.v, m)
+
+
 def rows(x: Tensor, m: int) -> Tensor:
     """(B, H, n * m, W) -> (B * n, H, m, W), a batch entry for each row."""
     return x.unflatten(2, (-1, m)).transpose(1, 2).flatten(0, 1)

@@ -14,8 +14,10 @@ from foveate.parts.attention import Heads
 
 
 class Items(NamedTuple):
-    """Of one head under a causal mask: direct tokens and spans that all queries see together, and
-    keys that are read to make summaries."""  # fmt: skip
+    """Of one head under a causal mask.
+
+    direct tokens and spans that all queries see together; keys that summaries read.
+    """
 
     direct: int
     spans: int

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 from foveate.methods.combiner.call import (
@@ -17,6 +16,7 @@ from foveate.methods.combiner.call import (
     OTHERS,
     Call,
     Spans,
+    folded,
     from_rows,
     rows,
     seen_rows,
@@ -27,7 +27,6 @@ from foveate.methods.combiner.state import Lane
 from foveate.ops import AttentionOutput, Layout
 from foveate.parts.attention import Heads
 from foveate.parts.cache import Field
-from foveate.parts.context import Context
 
 TILE = (64, 16)  # few keys a tile: there are few spans
 
@@ -44,7 +43,7 @@ class Fixed(Partition):
         m, length = self.size, call.length
         call = call.padded(m)
         part = call.attend(
-            *(rows(x, m) for x in (call.q, call.k, call.v)),
+            *folded(rows, call, m),
             CAUSAL if call.causal else None,
             seen=seen_rows(call.seen, m),
         )
@@ -56,7 +55,7 @@ class Fixed(Partition):
         m, batch = self.size, len(call.q)
         call = call.padded(m)
         seen = seen_rows(call.seen, m)
-        q, k, v = (rows(x, m) for x in (call.q, call.k, call.v))
+        q, k, v = folded(rows, call, m)
         inner = None if seen is None else seen[:, None]
         q_s, k_s = self.queries.over(q, inner), self.keys.over(k, inner)
         u = call.attend(q_s[:, :, None], k, v, seen=seen).out[:, :, 0]
@@ -74,7 +73,7 @@ class Fixed(Partition):
         layout = _layout(call, self.size, found.key.shape[2])
         return [
             call.attend(
-                call.q, found.key, found.value, layout=layout, bias=call.span_bias(found.count)
+                call.q, found.key, found.value, layout=layout, bias=call.span_bias(found.counts)
             )
         ]
 
@@ -160,5 +159,3 @@ def span_layout(length: int, size: int, spans: int, causal: bool, device: object
     if causal:
         return CAUSAL.layout(length, spans, TILE, q_positions=block - 1, kv_positions=of_spans)
     return OTHERS.layout(length, spans, TILE, q_positions=block, kv_positions=of_spans)
-
-

@@ -247,7 +247,7 @@ def _grouped(ids: Tensor, clusters: int) -> Groups:
 
 
 def _by(x: Tensor, index: Tensor) -> Tensor:
-    """x (B, H, L, W) at index (B, H, n): (B, H, n, W)."""
+    """Take x (B, H, L, W) at index (B, H, n): (B, H, n, W)."""
     return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[3]))
 
 
@@ -272,5 +272,3 @@ def _kept(pool: Pooling, x: Tensor, ids: Tensor, clusters: int) -> Tensor:
     empty = x.new_zeros(*x.shape[:2], clusters, x.shape[3])
     how = "amax" if pool.pool == "max" else "sum"
     return empty.scatter_reduce(2, at, x, how, include_self=how == "sum")
-
-

@@ -57,7 +57,7 @@ class Logsparse(Partition):
         if key not in call.ctx.store:
             call.ctx.store[key] = span_layout(call.length).to(call.q.device)
         layout = call.ctx.store[key]
-        bias = call.span_bias(found.count)
+        bias = call.span_bias(found.counts)
         return [call.attend(call.q, found.key, found.value, layout=layout, bias=bias)]
 
     def summarised(self, call: Call) -> Spans | None:

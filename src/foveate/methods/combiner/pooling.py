@@ -53,9 +53,9 @@ class Pooling(nn.Module):
         return x if self.phi == "identity" else torch.relu(x)
 
     def over(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Pool x (..., n, D) over n to (..., D); seen, broadcastable to (..., n), False is left out.
+        """Pool x (..., n, D) over n to (..., D), of no token at all to 0.
 
-        Of no token at all the result is 0.
+        What is False in seen, broadcastable to (..., n), is left out.
         """
         x = self.features(x)
         if self.pool == "max":

@@ -27,6 +27,7 @@ from foveate.methods.combiner.call import (
     Call,
     Spans,
     columns,
+    folded,
     from_columns,
     from_rows,
     rows,
@@ -66,7 +67,7 @@ class Rowmajor(Axial):
     def summarised(self, call: Call) -> Spans:
         """Rows as seen from each of their columns: (B, H, n * m, .); `call` is whole rows."""
         m, batch = self.size, len(call.q)
-        q, k, v = (rows(x, m) for x in (call.q, call.k, call.v))
+        q, k, v = folded(rows, call, m)
         weighs = self.key in ("wsum", "wsum_proj")
         values = torch.cat((v, k), -1) if weighs else v
         seen = seen_rows(call.seen, m)
@@ -96,11 +97,13 @@ class Rowmajor(Axial):
     def families(self, call: Call) -> Parts:
         m, batch = self.size, len(call.q)
         found = self.summarised(call)
-        count = found.count.unflatten(1, (-1, m)).transpose(1, 2).flatten(0, 1)
+        count = found.counts.unflatten(1, (-1, m)).transpose(1, 2).flatten(0, 1)
         if len(count) < batch * m:
             count = count.repeat(batch, 1)
         part = call.attend(
-            *(columns(x, m) for x in (call.q, found.key, found.value)),
+            columns(call.q, m),
+            columns(found.key, m),
+            columns(found.value, m),
             STRICT if call.causal else OTHERS,
             bias=call.span_bias(count),
         )

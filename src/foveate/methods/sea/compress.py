@@ -18,14 +18,14 @@ EPS = 1e-4
 
 
 def bins_of(keys: Tensor, seen: Tensor, width: int, jitter: Tensor | None = None) -> Tensor:
-    """b, int64, of keys and of how many keys the row sees (which broadcast); keys behind read K - 1.
+    """Bin b, int64, of keys in rows that see so many keys; keys behind the last read K - 1.
 
     Args:
         keys: integers from 0.
-        seen: n_t, integers, at least 1.
+        seen: n_t, integers, at least 1; broadcastable with keys.
         width: K.
         jitter: added to j, as `keys`.
-    """  # fmt: skip
+    """
     at = keys.double() + 0.5
     if jitter is not None:
         at = at + jitter
@@ -91,7 +91,7 @@ def keep_best(probs: Tensor, budget: Tensor, group: str, real: Tensor | None = N
 
 
 def _rounded(x: Tensor) -> Tensor:
-    """x with fewer digits."""
+    """The same with fewer digits."""
     mantissa, exponent = torch.frexp(x)
     digits = float(2 ** (36 if x.dtype == torch.float64 else 12))
     return torch.ldexp((mantissa * digits).round() / digits, exponent)
@@ -114,8 +114,10 @@ def _best(flat: Tensor, budget: Tensor) -> Tensor:
 
 
 def _cut(rows: Tensor, wanted: Tensor) -> Tensor:
-    """The `wanted` (R,) largest of each of rows (R, N): what is above each row's own cut, and of
-    those equal to it the first."""  # fmt: skip
+    """The `wanted` (R,) largest of each of rows (R, N).
+
+    They are what is above each row's own cut, and of those equal to it the first.
+    """
     most = int(wanted.max())
     if int(wanted.min()) == rows.shape[1]:
         return torch.ones_like(rows, dtype=torch.bool)
@@ -126,7 +128,7 @@ def _cut(rows: Tensor, wanted: Tensor) -> Tensor:
 
 
 def stretched(x: Tensor, keys: int, seen: Tensor, jitter: Tensor | None = None) -> Tensor:
-    """x (B, H, n, K) at every key of rows that see `seen` (n,) or (B, n) keys: (B, H, n, keys)."""
+    """Read x (B, H, n, K) at every key of rows that see `seen` (n,) or (B, n): (B, H, n, keys)."""
     at = torch.arange(keys, device=x.device)
     rows = seen if seen.dim() == 2 else seen[None]
     index = bins_of(at, rows.clamp_min(1)[..., None], x.shape[-1], jitter)

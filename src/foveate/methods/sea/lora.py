@@ -1,4 +1,4 @@
-"""Separate paths for the estimator and for the scores: small changes made from the layer's input."""
+"""Separate paths for the estimator and for the scores: changes made from the layer's input."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Sums(NamedTuple):
 
 
 def feature_count(dim: int, divisor: float) -> int:
-    """m = int(d ln d / nbf), at least 1."""
+    """Random features, int(d ln d / nbf), at least 1."""
     return max(1, int(dim * math.log(dim) / divisor))
 
 
@@ -98,7 +98,7 @@ def causal(q: Tensor, k: Tensor, v: Tensor, before: Sums | None = None) -> tuple
 
 
 def _later(x: Tensor, keep: tuple[int, ...]) -> Tensor:
-    """x (B, H, n, ...) one chunk later, 0 before the first."""
+    """Put x (B, H, n, ...) one chunk later, 0 before the first."""
     return F.pad(x[:, :, :-1], (*keep, 1, 0))
 
 
