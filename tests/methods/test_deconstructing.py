@@ -18,6 +18,7 @@ from foveate.methods.deconstructing import (
     indicators,
     standard_layers,
 )
+from foveate.methods.naming import make_attention
 from foveate.ops.errors import InputError
 from foveate.parts import StateCache
 
@@ -300,6 +301,12 @@ def test_other_lengths_and_bidirectional_states_are_refused(key):
     for bad in ("(chunk=0)", "(form='x')", "(eps=0.0)"):
         with pytest.raises(InputError):
             make(key + bad)
+
+
+@pytest.mark.parametrize("key", BOTH)
+def test_a_trained_model_has_no_use_for_them(key):
+    with pytest.raises(InputError, match="train one with it"):
+        make_attention(f"{key}(chunk=16)")
 
 
 def test_time_and_memory_are_linear():
