@@ -47,10 +47,10 @@ HYBRID = tuple(f"{name} hybrid" for name in UNIFORM)
 SKIP = tuple(f"{name} skip" for name in UNIFORM)
 STEPS = 3000
 LENGTHS = (256, 512, 1024, 2048, 4096)
-COST = {
-    "Standard cost": "full",
-    "Approximate cost": "deconstructed-approximate",
-    "Non-approximate cost": "deconstructed-nonapproximate",
+COST = {  # and the exponent of their time in theory
+    "Standard cost": ("full", 2.0),
+    "Approximate cost": ("deconstructed-approximate", 1.0),
+    "Non-approximate cost": ("deconstructed-nonapproximate", 1.0),
 }
 
 
@@ -90,7 +90,9 @@ def cost(trial: Trial) -> Found:
     from foveate.nn import Attention
 
     torch.manual_seed(trial.seed)
-    layers = {arm: Attention(128, 4, attention=text) for arm, text in COST.items()}
+    layers = {
+        arm: (Attention(128, 4, attention=text), theory) for arm, (text, theory) in COST.items()
+    }
     lengths = tuple(n // 16 for n in LENGTHS) if trial.quick else LENGTHS
     return growth(layers, lengths, 128)
 

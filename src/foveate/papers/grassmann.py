@@ -126,7 +126,7 @@ def cost(trial: Trial) -> Found:
             layer(torch.zeros(1, n, 256), mask=causal(), cache=cache)
         flops[n] = counter.get_total_flops() / n
         ring.add(cache.bytes() if n >= 16 else 16 * 32 * 4)
-    found = growth({"Grassmann": layer, "attention": Attention(256, 8)}, lengths, 256)
+    found = growth({"Grassmann": (layer, 1.0), "attention": (Attention(256, 8), 2.0)}, lengths, 256)
     found["Grassmann"] |= {
         "products a token": flops[lengths[0]],
         "uneven": max(flops.values()) / min(flops.values()) - 1,

@@ -26,30 +26,31 @@ def forward_backward(layer: nn.Module, length: int, dim: int) -> Callable[[], ob
 
 
 def growth(
-    arms: Mapping[str, nn.Module], lengths: Sequence[int], dim: int, repeats: int = 3
+    arms: Mapping[str, tuple[nn.Module, float]], lengths: Sequence[int], dim: int, repeats: int = 3
 ) -> dict[str, dict[str, float]]:
     """Seconds of forward and backward at each length, and the exponent that they grow with.
 
     All arms and lengths take turns in one run.
 
     Args:
-        arms: layers such as foveate.Attention, of width `dim`.
+        arms: layers such as foveate.Attention, of width `dim`, and the exponent that theory gives
+            their time at great lengths.
         lengths: in ascending order, two or more.
         dim: width.
         repeats: rounds; the median counts.
 
     Returns:
-        By arm: "seconds <length>", "exponent" (least squares of log seconds over log length) and
-        "doubling" (the worst ratio of neighbouring lengths, per doubling).
+        By arm: "seconds <length>", "exponent" (least squares of log seconds over log length),
+        "in theory" (as given) and "doubling" (the worst ratio of neighbours, per doubling).
     """
     calls = {
         f"{arm} {n}": forward_backward(layer, n, dim)
-        for arm, layer in arms.items()
+        for arm, (layer, _) in arms.items()
         for n in lengths
     }
     samples = race(calls, Pace(repeats=repeats))
     found = {}
-    for arm in arms:
+    for arm, (_, theory) in arms.items():
         seconds = [median(samples[f"{arm} {n}"].wall) for n in lengths]
         steps = [
             (later / one) ** (log(2) / log(n / m))
@@ -57,6 +58,7 @@ def growth(
         ]
         found[arm] = {f"seconds {n}": s for n, s in zip(lengths, seconds)} | {
             "exponent": exponent(lengths, seconds),
+            "in theory": theory,
             "doubling": max(steps),
         }
     return found
