@@ -2,6 +2,24 @@
 
 from __future__ import annotations
 
-from foveate.catalog.row import Row
+from foveate.catalog.row import BUILDERS, Capabilities, Paper, Row, Support
 
-ROWS: tuple[Row, ...] = ()
+DUVVURI = Paper(
+    "LUCID: Attention with Preconditioned Representations", "Duvvuri et al., 2026", "2602.10410"
+)
+
+ROWS: tuple[Row, ...] = (
+    Row(
+        key="lucid",
+        kind="attention",
+        path="foveate.methods.lucid.Lucid",
+        title="LUCID",
+        summary="Any attention over values from which similar earlier keys' part is erased first.",
+        papers=(DUVVURI,),
+        sheet="lucid",
+        capabilities=Capabilities(
+            bidirectional=Support(False, "a value is prepared from those of earlier tokens")
+        ),
+        jobs=(*BUILDERS, "use"),
+    ),
+)

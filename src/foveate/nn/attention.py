@@ -247,6 +247,8 @@ def _attention(attention: Any, projection: Projection, dim: int, layer: int) -> 
     method = make(attention) if isinstance(attention, str) else attention
     if isinstance(method, AttentionRecipe):
         method = method.build(heads_of(projection, dim, layer))
+    elif isinstance(method, Method) and type(method).placed is not Method.placed:
+        method = method.placed(heads_of(projection, dim, layer))
     if not isinstance(method, Method):
         raise InputError(
             f"Attention(attention={attention!r}): that is {_kind(method)}, no attention; expected "

@@ -133,28 +133,20 @@ def _plain(past: int, n: int, block: int) -> list[Rows]:
 def _blocks(given: Triangle, past: int, n: int, block: int) -> list[Rows]:
     """The runs that the mask doesn't rule out as whole blocks."""
     edges = [*range(0, past, block), *range(past, n, block), n]
+    old = -(-past // block)  # blocks of rows that aren't asked for
     first = torch.tensor(edges[:-1], device=given.at.device)
     last = torch.tensor(edges[1:], device=given.at.device) - 1
-    none, full = _certain(given, first, last)
-    kinds = (~none).int() + (full & ~none).int()  # 0 empty, 1 partial, 2 full
-    table = kinds.tolist()
+    none, full = _certain(given, first, last, old)
+    kinds = ((~none).int() + (full & ~none).int()).tolist()  # 0 empty, 1 partial, 2 full
     found = []
-    for i, start in enumerate(edges[:-1]):
-        if start < past:
-            continue
-        runs = [
-            Run(edges[j], edges[j + 1], table[i][j] == 1) for j in range(i) if table[i][j]
-        ]
-        found.append(Rows(start, edges[i + 1], _chunks(runs), table[i][i] < 2))
+    for i, row in enumerate(kinds, old):
+        runs = [Run(edges[j], edges[j + 1], row[j] == 1) for j in range(i) if row[j]]
+        found.append(Rows(edges[i], edges[i + 1], _chunks(runs), row[i] == 1))
     return found
 
 
-def _certain(given: Triangle, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether a block of rows surely sees nothing, or all that is earlier, of a block of columns.
-
-    Strictly lower triangular elements only: on the diagonal a causal mask's upper half is no
-    reason to look at single elements.
-    """
+def _certain(given: Triangle, first: Tensor, last: Tensor, old: int) -> tuple[Tensor, Tensor]:
+    """Whether the blocks of rows from `old` on surely see nothing, or all, of each of columns."""
     assert given.mask is not None
     nones, fulls = [], []
     for b in range(max(given.mask.groups()[0], len(given.at))):
@@ -164,13 +156,11 @@ def _certain(given: Triangle, first: Tensor, last: Tensor) -> tuple[Tensor, Tens
             own = given.mask._element(at, at, b, h)
             counts = torch.nn.functional.pad(own.cumsum(0), (1, 0))
             real = counts[last + 1] - counts[first]
-            box = given.mask._tiles(lo[:, None], hi[:, None], lo[None], hi[None], b, h)
-            nones.append(box.none | (real == 0)[:, None])
-            fulls.append(box.full & (real == last - first + 1)[:, None])
-    none, full = torch.stack(nones).all(0), torch.stack(fulls).all(0)
-    if given.mask.spec == "causal()":
-        full.fill_diagonal_(True)
-    return none, full
+            new_lo, new_hi = lo[old:, None], hi[old:, None]
+            box = given.mask._tiles(new_lo, new_hi, lo[None], hi[None], b, h)
+            nones.append(box.none | (real == 0)[old:, None])
+            fulls.append(box.full & (real == last - first + 1)[old:, None])
+    return torch.stack(nones).all(0), torch.stack(fulls).all(0)
 
 
 def _chunks(runs: list[Run]) -> list[Run]:
