@@ -93,9 +93,7 @@ def test_oracle_5_scaling_a_key_changes_nothing_but_negating_does():
 @pytest.mark.parametrize("d", [16, 64, 128])
 def test_oracle_6_one_token_and_orthogonal_keys(d):
     q, k, v = drawn(n=1, d=d)
-    torch.testing.assert_close(
-        Lucid()(q, k, v, CAUSAL).out, v.repeat_interleave(2, 1), **TIGHT
-    )
+    torch.testing.assert_close(Lucid()(q, k, v, CAUSAL).out, v.repeat_interleave(2, 1), **TIGHT)
     n = 12
     q, _, v = drawn(n=n, d=d)
     k = torch.eye(d, dtype=v.dtype)[:n].expand(2, 2, n, d)

@@ -8,6 +8,13 @@ DUVVURI = Paper(
     "LUCID: Attention with Preconditioned Representations", "Duvvuri et al., 2026", "2602.10410"
 )
 
+ALMAN_SONG = Paper(
+    "How to Capture Higher-order Correlations? Generalizing Matrix Softmax Attention to Kronecker "
+    "Computation",
+    "Alman and Song, 2024",
+    "2310.04064",
+)
+
 ROWS: tuple[Row, ...] = (
     Row(
         key="lucid",
@@ -21,5 +28,23 @@ ROWS: tuple[Row, ...] = (
             bidirectional=Support(False, "a value is prepared from those of earlier tokens")
         ),
         jobs=(*BUILDERS, "use"),
+    ),
+    Row(
+        key="tensor-attention",
+        kind="attention",
+        path="foveate.methods.tensor_attention.TensorAttention",
+        title="Tensor attention",
+        summary="Each query attends to pairs of tokens; exact, or near-linear where logits are "
+        "small.",
+        papers=(ALMAN_SONG,),
+        sheet="tensor-attention",
+        capabilities=Capabilities(
+            causal_routing=Support(
+                True,
+                "the approximation's degree depends on the largest entries of all tokens, "
+                "unless a radius is given",
+            ),
+        ),
+        jobs=BUILDERS,
     ),
 )

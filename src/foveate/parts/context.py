@@ -34,7 +34,7 @@ class Context:
         bias: added to the scores, broadcastable to (B, Hq, Lq, Lkv).
         dropout: probability of dropping a weight.
         backend: backend of the core op, "auto" or a name.
-        hidden: (B, L, dim), input of the layer.
+        hidden: (B, L, dim), input of the layer; None where keys come from another one.
         raw_query: (B, Hq, Lq, D), before the rotation of positions.
         raw_key: (B, Hkv, Lkv, D), likewise.
         query_rope: the rotation that q has been through and its positions, (Lq,) or (B, Lq); told

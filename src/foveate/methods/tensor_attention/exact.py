@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from foveate.ops import AttentionOutput, Layout, Mask, attention, causal, merge
+from foveate.ops.layout.build import build
 from foveate.parts.attention import EVERYTHING, TILE
 
 _QUERIES = 8192  # pseudo-queries of a block, about
@@ -72,17 +73,16 @@ class Grounds:
         if name not in self._layouts:
             made = None
             if mask.spec != EVERYTHING.spec:
-                made = mask.layout(
-                    at.shape[-1], keys.shape[-1], TILE, q_positions=at, kv_positions=keys,
-                    device=at.device,
-                )  # fmt: skip
+                with torch.inference_mode(False):  # what is kept must serve training, too
+                    made = build(mask, at, keys, (TILE, TILE), None)
             self._layouts[name] = made
         return self._layouts[name]
 
     def blocks(self, name: tuple[int, ...], at: Tensor) -> list[_Block]:
         """The blocks of the last index, for queries at (1 or B', N); kept by name."""
         if name not in self._blocks:
-            self._blocks[name] = list(self._cut(at))
+            with torch.inference_mode(False):
+                self._blocks[name] = list(self._cut(at))
         return self._blocks[name]
 
     def _cut(self, at: Tensor) -> Iterator[_Block]:
@@ -230,9 +230,7 @@ def _lower(
     k, _, v, _ = kv
     before = (grounds.keys[:, cols] - 1).repeat(1, at.shape[-1])
     layout = grounds.layout(name, causal() & grounds.mask, before, grounds.keys)
-    pair = attention(
-        pseudo, k, v, layout=layout, scale=grounds.scale, backend=grounds.backend
-    )
+    pair = attention(pseudo, k, v, layout=layout, scale=grounds.scale, backend=grounds.backend)
     same = _heads(k[:, :, cols], pseudo).repeat(1, 1, at.shape[-1], 1)
     logit = (pseudo * same).sum(-1) * grounds.scale
     own = _heads(v[:, :, cols], pseudo).repeat(1, 1, at.shape[-1], 1)
