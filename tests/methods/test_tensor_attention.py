@@ -311,10 +311,9 @@ def test_padding_changes_nothing(side, form):
     )  # fmt: skip
     torch.testing.assert_close(found.out[1:, :, real], alone.out, **TIGHT)
     assert found.out.isfinite().all()
-    pad = torch.ones(13, dtype=torch.bool)
-    pad[real] = False
-    noise = [x + 9 * torch.randn_like(x) * (pad[:, None] & (x.new_tensor([0, 1]) > 0).view(2, 1, 1, 1))
-             for x in (q, *keys, *values)]  # fmt: skip
+    pad = torch.ones(2, 1, 13, 1, dtype=torch.bool)
+    pad[0] = pad[1, :, real] = False
+    noise = [x + 9 * torch.randn_like(x) * pad for x in (q, *keys, *values)]
     again = tensor_attention(noise[0], noise[1:3], noise[3:], form=form, ctx=ctx)
     torch.testing.assert_close(again.out[1:, :, real], alone.out, **TIGHT)
 
@@ -382,7 +381,7 @@ def test_chebyshev_needs_no_higher_degree_than_taylor():
 def test_the_tolerance_is_kept():
     q, keys, values = uniform(1.5)
     right = tensor_attention(q, keys, values, form=EXACT).out
-    most = float((values[0].abs().amax() * values[1].abs().amax()))
+    most = float(values[0].abs().amax() * values[1].abs().amax())
     for tolerance in (1e-1, 1e-3, 1e-6):
         for kind in ("taylor", "chebyshev"):
             form = Form("features", tolerance=tolerance, polynomial=kind)

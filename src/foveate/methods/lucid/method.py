@@ -75,7 +75,7 @@ class Lucid(Attention):
 
     @cached_property
     def _made(self) -> Attention | AttentionRecipe:
-        return make(self.inner) if isinstance(self.inner, str) else self.inner  # type: ignore[no-any-return]
+        return make(self.inner) if isinstance(self.inner, str) else self.inner
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Context | None = None
@@ -146,7 +146,7 @@ class LucidLayer(Stateful, nn.Module):
 
     @override
     def step(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, state: State) -> AttentionOutput:
-        """y of the new tokens is solved for among them and against all before, then kept."""
+        """The new tokens' y is solved for among them and against all before, then kept."""
         assert isinstance(state, LucidState)
         check_tensors(q, k, v)
         held, past = state.entries, len(state)

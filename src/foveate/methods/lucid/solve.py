@@ -28,7 +28,7 @@ from foveate.parts.norm import rms
 
 
 def normalised(k: Tensor, eps: float) -> Tensor:
-    """kbar = sqrt(d) k / ||k||, RMS norm without a gain, in fp32 or wider; k (..., D)."""
+    """The kbar of k (..., D): RMS norm without a gain, in fp32 or wider."""
     return k.to(torch.promote_types(k.dtype, torch.float32)) / rms(k, eps)
 
 
@@ -44,7 +44,7 @@ def solve(kbar: Tensor, v: Tensor, past: Tensor, where: Triangle) -> Tensor:
     Returns:
         (B, Hkv, n - p, Dv); differentiable once by kbar, v and past.
     """
-    return _Solve.apply(kbar, v, past, where)  # type: ignore[no-any-return]
+    return _Solve.apply(kbar, v, past, where)
 
 
 def entries(kbar: Tensor, rows: slice, cols: slice) -> Tensor:
@@ -72,7 +72,7 @@ class _Solve(torch.autograd.Function):
         return y[:, :, start:].clone() if start else y
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         kbar, y = ctx.saved_tensors
         where, start = ctx.where, ctx.start

@@ -5,7 +5,8 @@
 with (x) the column-wise Kronecker product: row (j1, ..., jm), column l is prod_s Ks[js, l]. Order k
 has m = k - 1 keys. For a fixed jm its value factors out, and its key goes to the query:
 
-    out_i = sum_jm exp(lse_{i,jm} - lse_i) (out_{i,jm} * Vm[jm]),   lse_i = log sum_jm exp lse_{i,jm}
+    out_i = sum_jm exp(lse_{i,jm} - lse_i) (out_{i,jm} * Vm[jm]),
+    lse_i = log sum_jm exp lse_{i,jm}
 
 where (out, lse)_{i,jm} is attention of one order less for the query q_i * Km[jm], and at the end
 ordinary attention: the core op. Blocks of jm come one after the other; the backward runs each
@@ -137,7 +138,7 @@ def _attend(
         return attention(
             q, keys[0], values[0], layout=layout, scale=grounds.scale, backend=grounds.backend
         )
-    return _Sum.apply(q, grounds, at, name, *keys, *values)  # type: ignore[no-any-return]
+    return _Sum.apply(q, grounds, at, name, *keys, *values)
 
 
 class _Sum(torch.autograd.Function):
@@ -161,7 +162,7 @@ class _Sum(torch.autograd.Function):
         return total.out, total.lse
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, at, out, lse, *kv = ctx.saved_tensors
         grounds, name, m = ctx.grounds, ctx.name, len(kv) // 2
@@ -196,9 +197,9 @@ def _block(
     at: Tensor,
     name: tuple[int, ...],
 ) -> tuple[Tensor, Tensor]:
-    """For queries q (B, Hq, N, D) and each jm of the block: out (..., N, T, Dv) and lse (..., N, T).
+    """For queries q (B, Hq, N, D) and each jm of the block: (B, Hq, N, T, Dv), (B, Hq, N, T).
 
-    The lse is -inf for tuples that aren't seen; the factor Vm[jm] isn't in the output.
+    The lse is -inf where jm isn't seen; the factor Vm[jm] isn't in the output.
     """
     m = len(kv) // 2
     last = _heads(kv[m - 1][:, :, block.cols], q)

@@ -52,17 +52,19 @@ class Monomials(NamedTuple):
 
 
 def rank(width: int, degree: int) -> int:
-    """r = C(d + g, g)."""
+    """The number of features, r = C(d + g, g)."""
     return math.comb(width + degree, degree)
 
 
 @lru_cache(maxsize=32)
 def monomials(width: int, degree: int) -> Monomials:
     """The table for d = width and g = degree."""
-    parents, factors, degrees, counts = [], [], [0], [1.0]
-    known = {(): 0}
+    parents: list[Tensor] = []
+    factors: list[Tensor] = []
+    degrees, counts = [0], [1.0]
+    known: dict[tuple[int, ...], int] = {(): 0}
     for t in range(1, degree + 1):
-        following = {}
+        following: dict[tuple[int, ...], int] = {}
         above, by = [], []
         for number, alpha in enumerate(combinations_with_replacement(range(width), t)):
             following[alpha] = number

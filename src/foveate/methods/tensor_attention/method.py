@@ -266,11 +266,11 @@ def _approximate(
     before = None
     if past:
         old = None if real is None else real[:, :past]
-        earlier = [[x[:, :, :past] for x in xs] for xs in (keys, values)]
-        before = features.sums(*earlier, old, p.degree)
+        old_k, old_v = ([x[:, :, :past] for x in xs] for xs in (keys, values))
+        before = features.sums(old_k, old_v, old, p.degree)
     own = None if real is None else real[:, past:]
-    new = [[x[:, :, past:] for x in xs] for xs in (keys, values)]
-    return features.causal_scan(q, *new, p, scale, own, before)[0]
+    new_k, new_v = ([x[:, :, past:] for x in xs] for xs in (keys, values))
+    return features.causal_scan(q, new_k, new_v, p, scale, own, before)[0]
 
 
 def approximable(q: Tensor, k: Tensor, ctx: Context) -> Tokens:

@@ -34,7 +34,7 @@ class Polynomial:
 
     @property
     def degree(self) -> int:
-        """g."""
+        """Its degree g."""
         return len(self.coefficients) - 1
 
     def __call__(self, x: Tensor) -> Tensor:
