@@ -46,6 +46,7 @@ from foveate.papers.training.loop import train
 from foveate.papers.training.objective import evaluate
 from foveate.papers.training.regime import Regime
 from foveate.parts import Context
+from foveate.parts.growth import exponent
 
 SOFTMAX, LUCID = "softmax", "LUCID"
 ARMS = {SOFTMAX: "full", LUCID: "lucid"}
@@ -196,8 +197,8 @@ def phases(trial: Trial, arm: str) -> dict[str, Any]:
             # ||diag(p) - p p^T||_F^2 = sum p^2 - 2 sum p^3 + (sum p^2)^2
             two, three = p.square().sum(-1), p.pow(3).sum(-1)
             size = (two - 2 * three + two.square()).clamp_min(0).sqrt()
-            found[f"Jacobian, {name}"] = float(size[..., 1:].mean())
-            found[f"loss, {name}"] = float(loss)
+            found[f"Jacobian, {name}"] = size[..., 1:].mean().item()
+            found[f"loss, {name}"] = loss.item()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(maps.parameters(), 1.0)
@@ -240,8 +241,8 @@ def cost(trial: Trial) -> Found:
         for arm in ARMS:
             found[f"cost {arm}"][f"seconds {real}"] = median(samples[arm].wall)
     for figures in found.values():
-        last, middle = figures[f"seconds {LENGTHS[-1]}"], figures[f"seconds {LENGTHS[-3]}"]
-        figures["exponent"] = math.log(last / middle, LENGTHS[-1] / LENGTHS[-3])
+        longest = LENGTHS[-3:]
+        figures["exponent"] = exponent(longest, [figures[f"seconds {n}"] for n in longest])
     return found
 
 

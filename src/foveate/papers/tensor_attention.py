@@ -39,6 +39,7 @@ from foveate.methods.tensor_attention import (
 )
 from foveate.papers.harness import Check, Found, Grid, Paper, Trial, at_least, at_most
 from foveate.papers.tasks.base import generator
+from foveate.parts.growth import exponent
 
 TENSOR, SOFTMAX = "tensor", "softmax"
 EXACT, FEATURES = "exact", "features"
@@ -192,13 +193,14 @@ def time(trial: Trial) -> Found:
         samples = race(calls, Pace(repeats=3))
         for name in forms:
             found[name][f"seconds {real}"] = median(samples[name].wall)
-        if faster == math.inf and found[FEATURES][f"seconds {real}"] < found[EXACT][
-            f"seconds {real}"
-        ]:
+        if (
+            faster == math.inf
+            and found[FEATURES][f"seconds {real}"] < found[EXACT][f"seconds {real}"]
+        ):
             faster = real
     for name in forms:
-        last, middle = (found[name][f"seconds {LENGTHS[i]}"] for i in (-1, -3))
-        found[name]["exponent"] = math.log(last / middle, LENGTHS[-1] / LENGTHS[-3])
+        longest = LENGTHS[-3:]
+        found[name]["exponent"] = exponent(longest, [found[name][f"seconds {n}"] for n in longest])
     found[FEATURES]["faster from"] = min(faster, 2.0 * LENGTHS[-1])
     return found
 
