@@ -73,7 +73,7 @@ class Flowformer(Stateful):
         if not isinstance(self.eps, int | float) or not 0 <= self.eps < 1:
             raise InputError(f"Flowformer(eps={self.eps!r}): expected 0 or a little more.")
         number = isinstance(self.clamp, int | float) and not isinstance(self.clamp, bool)
-        if self.clamp not in (None, "default") and not (number and float(self.clamp) > 0):  # type: ignore[arg-type]
+        if self.clamp not in (None, "default") and not (number and float(self.clamp) > 0):
             raise InputError(
                 f'Flowformer(clamp={self.clamp!r}): expected a number above 0, None or "default".'
             )
