@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from foveate import Context, causal, padding, window
 from foveate.methods.gaam import GaussianGate, Importance, importance_factor
+from foveate.nn import MixerLayer
 from foveate.ops.errors import InputError
 
 
@@ -251,3 +253,76 @@ def test_what_a_gate_begins_with():
 def test_what_is_refused(call, said):
     with pytest.raises(InputError, match=said):
         call(torch.randn(3, 12, 5))
+
+
+# -- as a mixer ------------------------------------------------------------------------------------
+CAUSAL = "gaam(axis='tokens', form='density', heads=1)"
+
+
+def mixer(spec, dim=6):
+    layer = MixerLayer(dim, 1, spec).double().eval()
+    with torch.no_grad():
+        layer.mixer.gate.delta.normal_(std=0.3)
+        layer.mixer.gate.c.uniform_(0.5, 3)
+    return layer
+
+
+def test_running_statistics_by_hand():
+    layer, x = mixer(CAUSAL), torch.randn(2, 9, 6).double() + 50
+    y, gate = layer(x, mask=causal()).y, layer.mixer.gate
+    for t in range(9):
+        past = x[:, : t + 1]
+        mean, var = past.mean(1), past.var(1, correction=0)
+        off = (x[:, t] - mean - gate.delta[0]) / (var + 1e-8 + 1e-5).sqrt()
+        expected = x[:, t] * torch.exp(-(off**2) / (2 * gate.c[0]))
+        torch.testing.assert_close(y[:, t], expected, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("side", ["left", "none"])
+@pytest.mark.parametrize("cuts", [(0, 9), (0, 1, 2, 3, 9), (0, 5, 6, 9)])
+@pytest.mark.parametrize("spec", [CAUSAL, "gaam", "gaam(form='density', heads=2)"])
+def test_steps_equal_the_full_forward(spec, cuts, side):
+    """Also where a sequence's first steps hold padding only."""
+    layer, x = mixer(spec), torch.randn(2, 9, 6).double()
+    pads = torch.tensor([0, 3 if side == "left" else 0])
+
+    def call(low, high, cache):
+        at = torch.arange(high) - pads[:, None]
+        mask = causal() & padding((high - pads).clamp(min=0))
+        ctx = Context(mask=mask, q_positions=at[:, low:], kv_positions=at, real=at[:, low:] >= 0)
+        return layer(x[:, low:high], ctx=ctx, cache=cache).y
+
+    with torch.no_grad():
+        whole, cache = call(0, 9, None), layer.new_cache()
+        steps = torch.cat([call(a, b, cache) for a, b in zip(cuts, cuts[1:])], 1)
+    real = torch.arange(9) >= pads[:, None]
+    torch.testing.assert_close(steps[real], whole[real], atol=1e-12, rtol=1e-12)
+    alone = layer(x[1:, pads[1] :], mask=causal()).y
+    torch.testing.assert_close(whole[1:, pads[1] :], alone, atol=1e-12, rtol=1e-12)
+    held = sum(math.prod(f.shape) for f in cache.fields) * 8 * 2
+    assert cache.bytes() == held
+
+
+def test_both_ways_a_padded_sequence_is_the_sequence_alone():
+    layer, x = mixer("gaam(axis='tokens', heads=2, gaussians=2)"), torch.randn(2, 9, 6).double()
+    y = layer(x, mask=padding([9, 5])).y
+    torch.testing.assert_close(y[1:, :5], layer(x[1:, :5]).y, atol=1e-13, rtol=0)
+    assert not torch.allclose(y[0, :5], layer(x[:1, :5]).y[0], atol=1e-3)
+
+
+def test_what_the_mixer_refuses():
+    x = torch.randn(2, 9, 6).double()
+    for spec in ("gaam(axis='tokens')", "gaam(axis='tokens', form='density', heads=2)"):
+        with pytest.raises(InputError, match="only known at its end"):
+            mixer(spec)(x, mask=causal())
+        with pytest.raises(InputError, match="only known at its end"):
+            mixer(spec).new_cache()
+    with pytest.raises(InputError, match="the mask is neither"):
+        mixer(CAUSAL)(x, mask=window(3, 3))
+    for spec, said in (
+        ("gaam(axis='feature')", "did you mean 'features'"),
+        ("gaam(form='density', gaussians=2)", "one for each feature"),
+        ("gaam(heads=7)", "the layer has 6 features"),
+    ):
+        with pytest.raises(InputError, match=said):
+            mixer(spec)

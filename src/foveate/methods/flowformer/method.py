@@ -22,10 +22,9 @@ from foveate.ops import AttentionOutput
 from foveate.ops.check import check_tensors
 from foveate.ops.errors import InputError, nearest
 from foveate.ops.masks.checks import whole
-from foveate.parts.attention import remember
 from foveate.parts.cache import Field
 from foveate.parts.context import Context
-from foveate.parts.form import is_causal_or_full
+from foveate.parts.form import is_causal_or_full, sees_later
 from foveate.parts.state import State, Stateful
 from foveate.parts.tokens import Tokens, tokens_of
 
@@ -88,7 +87,7 @@ class Flowformer(Stateful):
         tokens = _tokens(q, k, ctx)
         fq, fk = self._features(q, k, tokens.q_real, tokens.k_real)
         wide = _grouped_values(v, fq)
-        if both_ways(k, ctx, tokens):
+        if sees_later(ctx, tokens):
             flows, competition = normal(fq, fk, tokens.q_real, tokens.k_real, self._options(False))
             values = _kept(wide, tokens.k_real) * competition[..., None]
             read = read_all(fq, fk, values)
@@ -135,7 +134,7 @@ class Flowformer(Stateful):
         self._check(q, k, k, ctx)
         tokens = _tokens(q, k, ctx)
         fq, fk = self._features(q, k, tokens.q_real, tokens.k_real)
-        if both_ways(k, ctx, tokens):
+        if sees_later(ctx, tokens):
             return normal(fq, fk, tokens.q_real, tokens.k_real, self._options(False))[0]
         _check_square(q, k)
         return causal(fq, fk, tokens.q_real, self._options(True), {})[0]
@@ -175,26 +174,6 @@ class Flowformer(Stateful):
             )
 
 
-def both_ways(k: Tensor, ctx: Context, tokens: Tokens) -> bool:
-    """Whether the first real key's place sees the last one: the normal form.
-
-    A single key makes both forms the same. Kept in `ctx.store`.
-    """
-    mask = ctx.mask
-    if mask is None or not tokens.causal:
-        return True
-
-    def look() -> bool:
-        for b in range(max(len(tokens.k_real), len(tokens.k_pos))):
-            at = tokens.k_pos[b if len(tokens.k_pos) > 1 else 0]
-            at = at[tokens.k_real[b if len(tokens.k_real) > 1 else 0]]
-            if len(at) > 1 and not bool(mask._element(at[:1], at[-1:], b, 0)):
-                return False
-        return True
-
-    return remember(ctx, (both_ways, mask, k.shape[2], k.device), look)
-
-
 def _tokens(q: Tensor, k: Tensor, ctx: Context) -> Tokens:
     tokens = tokens_of(q, k, ctx)
     if not is_causal_or_full(ctx, tokens):
@@ -224,7 +203,7 @@ def _check_causal(q: Tensor, k: Tensor, ctx: Context, past: int) -> None:
     length = past + k.shape[2]
     keys = k.new_empty(1).expand(*k.shape[:2], length, k.shape[3])  # takes no memory
     tokens = _tokens(q, keys, ctx)
-    if both_ways(keys, ctx, tokens) and bool((tokens.k_real.sum(1) > 1).any()):
+    if sees_later(ctx, tokens) and bool((tokens.k_real.sum(1) > 1).any()):
         raise InputError("flowformer keeps sums of the past: give mask=causal() with its cache.")
 
 

@@ -2,5 +2,6 @@
 
 from foveate.methods.gaam.gate import GaussianGate
 from foveate.methods.gaam.importance import Importance, importance_factor
+from foveate.methods.gaam.mixer import GAAM, GaussianMixer
 
-__all__ = ["GaussianGate", "Importance", "importance_factor"]
+__all__ = ["GAAM", "GaussianGate", "GaussianMixer", "Importance", "importance_factor"]
