@@ -69,9 +69,7 @@ def run(trial: Trial) -> Found:
     sizes = Sizes(layers=4, dim=64, heads=4, length=64)
 
     def make_model() -> Any:
-        return language_model(
-            sizes, attention=ARMS[trial.cell], position="learned", max_position_embeddings=64
-        )
+        return language_model(sizes, attention=ARMS[trial.cell], position="learned")
 
     model, found = trained_on_bytes(trial, make_model, steps=STEPS, lr=LR, length=64)
     found.pop("cache")
