@@ -246,6 +246,7 @@ def test_what_a_gate_begins_with():
         (lambda x: GaussianGate(axis=3)(x), "no axis 3"),
         (lambda x: GaussianGate(13)(x), "can't be split into 13 heads"),
         (lambda x: GaussianGate(0)(x), "heads"),
+        (lambda x: GaussianGate(3)(x, torch.arange(12).lt(2).expand(3, -1)), "2 real entries"),
         (lambda x: GaussianGate()(x, torch.ones(3, 5, dtype=torch.bool)), "along axis 1"),
         (lambda x: GaussianGate(axis=-1)(x, torch.ones(3, 12).bool()), "axis -1"),
     ],

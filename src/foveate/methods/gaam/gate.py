@@ -124,14 +124,26 @@ class GaussianGate(nn.Module):
             return self._all(wide, None)
         if self.compat:
             return self._all(wide, _beside(real, x))
-        rows = []
-        for row, kept in zip(wide, real):
-            found = self._all(row[kept][None], None)[0]
-            rows.append(wide.new_zeros(row.shape).index_copy(0, kept.nonzero()[:, 0], found))
-        return torch.stack(rows)
+        return self._real_alone(wide, real)
+
+    def _real_alone(self, x: Tensor, real: Tensor) -> Tensor:
+        """Along axis 1, as if there were no padding: heads share a sequence's real entries."""
+        counts = real.sum(1, keepdim=True)
+        if int(counts.min()) < self.heads:
+            raise InputError(
+                f"GaussianGate: {int(counts.min())} real entries can't be split into {self.heads} "
+                "heads; take fewer heads."
+            )
+        head_of = ((real.cumsum(1) - 1) // (counts // self.heads)).clamp(max=self.heads - 1)
+        x = torch.where(_beside(real, x), x, 0)
+        weights = torch.zeros_like(x)
+        for head in range(self.heads):
+            mine = _beside(real & (head_of == head), x)
+            weights = torch.where(mine, self._head(head, x, x, mine, 1, []), weights)
+        return weights
 
     def _all(self, x: Tensor, real: Tensor | None) -> Tensor:
-        """Head by head."""
+        """Head by head; padding, if told, is 0 for the statistics but counted."""
         axis = self.axis % x.dim()
         size = x.shape[axis] // self.heads
         if not size:
@@ -140,26 +152,34 @@ class GaussianGate(nn.Module):
                 f"{self.heads} heads; take fewer heads."
             )
         sizes = [size] * (self.heads - 1) + [x.shape[axis] - size * (self.heads - 1)]
-        parts = x.split(sizes, axis)
-        masks = [None] * self.heads if real is None else real.expand_as(x).split(sizes, axis)
-        one = self._mixture if self.form == "mixture" else self._density
-        return torch.cat(
-            [one(h, *part, axis, sizes) for h, part in enumerate(zip(parts, masks))], axis
-        )
-
-    def _mixture(
-        self, head: int, x: Tensor, real: Tensor | None, axis: int, sizes: list[int]
-    ) -> Tensor:
-        filled = x if real is None else torch.where(real, x, 0)
-        mean = filled.mean(axis, keepdim=True)
-        spread = (filled - mean).square().sum(axis, keepdim=True) / max(1, x.shape[axis] - 1)
-        scaled = (x - mean)[..., None], (spread + EPS).rsqrt()[..., None]
-        logs = self._logs(head, *scaled)
-        total = logs.logsumexp(axis, keepdim=True)
-        if self.compat:
-            total = total.clamp(min=math.log(EPS))
-        weights = (logs - total).exp()
+        seen = x if real is None else torch.where(real, x, 0)
+        parts = zip(x.split(sizes, axis), seen.split(sizes, axis))
+        found = [self._head(h, *part, None, axis, sizes) for h, part in enumerate(parts)]
+        weights = torch.cat(found, axis)
         return weights if real is None else torch.where(real, weights, 0)
+
+    def _head(
+        self, head: int, x: Tensor, seen: Tensor, mine: Tensor | None, axis: int, sizes: list[int]
+    ) -> Tensor:
+        """Weights of one head's x by the statistics of `seen`, or of those that are `mine`."""
+        if self.form == "mixture":
+            count = _count(seen, mine, axis)
+            mean = _sum(seen, mine, axis) / count
+            spread = _sum((seen - mean).square(), mine, axis) / (count - 1).clamp(min=1)
+            logs = self._logs(head, (x - mean)[..., None], (spread + EPS).rsqrt()[..., None])
+            if mine is not None:
+                logs = logs.masked_fill(~mine, -torch.inf)
+            total = logs.logsumexp(axis, keepdim=True)
+            if self.compat:
+                total = total.clamp(min=math.log(EPS))
+            return (logs - total).exp()
+        time = tuple(range(axis + 1, x.dim() - 1))
+        if time:
+            seen = seen.mean(time, keepdim=True)
+        count = _count(seen, mine, axis)
+        mean = _sum(seen, mine, axis) / count
+        spread = (_sum(seen.square(), mine, axis) / count - mean.square()).abs() + EPS
+        return density(x, mean, spread, *self.parameters_of(head, axis == x.dim() - 1, sizes))
 
     def _logs(self, head: int, off: Tensor, scale: Tensor) -> Tensor:
         """Log of the product of densities; off and scale (..., 1)."""
@@ -168,20 +188,8 @@ class GaussianGate(nn.Module):
         y = (off - delta) * scale
         return -(y.square() / squares + squares.log() + math.log(2 * math.pi)).sum(-1) / 2
 
-    def _density(
-        self, head: int, x: Tensor, real: Tensor | None, axis: int, sizes: list[int]
-    ) -> Tensor:
-        filled = x if real is None else torch.where(real, x, 0)
-        time = tuple(range(axis + 1, x.dim() - 1))
-        if time:
-            filled = filled.mean(time, keepdim=True)
-        mean = filled.mean(axis, keepdim=True)
-        spread = (filled.square().mean(axis, keepdim=True) - mean.square()).abs() + EPS
-        weights = density(x, mean, spread, *self.parameters_of(head, axis == x.dim() - 1, sizes))
-        return weights if real is None else torch.where(real, weights, 0)
-
     def parameters_of(self, head: int, last: bool, sizes: list[int]) -> tuple[Tensor, Tensor]:
-        """The density form's delta and c of a head."""
+        """The density form's delta and c of a head; its part of them if they lie along the axis."""
         if not last:
             return self.delta[head], self.c[head]
         start = sum(sizes[:head])
@@ -199,10 +207,10 @@ class GaussianGate(nn.Module):
             )
         if real is None or self.compat:
             return
-        if self.axis != 1 or real.shape != x.shape[:2] or real.dtype != torch.bool:
+        if self.axis != 1 or x.dim() < 3 or real.shape != x.shape[:2] or real.dtype != torch.bool:
             raise InputError(
-                f"GaussianGate: expected real as bool {tuple(x.shape[:2])} along axis 1, got "
-                f"{real.dtype} {tuple(real.shape)} and axis {self.axis}."
+                f"GaussianGate: expected real as bool {tuple(x.shape[:2])} along axis 1 of three "
+                f"or more, got {real.dtype} {tuple(real.shape)} and axis {self.axis}."
             )
 
     def extra_repr(self) -> str:
@@ -215,6 +223,16 @@ def density(x: Tensor, mean: Tensor, spread: Tensor, delta: Tensor, c: Tensor) -
     delta, c = delta.to(x.dtype), c.to(x.dtype).clamp(min=LEAST)
     y = (x - (mean + delta)) * (spread + SLACK).rsqrt()
     return (-y.square() / (2 * c)).exp()
+
+
+def _sum(x: Tensor, mine: Tensor | None, axis: int) -> Tensor:
+    return (x if mine is None else torch.where(mine, x, 0)).sum(axis, keepdim=True)
+
+
+def _count(x: Tensor, mine: Tensor | None, axis: int) -> Tensor:
+    if mine is None:
+        return x.new_tensor(x.shape[axis])
+    return mine.sum(axis, keepdim=True).to(x.dtype)
 
 
 def _beside(real: Tensor, x: Tensor) -> Tensor:

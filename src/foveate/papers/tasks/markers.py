@@ -32,7 +32,7 @@ class FirstMarker(Generated):
     """
 
     length: int = 1024
-    times: int = 3
+    times: int = 2
     filler: int = 11
     held: int = 512
 
