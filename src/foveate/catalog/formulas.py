@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from foveate.catalog.row import BUILDERS, Capabilities, Paper, Row, Support
 
+FLOW = Paper(
+    "Flowformer: Linearizing Transformers with Conservation Flows", "Wu et al., 2022", "2202.06258"
+)
+GAAM = Paper(
+    "Gaussian Adaptive Attention is All You Need: Robust Contextual Representations Across "
+    "Multiple Modalities",
+    "Ioannides et al., 2024",
+    "2401.11143",
+)
 GRASSMANN = Paper(
     "Attention Is Not What You Need: Grassmann Flows as an Attention-Free Alternative for Sequence "
     "Modeling",
@@ -39,6 +48,31 @@ ALMAN_SONG = Paper(
 )
 
 ROWS: tuple[Row, ...] = (
+    Row(
+        key="flowformer",
+        kind="attention",
+        path="foveate.methods.flowformer.Flowformer",
+        title="Flow-Attention",
+        summary="Linear time; sources compete and sinks are allotted, as in a network of flows.",
+        papers=(FLOW,),
+        sheet="flowformer",
+        capabilities=Capabilities(
+            decode=Support(True, "from sums of its own, not from keys and values"),
+        ),
+        jobs=BUILDERS,
+    ),
+    Row(
+        key="gaam",
+        kind="mixer",
+        path="foveate.methods.gaam.GAAM",
+        title="Gaussian adaptive attention",
+        summary="A learnt gate on how far each entry lies from the mean of its group; no tokens "
+        "are compared.",
+        papers=(GAAM,),
+        sheet="gaam",
+        capabilities=Capabilities(gqa=NO_HEADS),
+        jobs=MIXERS,
+    ),
     Row(
         key="grassmann",
         kind="mixer",
