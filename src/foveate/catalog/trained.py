@@ -2,6 +2,25 @@
 
 from __future__ import annotations
 
-from foveate.catalog.row import Row
+from foveate.catalog.row import BUILDERS, Capabilities, Paper, Row, Support
 
-ROWS: tuple[Row, ...] = ()
+DMA = Paper("Trainable Dynamic Mask Sparse Attention", "Shi et al., 2025", "2508.02124")
+
+CAUSAL_CHOICE = Support(False, "a query keeps the best of the keys up to itself")
+
+ROWS: tuple[Row, ...] = (
+    Row(
+        key="dma",
+        kind="attention",
+        path="foveate.methods.dma.DMA",
+        title="Dynamic mask attention",
+        summary="A learnt importance, made from values, chooses the keys and is added to logits.",
+        papers=(DMA,),
+        sheet="dma",
+        capabilities=Capabilities(
+            decode=Support(True, "exact, from a cache of as many keys as are kept"),
+            bidirectional=CAUSAL_CHOICE,
+        ),
+        jobs=BUILDERS,
+    ),
+)

@@ -140,9 +140,7 @@ def _alive(first: Tensor, last: Tensor, sizes: _Sizes, gather: bool, lists: int)
     return _Cells(tiles_of + lists_of, cols, kinds, gathered)
 
 
-def _lists(
-    row: Tensor, key: Tensor, whole: Tensor, sizes: _Sizes
-) -> tuple[Tensor, Tensor, Tensor]:
+def _lists(row: Tensor, key: Tensor, whole: Tensor, sizes: _Sizes) -> tuple[Tensor, Tensor, Tensor]:
     """Single keys, sorted by row tile, as lists of `tile`: (lists, row tile of each, its kind)."""
     tile = sizes.tile
     n = torch.bincount(row, minlength=sizes.rows)

@@ -9,75 +9,129 @@ the logits as well, which is what trains it: the choice itself has no gradient.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from foveate.methods.dma.importance import Form, Importance, Scored
+from foveate.methods.dma.importance import FORMS, Form, Importance, Scored
 from foveate.methods.dma.layout import Kept, kept, layouts
+from foveate.methods.dma.state import KeptKeys
 from foveate.ops import AttentionOutput, attention, merge
 from foveate.ops.attention import with_sinks
 from foveate.ops.errors import InputError
-from foveate.parts.attention import Attention, mask_layout
+from foveate.ops.masks.checks import whole
+from foveate.parts.attention import AttentionRecipe, Heads, mask_layout
 from foveate.parts.context import Context
 from foveate.parts.form import is_causal_or_full
+from foveate.parts.state import State, Stateful
 from foveate.parts.tokens import Tokens, tokens_of
 
 Select = Literal["top", "relu"]
 
 
-class DynamicMask(nn.Module, Attention):
+class DynamicMask(Stateful, nn.Module):
     """One layer's dynamic mask attention, with its W_dt and A.
 
     Args:
-        importance: of the keys.
+        heads: of the layer.
         window: w, keys that a query keeps; no window of recent ones, despite the paper's name.
+        form: of the importance, "exp" or "log".
         select: "top", the w best; or "relu", all keys whose delta is above 0.
         smooth: keys of a block for block smoothing, 0 for none.
+        bias: whether W_dt has one.
     """
 
-    def __init__(self, importance: Importance, window: int, select: Select, smooth: int) -> None:
-        super().__init__()
-        self.importance, self.window = importance, window
-        self.select, self.smooth = select, smooth
+    def __init__(
+        self,
+        heads: Heads,
+        window: int,
+        form: Form = "exp",
+        select: Select = "top",
+        smooth: int = 0,
+        *,
+        bias: bool = False,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.heads = heads
+        self.importance = Importance(heads.kv, heads.value_dim, form, bias=bias)
+        self.window, self.select, self.smooth = window, select, smooth
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, ctx: Context | None = None
-    ) -> AttentionOutput:
-        """Attend; shapes as in `foveate.parts.Attention`.
+    def full(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> AttentionOutput:
+        """All tokens at once, or the last ones against all; shapes as in a call.
 
         Raises:
             InputError: a mask that isn't causal, or more than causal and padding; other heads.
         """
-        ctx = Context() if ctx is None else ctx
+        tokens = self._tokens(q, k, ctx)
         scored = self.importance(v)
         bias = added(scored.bias, q.shape[1], ctx)
-        if self.keeps_all(k.shape[2]):
-            self.tokens(q, k, ctx)
+        if self.select == "top" and k.shape[2] <= self.window:  # smoothing leaves all of all
             return _dense(q, k, v, bias, ctx)
-        found = self.kept(scored, q, k, ctx)
-        return over(q, k, v, found, bias, ctx)
+        if not bool(tokens.k_real.all()):
+            scored = scored._replace(
+                rank=scored.rank.masked_fill(~tokens.k_real[:, None], -torch.inf)
+            )
+        return over(q, k, v, self.kept(scored, k.shape[2] - q.shape[2]), bias, ctx)
 
-    def keeps_all(self, kv_len: int) -> bool:
-        """Whether every query keeps all that it may see."""
-        return self.select == "top" and kv_len <= self.window
+    def new_state(self) -> KeptKeys:
+        """An empty state: w keys of each head, or all where others than the w best are seen."""
+        heads = self.heads
+        limit = self.window if self.select == "top" and not self.smooth else None
+        return KeptKeys(heads.kv, heads.key_dim, heads.value_dim, limit)
 
-    @torch.no_grad()
-    def kept(self, scored: Scored, q: Tensor, k: Tensor, ctx: Context) -> Kept:
-        """Who keeps which key of this call."""
-        tokens = self.tokens(q, k, ctx)
-        real = None if bool(tokens.k_real.all()) else tokens.k_real
-        relu = scored.bias > 0 if self.select == "relu" else None
-        start = k.shape[2] - q.shape[2]
-        return kept(scored.rank, self.window, relu, self.smooth, real, start)
-
-    def tokens(self, q: Tensor, k: Tensor, ctx: Context) -> Tokens:
-        """The tokens of a call.
+    def step(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, state: State) -> AttentionOutput:
+        """New tokens against those that are still kept.
 
         Raises:
-            InputError: a mask that isn't causal, or more than causal and padding.
+            InputError: as `full`; or a bias for each position, of which most aren't there.
         """
+        assert isinstance(state, KeptKeys)
+        if ctx.bias is not None:
+            raise InputError("dma: a bias for each position can't be had where keys are dropped.")
+        if ctx.mask is None or ctx.mask.spec != "causal()":
+            every = k.new_empty(1).expand(*k.shape[:2], len(state) + k.shape[2], k.shape[3])
+            self._tokens(q, every, ctx)
+        scored = self.importance(v)
+        rank = scored.rank
+        if ctx.real is not None:
+            rank = rank.masked_fill(~ctx.real[:, None], -torch.inf)
+        if k.shape[2] == 1 and state.size == state.limit and not torch.is_grad_enabled():
+            state.replace(k, v, rank)
+            held = self._held(state, q)
+            return attention(q, held.k, held.v, **ctx.options | {"bias": held.bias})
+        start = state.size
+        state.append(k, v, rank)
+        held = self._held(state, q)
+        if self.window >= state.size and k.shape[2] == 1 and self.select == "top":
+            result = attention(q, held.k, held.v, **ctx.options | {"bias": held.bias})
+        else:
+            scored = Scored(held.delta, state.held["rank"])
+            result = over(q, held.k, held.v, self.kept(scored, start), held.bias, ctx)
+        state.cut()
+        return result
+
+    def _held(self, state: KeptKeys, q: Tensor) -> _Held:
+        """What the state holds, ready to be attended to."""
+        k, v, rank = (state.held[name] for name in ("k", "v", "rank"))
+        delta = self.importance.bias_of(rank)
+        # What is no key counts nowhere: exp(-inf) alone would leave it a share.
+        hidden = delta.masked_fill(rank == -torch.inf, -torch.inf)
+        bias = hidden.repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None]
+        return _Held(k, v, delta, bias)
+
+    @torch.no_grad()
+    def kept(self, scored: Scored, start: int) -> Kept:
+        """Who keeps which key, for the queries from index `start` of the keys on.
+
+        A rank of -inf is padding.
+        """
+        relu = scored.bias > 0 if self.select == "relu" else None
+        return kept(scored.rank, self.window, relu, self.smooth, start)
+
+    def _tokens(self, q: Tensor, k: Tensor, ctx: Context) -> Tokens:
         tokens = tokens_of(q, k, ctx)
         aligned = bool((tokens.shift == k.shape[2] - q.shape[2]).all())
         if not (tokens.causal and aligned and is_causal_or_full(ctx, tokens)):
@@ -94,6 +148,15 @@ class DynamicMask(nn.Module, Attention):
         return f"window={self.window}, {form=}, select={self.select!r}, smooth={self.smooth}"
 
 
+class _Held(NamedTuple):
+    """k, v (B, G, n, ...), delta (B, G, n), bias (B, Hq, 1, n), -inf where no key is."""
+
+    k: Tensor
+    v: Tensor
+    delta: Tensor
+    bias: Tensor
+
+
 def added(delta: Tensor, heads: int, ctx: Context) -> Tensor:
     """(B, Hq, 1 or Lq, L): delta (B, G, L) for each query head, and the call's own bias."""
     bias = delta.repeat_interleave(heads // delta.shape[1], 1)[:, :, None]
@@ -101,13 +164,14 @@ def added(delta: Tensor, heads: int, ctx: Context) -> Tensor:
 
 
 def over(
-    q: Tensor, k: Tensor, v: Tensor, found: Kept, bias: Tensor, ctx: Context
+    q: Tensor, k: Tensor, v: Tensor, seen: Kept, bias: Tensor, ctx: Context
 ) -> AttentionOutput:
     """Attention over the keys that are kept."""
     options = ctx.options | {"bias": bias, "sink_logits": None}
     with torch.no_grad():
-        parts = layouts(found, q.shape[2])
-    result = merge([attention(q, k, v, layout=part, **options) for part in parts])
+        parts = layouts(seen, q.shape[2])
+    found = [attention(q, k, v, layout=part, **options) for part in parts]
+    result = found[0] if len(found) == 1 else merge(found)
     return result if ctx.sink_logits is None else with_sinks(result, ctx.sink_logits)
 
 
@@ -118,14 +182,40 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, ctx: Context) -> Atten
     return attention(q, k, v, layout=mask_layout(ctx.mask, q, k, ctx), **options)
 
 
-def check_select(select: str) -> None:
-    """Refuse a rule that isn't known.
+@dataclass(frozen=True)
+class DMA(AttentionRecipe):
+    """Dynamic mask attention: w keys for each query, chosen by an importance learnt from values.
+
+    Causal. While the keys number at most `window`, nothing is left out; delta is still added.
+
+    Attributes:
+        window: w (2048; the paper's keep_window_size).
+        form: of the importance that is added to the logits: "exp" as in transformers' Doge models
+            and the paper's first version, or "log" as in the later kernels.
+        select: "top", the w best keys; or "relu", all whose delta is above 0, however many.
+        smooth: keys of a block for block smoothing, so that tiles are kept or skipped whole; 0 is
+            none.
+        bias: whether W_dt has a bias.
 
     Raises:
-        InputError: it isn't.
+        InputError: a field that doesn't fit.
     """
-    if select not in get_args(Select):
-        raise InputError(f"DMA(select={select!r}): expected {', '.join(get_args(Select))}.")
 
+    window: int = 2048
+    form: Form = "exp"
+    select: Select = "top"
+    smooth: int = 0
+    bias: bool = False
 
-__all__ = ["DynamicMask", "Form", "Select", "added", "check_select", "over"]
+    def __post_init__(self) -> None:
+        whole("DMA", "window", self.window, least=1)
+        whole("DMA", "smooth", self.smooth, least=0)
+        for name, kinds in (("form", FORMS), ("select", get_args(Select))):
+            if getattr(self, name) not in kinds:
+                raise InputError(
+                    f"DMA({name}={getattr(self, name)!r}): expected {', '.join(kinds)}."
+                )
+
+    @override
+    def build(self, heads: Heads) -> DynamicMask:
+        return DynamicMask(heads, self.window, self.form, self.select, self.smooth, bias=self.bias)

@@ -23,7 +23,7 @@ FORMS: tuple[Form, ...] = ("exp", "log")
 
 
 class Scored(NamedTuple):
-    """bias (B, G, L): delta, added to the logits; rank (B, G, L): its order, without overflow."""
+    """bias: delta, added to the logits; rank: its log form, by which keys are ordered; (B, G, L)."""
 
     bias: Tensor
     rank: Tensor
@@ -66,4 +66,8 @@ class Importance(nn.Module):
         work = torch.promote_types(v.dtype, torch.float32)
         wide = softplus(self.dt_proj(v.transpose(1, 2).flatten(2)).to(work))
         log = (self.A.to(work) * wide).transpose(1, 2)
-        return Scored(log.exp() if self.form == "exp" else log, log.detach())
+        return Scored(self.bias_of(log), log)
+
+    def bias_of(self, rank: Tensor) -> Tensor:
+        """Delta from its log form."""
+        return rank.exp() if self.form == "exp" else rank

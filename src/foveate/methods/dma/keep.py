@@ -17,16 +17,15 @@ from torch import Tensor
 RUN = 64
 
 
-def ends(importance: Tensor, window: int, real: Tensor | None = None, start: int = 0) -> Tensor:
+def ends(importance: Tensor, window: int, start: int = 0) -> Tensor:
     """The first query that no longer keeps each key: (B, G, L) int64.
 
     Key j is kept by the queries t with j <= t < ends_j; ends_j <= max(j, start) if by none of
     them, and L if by all to the end.
 
     Args:
-        importance: (B, G, L).
+        importance: (B, G, L); -inf is padding, which is never kept.
         window: w, keys to keep.
-        real: (B or 1, L) bool, False on padding, which is never kept; None is all real.
         start: the first query that counts; those before may be told anything.
     """
     batches, groups, length = importance.shape
@@ -35,9 +34,7 @@ def ends(importance: Tensor, window: int, real: Tensor | None = None, start: int
     order = importance.flatten(0, 1).argsort(dim=-1, stable=True)
     ranks = torch.empty_like(order)
     ranks.scatter_(1, order, torch.arange(length, device=device).expand_as(order))
-    if real is not None:
-        hidden = ~real.expand(batches, length).repeat_interleave(groups, 0)
-        ranks = ranks.masked_fill(hidden, -1)
+    ranks = ranks.masked_fill(importance.flatten(0, 1) == -torch.inf, -1)
     spare = length  # a place for what belongs to no key
     end = ranks.new_full((len(ranks), length + 1), length)
     begin = min(max(window, start), length)
@@ -77,7 +74,7 @@ def _run(
     return kept.scatter(1, where, best)
 
 
-def smoothed(end: Tensor, size: int, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def smoothed(end: Tensor, size: int, first: Tensor) -> tuple[Tensor, Tensor]:
     """Block smoothing: a block counts whole iff strictly more than half of it is kept.
 
     A query's own block is cut at the query, as the reference cuts the last block of a sequence, so
@@ -86,7 +83,7 @@ def smoothed(end: Tensor, size: int, real: Tensor | None = None) -> tuple[Tensor
     Args:
         end: (B, G, L) of `ends`, for all queries.
         size: keys of a block.
-        real: as in `ends`. Blocks count from the first real key; padding in front belongs to none.
+        first: (B, G) index of the first real key, from which blocks count.
 
     Returns:
         (B, G, L) int64: key j of a finished block is seen by the queries behind the block and
@@ -94,28 +91,17 @@ def smoothed(end: Tensor, size: int, real: Tensor | None = None) -> tuple[Tensor
     """
     batches, groups, length = end.shape
     index = torch.arange(length, device=end.device)
-    first = first_real(real, batches, length, end.device)
-    place = (index - first[:, None]).clamp_min(0)  # (B, L)
-    block = place // size
+    place = (index - first[..., None]).clamp_min(0)  # (B, G, L)
     blocks = -(-length // size)
-    slots = first[:, None] + torch.arange(blocks * size, device=end.device)  # (B, blocks * size)
+    slots = first[..., None] + torch.arange(blocks * size, device=end.device)
     inside = slots < length
-    slots = slots.clamp_max(length - 1)[:, None].expand(-1, groups, -1)
-    ends_of = end.gather(2, slots).masked_fill(~inside[:, None], 0)
-    ends_of = ends_of.view(batches, groups, blocks, size)
+    slots = slots.clamp_max(length - 1)
+    ends_of = end.gather(2, slots).masked_fill(~inside, 0).view(batches, groups, blocks, size)
     # Kept by more than half: the (size // 2 + 1)-th longest life isn't over.
     until = ends_of.sort(-1, descending=True).values[..., size // 2]
-    which = block[:, None].expand(-1, groups, -1)
     # Within the block: how many of its first s keys query s - 1 keeps.
     queries = slots.view(batches, groups, blocks, size)
     alive = ends_of[..., None, :] > queries[..., :, None]
     alive = alive & torch.ones(size, size, dtype=torch.bool, device=end.device).tril()
     own = alive.sum(-1) * 2 > torch.arange(1, size + 1, device=end.device)
-    return until.gather(2, which), own.flatten(2).gather(2, place[:, None].expand_as(which))
-
-
-def first_real(real: Tensor | None, batches: int, length: int, device: torch.device) -> Tensor:
-    """(B,) index of each sequence's first real key."""
-    if real is None:
-        return torch.zeros(batches, dtype=torch.int64, device=device)
-    return real.expand(batches, length).int().argmax(1)
+    return until.gather(2, place // size), own.flatten(2).gather(2, place)

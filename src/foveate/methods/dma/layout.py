@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from foveate.methods.dma.keep import ends, first_real, smoothed
+from foveate.methods.dma.keep import ends, smoothed
 from foveate.ops import Layout
 from foveate.parts.lifetimes import layout_of_lifetimes, layout_of_spans
 
@@ -25,35 +25,27 @@ class Kept(NamedTuple):
     own_from: Tensor | None = None
 
 
-def kept(
-    rank: Tensor, window: int, relu: Tensor | None, smooth: int, real: Tensor | None, start: int
-) -> Kept:
+def kept(rank: Tensor, window: int, relu: Tensor | None, smooth: int, start: int) -> Kept:
     """The keep sets of the queries from index `start` on.
 
     Args:
-        rank: (B, G, L), the order of the keys.
+        rank: (B, G, L), the order of the keys; -inf is padding.
         window: w.
         relu: (B, G, L) bool, keys to keep in place of the w best; or None.
         smooth: keys of a block for block smoothing; 0 is none.
-        real: (B or 1, L) bool, or None.
         start: index of the first query among the keys.
     """
-    batches, groups, length = rank.shape
+    length = rank.shape[2]
     index = torch.arange(length, device=rank.device).expand_as(rank)
-    if relu is None:
-        last = ends(rank, window, real, start)
-    else:
-        some = relu if real is None else relu & real[:, None]
-        last = some * length
+    real = rank > -torch.inf
+    last = ends(rank, window, start) if relu is None else (relu & real) * length
     if not smooth:
         return Kept(index, last)
-    last, own = smoothed(last, smooth, real)
-    at = first_real(real, batches, length, rank.device)[:, None, None]
-    begin = at + (index - at).div(smooth, rounding_mode="floor") * smooth
-    if real is not None:
-        own = own & real[:, None]
-        last = last.masked_fill(~real[:, None], 0)
-    return Kept(begin + smooth, last, own, begin.maximum(at))
+    first = real.int().argmax(-1)
+    last, own = smoothed(last, smooth, first)
+    at = first[..., None]
+    begin = at + (index - at).clamp_min(0) // smooth * smooth
+    return Kept(begin + smooth, last * real, own & real, begin)
 
 
 def layouts(found: Kept, q_len: int, tile: int = 64, *, gather: bool = True) -> list[Layout]:
