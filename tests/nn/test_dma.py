@@ -58,7 +58,9 @@ def test_beams_go_on_from_the_rows_they_came_from():
         made(x[:, :20], mask=causal(), cache=cache)
         made(x[:, 20:21], mask=causal(), cache=cache)
         cache.reorder(rows)
-        got = torch.cat([made(p, mask=causal(), cache=cache).y for p in x[rows, 21:].split(1, 1)], 1)
+        got = torch.cat(
+            [made(p, mask=causal(), cache=cache).y for p in x[rows, 21:].split(1, 1)], 1
+        )
     torch.testing.assert_close(got, made(x, mask=causal()).y[rows, 21:])
 
 
@@ -66,7 +68,8 @@ def test_training_reaches_every_weight():
     made, x = layer().train(), torch.randn(2, 40, 32)
     made(x, mask=causal()).y.square().sum().backward()
     for name, weight in made.named_parameters():
-        assert weight.grad is not None and weight.grad.abs().max() > 0, name
+        assert weight.grad is not None, name
+        assert weight.grad.abs().max() > 0, name
 
 
 def test_a_bias_for_each_position_is_refused_when_decoding():
@@ -86,8 +89,11 @@ def test_a_model_trains_saves_and_generates(tmp_path):
 
     model = FoveateForCausalLM(
         FoveateConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-            projection="gqa(kv_heads=2)", attention="dma(window=8, form='log')",
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            projection="gqa(kv_heads=2)",
+            attention="dma(window=8, form='log')",
         )  # fmt: skip
     )
     for block in model.model.blocks:

@@ -35,17 +35,17 @@ def layout_of_lifetimes(
     first, last = first.clamp(0, q_len), last.clamp(0, q_len)
     sizes = _Sizes(q_len, kv_len, tile)
     cells, lists = [], 0
-    for f, n in zip(first.flatten(0, 1), last.flatten(0, 1)):
+    at_once = max(1, _CELLS // max(1, sizes.rows * kv_len))
+    for f, n in zip(first.flatten(0, 1).split(at_once), last.flatten(0, 1).split(at_once)):
         cells.append(_alive(f, n, sizes, gather, lists))
         lists += len(cells[-1].gathered)
-    counts = torch.stack([c.counts for c in cells]).view(batches, groups, -1)
     gathered = torch.cat([c.gathered for c in cells])
     return Layout(
         q_len=q_len,
         kv_len=kv_len,
         q_tile=tile,
         kv_tile=tile,
-        ptr=pointers(counts),
+        ptr=pointers(torch.cat([c.counts for c in cells]).view(batches, groups, -1)),
         cols=torch.cat([c.cols for c in cells]).int(),
         kinds=torch.cat([c.kinds for c in cells]).int(),
         bits=torch.zeros(0, tile, tile // 8, dtype=torch.uint8, device=first.device),
@@ -75,7 +75,7 @@ class _Sizes(NamedTuple):
 
 
 class _Cells(NamedTuple):
-    """Entries of one group: how many each query tile has, columns, kinds, and lists of keys."""
+    """Entries of some groups: how many each query tile has, columns, kinds, and lists of keys."""
 
     counts: Tensor
     cols: Tensor
@@ -84,17 +84,31 @@ class _Cells(NamedTuple):
 
 
 def listed(first: Tensor, last: Tensor, q_len: int, tile: int) -> tuple[Tensor, Tensor]:
-    """Which keys any row of each query tile sees: (query tile, key), both (n,) int64, sorted.
+    """Which keys any row of each query tile sees: (query tile, key), both (m,) int64, sorted.
 
-    The list of a tile is made from the one before it: what ended is dropped, what begins is added.
-    first, last: (Lkv,), within 0 ... q_len.
+    first, last: (n, Lkv), within 0 ... q_len. Query tiles count through all n groups.
+    """
+    rows = -(-q_len // tile)
+    if len(first) == 1:
+        return _running(first[0], last[0], rows, tile)
+    start = torch.arange(rows, device=first.device)[:, None] * tile
+    begins, ends = first[:, None], last[:, None]
+    alive = (begins < start + tile) & (ends > start) & (ends > begins)
+    group, row, key = alive.nonzero(as_tuple=True)
+    return group * rows + row, key
+
+
+def _running(first: Tensor, last: Tensor, rows: int, tile: int) -> tuple[Tensor, Tensor]:
+    """As `listed`, for one group: each tile's list is made from that of the tile before it.
+
+    What ended is dropped and what begins is added, so that no tile looks at all keys.
     """
     keys = (last > first).nonzero()[:, 0]
     begins = first[keys] // tile
     keys, begins = keys[begins.argsort(stable=True)], begins.sort(stable=True).values
     ends = (last[keys] - 1) // tile
-    rows = torch.arange(-(-q_len // tile) + 1, device=keys.device)
-    bounds = torch.searchsorted(begins, rows).tolist()
+    number = torch.arange(rows + 1, device=keys.device)
+    bounds = torch.searchsorted(begins, number).tolist()
     held = keys.new_zeros(0)
     until = ends.new_zeros(0)
     lists = [keys.new_zeros(0)]
@@ -104,22 +118,26 @@ def listed(first: Tensor, last: Tensor, q_len: int, tile: int) -> tuple[Tensor, 
         until = torch.cat((until[stay], ends[start:stop]))
         lists.append(held)
     counts = torch.tensor([len(x) for x in lists[1:]], device=keys.device, dtype=torch.int64)
-    return torch.repeat_interleave(rows[:-1], counts), torch.cat(lists)
+    return torch.repeat_interleave(number[:-1], counts), torch.cat(lists)
 
 
 def _alive(first: Tensor, last: Tensor, sizes: _Sizes, gather: bool, lists: int) -> _Cells:
-    """Entries of one group; `lists` lists stand before its own."""
+    """Entries of some groups, (n, Lkv) each; `lists` lists stand before their own."""
     tile, q_len, kv_len = sizes.tile, sizes.q_len, sizes.kv_len
+    rows = len(first) * sizes.rows
     row, key = listed(first, last, q_len, tile)
     # Tiles whose rows all see a key: from the first to the one before the last of these.
+    group = row // sizes.rows if len(first) > 1 else torch.zeros_like(row)
     from_tile = -(-first // tile)
     to_tile = torch.where(last == q_len, sizes.rows, last // tile)
-    whole = (from_tile[key] <= row) & (to_tile[key] > row)
+    number = row - group * sizes.rows
+    at = group * kv_len + key
+    whole = (from_tile.flatten()[at] <= number) & (to_tile.flatten()[at] > number)
     cell = row * sizes.cols + (torch.arange(kv_len, device=key.device) // tile)[key]
-    total = sizes.rows * sizes.cols
+    total = rows * sizes.cols
     there = torch.bincount(cell, minlength=total)
     size = (kv_len - torch.arange(sizes.cols, device=key.device) * tile).clamp_max(tile)
-    size = size.repeat(sizes.rows)
+    size = size.repeat(rows)
     taken = there * 2 > size if gather else there > 0
     at = taken.nonzero()[:, 0]
     full = torch.bincount(cell[whole], minlength=total)[at] == size[at]
@@ -127,9 +145,9 @@ def _alive(first: Tensor, last: Tensor, sizes: _Sizes, gather: bool, lists: int)
     tile_kinds = torch.where(full, FULL, ROW_RANGE)
 
     rest = (~taken[cell]).nonzero()[:, 0]
-    gathered, list_rows, list_kinds = _lists(row[rest], key[rest], whole[rest], sizes)
-    tiles_of = torch.bincount(tile_rows, minlength=sizes.rows)
-    lists_of = torch.bincount(list_rows, minlength=sizes.rows)
+    gathered, list_rows, list_kinds = _lists(row[rest], key[rest], whole[rest], rows, tile)
+    tiles_of = torch.bincount(tile_rows, minlength=rows)
+    lists_of = torch.bincount(list_rows, minlength=rows)
     # Row by row, its tiles first.
     tile_at = count(tile_rows) + (lists_of.cumsum(0) - lists_of)[tile_rows]
     list_at = count(list_rows) + tiles_of.cumsum(0)[list_rows]
@@ -140,12 +158,13 @@ def _alive(first: Tensor, last: Tensor, sizes: _Sizes, gather: bool, lists: int)
     return _Cells(tiles_of + lists_of, cols, kinds, gathered)
 
 
-def _lists(row: Tensor, key: Tensor, whole: Tensor, sizes: _Sizes) -> tuple[Tensor, Tensor, Tensor]:
+def _lists(
+    row: Tensor, key: Tensor, whole: Tensor, rows: int, tile: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Single keys, sorted by row tile, as lists of `tile`: (lists, row tile of each, its kind)."""
-    tile = sizes.tile
-    n = torch.bincount(row, minlength=sizes.rows)
+    n = torch.bincount(row, minlength=rows)
     lists = -(-n // tile)
-    list_rows = torch.repeat_interleave(torch.arange(sizes.rows, device=key.device), lists)
+    list_rows = torch.repeat_interleave(torch.arange(rows, device=key.device), lists)
     # Each row tile's lists begin at a multiple of `tile`; its keys move on by what lies between.
     gap = (lists.cumsum(0) - lists) * tile - (n.cumsum(0) - n)
     at = count(row) + torch.repeat_interleave(gap, n)

@@ -23,7 +23,7 @@ FORMS: tuple[Form, ...] = ("exp", "log")
 
 
 class Scored(NamedTuple):
-    """bias: delta, added to the logits; rank: its log form, by which keys are ordered; (B, G, L)."""
+    """bias: delta, added to the logits; rank: its log form, which orders the keys; (B, G, L)."""
 
     bias: Tensor
     rank: Tensor
