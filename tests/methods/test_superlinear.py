@@ -13,6 +13,7 @@ from foveate.methods.superlinear.attention import tile_for
 from foveate.methods.superlinear.powers import (
     counted,
     distances,
+    exponent,
     floor_pow,
     reach,
     read,
@@ -405,11 +406,6 @@ def test_search_pairs_and_shares_are_the_papers():
         found = counted(length)
         assert found.search == search[length]
         assert found.total / (length * (length + 1) / 2) == pytest.approx(share, abs=6e-4)
-
-
-def exponent(lengths, work):
-    x, y = (torch.tensor(z, dtype=torch.float64).log() for z in (lengths, work))
-    return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
 
 
 def test_counted_work_grows_as_the_length_to_three_halves():

@@ -2,6 +2,7 @@
 
 from foveate.nn.attention import Attention
 from foveate.nn.block import Block
+from foveate.nn.ema import GatedEMA
 from foveate.nn.feedforward import SwiGLU
 from foveate.nn.moe import MoE, Router
 from foveate.nn.neighborhood import (
@@ -15,6 +16,7 @@ from foveate.nn.output import LayerOutput
 __all__ = [
     "Attention",
     "Block",
+    "GatedEMA",
     "LayerOutput",
     "MoE",
     "NeighborhoodAttention1D",
