@@ -13,7 +13,6 @@ from foveate.methods.superlinear.attention import tile_for
 from foveate.methods.superlinear.powers import (
     counted,
     distances,
-    exponent,
     floor_pow,
     reach,
     read,
@@ -22,6 +21,7 @@ from foveate.methods.superlinear.powers import (
 from foveate.methods.superlinear.search import best_anchors
 from foveate.ops.errors import InputError
 from foveate.parts import Heads
+from foveate.parts.exponent import exponent
 from foveate.parts.lifetimes import layout_of_spans
 
 DIM = 24
@@ -411,6 +411,7 @@ def test_search_pairs_and_shares_are_the_papers():
 def test_counted_work_grows_as_the_length_to_three_halves():
     lengths = [4096, 8192, 16384, 32768, 65536]
     assert exponent(lengths, [counted(n).total for n in lengths]) == pytest.approx(1.5, abs=0.02)
+    assert Superlinear(index=3).pairs(5000) == counted(5000, index=3).total
     upscaled = [counted(n, power=0.54, span_power=0.54).total for n in lengths]
     assert exponent(lengths, upscaled) == pytest.approx(1.54, abs=0.02)
 

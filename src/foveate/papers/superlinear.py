@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from foveate.methods.superlinear import MultiStep, Superlinear
-from foveate.methods.superlinear.powers import counted, exponent, read
+from foveate.methods.superlinear.powers import counted, read
 from foveate.nn import Attention, GatedEMA, SwiGLU
 from foveate.ops import causal
 from foveate.papers.harness import Check, Found, Paper, Trial, at_least, at_most
 from foveate.papers.tasks import FillerRecall
 from foveate.papers.training import Regime, evaluate, train
 from foveate.parts import Heads
+from foveate.parts.exponent import exponent
 from foveate.parts.norm import RMSNorm
 
 ROUTED = Superlinear(spans=2, index=1)

@@ -219,3 +219,12 @@ class DMA(AttentionRecipe):
     @override
     def build(self, heads: Heads) -> DynamicMask:
         return DynamicMask(heads, self.window, self.form, self.select, self.smooth, bias=self.bias)
+
+    def pairs(self, length: int) -> int:
+        """Pairs of query and key that a head works on at most over `length` tokens."""
+        if self.select == "relu":
+            return length * (length + 1) // 2
+        kept = min(self.window, length)
+        at_most = 2 if self.smooth else 1  # more than half of a block that counts whole is kept
+        whole = kept * (kept + 1) // 2 + (length - kept) * kept
+        return min(at_most * whole, length * (length + 1) // 2)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from foveate.methods.superlinear.powers import distances, reach, window_length
+from foveate.methods.superlinear.powers import counted, distances, reach, window_length
 from foveate.methods.superlinear.search import best_anchors
 from foveate.ops import AttentionOutput, Layout, attention, merge, mix, window
 from foveate.ops.errors import InputError
@@ -235,3 +235,15 @@ class Superlinear(AttentionRecipe):
     @override
     def build(self, heads: Heads) -> MultiStep:
         return MultiStep(heads, self)
+
+    def pairs(self, length: int) -> int:
+        """Pairs of query and key that a head works on at most over `length` tokens."""
+        return counted(
+            length,
+            power=self.power,
+            span_power=self.span_power,
+            backward=self.backward,
+            forward=self.forward,
+            spans=self.spans,
+            index=self.index,
+        ).total

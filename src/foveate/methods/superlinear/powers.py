@@ -11,7 +11,6 @@ cover everything: b_b = 2 for p = p_s = 1/2.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -106,10 +105,3 @@ def read(t: int, *, power: float = 0.5, span_power: float = 0.5, backward: float
     size = int(reach(backward, n, span_power)) + 1 + int(reach(forward, n, span_power))
     anchors = len(distances(t + 1, power, index + 1))
     return anchors, spans * min(size, t + 1) + min(window_length(index, power), t + 1)
-
-
-def exponent(lengths: Sequence[int], work: Sequence[float]) -> float:
-    """The power of the length that fits counted work best: slope of a line through the logs."""
-    x, y = (torch.tensor(z, dtype=torch.float64).log() for z in (lengths, work))
-    x, y = x - x.mean(), y - y.mean()
-    return float((x * y).sum() / x.square().sum())
