@@ -14,7 +14,7 @@ tokens, the exponent that fits them, and what a step of decoding reads at a mill
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from typing_extensions import override
@@ -90,7 +90,7 @@ class Hybrid(nn.Module):
         """Logits (B, L, vocab) of tokens (B, L)."""
         x = self.embed(tokens)
         for layer in self.layers:
-            ema, attention, feedforward, *norms = layer
+            ema, attention, feedforward, *norms = cast(nn.ModuleList, layer)
             x = x + ema(norms[0](x))[0]
             x = x + attention(norms[1](x), mask=causal()).y
             x = x + feedforward(norms[2](x))
