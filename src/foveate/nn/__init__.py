@@ -3,7 +3,8 @@
 from foveate.nn.attention import Attention
 from foveate.nn.block import Block
 from foveate.nn.ema import GatedEMA
-from foveate.nn.feedforward import SwiGLU
+from foveate.nn.feedforward import GELU, SwiGLU
+from foveate.nn.mixer import MixerLayer
 from foveate.nn.moe import MoE, Router
 from foveate.nn.neighborhood import (
     NeighborhoodAttention1D,
@@ -14,10 +15,12 @@ from foveate.nn.neighborhood import (
 from foveate.nn.output import LayerOutput
 
 __all__ = [
+    "GELU",
     "Attention",
     "Block",
     "GatedEMA",
     "LayerOutput",
+    "MixerLayer",
     "MoE",
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
