@@ -10,7 +10,7 @@ import torch
 from foveate.bench import trained
 from foveate.ops.errors import FoveateError, InputError
 from foveate.parts import Heads
-from foveate.parts.exponent import exponent
+from foveate.parts.growth import exponent
 from foveate.runs.timing import Pace
 
 HEADS = Heads(32, 4, 2, 8, 8)
@@ -60,5 +60,5 @@ def test_methods_without_parameters_are_refused():
 def test_exponents_are_slopes():
     assert exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
     for lengths, work in (([4], [4]), ([4, 4], [1, 2]), ([4, 8], [0, 2]), ([4, 8], [1, 2, 3])):
-        with pytest.raises(InputError, match="two lengths or more"):
+        with pytest.raises(InputError, match="two or more different lengths"):
             exponent(lengths, work)

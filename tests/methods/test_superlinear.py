@@ -21,7 +21,7 @@ from foveate.methods.superlinear.powers import (
 from foveate.methods.superlinear.search import best_anchors
 from foveate.ops.errors import InputError
 from foveate.parts import Heads
-from foveate.parts.exponent import exponent
+from foveate.parts.growth import exponent
 from foveate.parts.lifetimes import layout_of_spans
 
 DIM = 24

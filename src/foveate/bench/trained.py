@@ -26,7 +26,7 @@ from foveate.methods import make
 from foveate.ops import attention, causal
 from foveate.ops.errors import FoveateError, InputError
 from foveate.parts import AttentionRecipe, Context, Heads
-from foveate.parts.exponent import exponent
+from foveate.parts.growth import exponent
 from foveate.runs.timing import Pace, race
 
 TOLERANCE = 1e-3

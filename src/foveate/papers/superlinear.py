@@ -27,7 +27,7 @@ from foveate.papers.harness import Check, Found, Paper, Trial, at_least, at_most
 from foveate.papers.tasks import FillerRecall
 from foveate.papers.training import Regime, evaluate, train
 from foveate.parts import Heads
-from foveate.parts.exponent import exponent
+from foveate.parts.growth import exponent
 from foveate.parts.norm import RMSNorm
 
 ROUTED = Superlinear(spans=2, index=1)
