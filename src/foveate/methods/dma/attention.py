@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from foveate.methods.dma.importance import FORMS, Form, Importance, Scored
-from foveate.methods.dma.layout import Kept, kept, layouts
+from foveate.methods.dma.layout import Kept, kept, layouts, tile_for
 from foveate.methods.dma.state import KeptKeys
 from foveate.ops import AttentionOutput, attention, merge
 from foveate.ops.attention import with_sinks
@@ -74,7 +74,8 @@ class DynamicMask(Stateful, nn.Module):
             scored = scored._replace(
                 rank=scored.rank.masked_fill(~tokens.k_real[:, None], -torch.inf)
             )
-        return over(q, k, v, self.kept(scored, k.shape[2] - q.shape[2]), bias, ctx)
+        seen = self.kept(scored, k.shape[2] - q.shape[2])
+        return over(q, k, v, seen, bias, ctx, tile_for(self.window))
 
     def new_state(self) -> KeptKeys:
         """An empty state: w keys of each head, or all where others than the w best are seen."""
@@ -109,7 +110,9 @@ class DynamicMask(Stateful, nn.Module):
             result = attention(q, held.k, held.v, **ctx.options | {"bias": held.bias})
         else:
             scored = Scored(held.delta, state.held["rank"])
-            result = over(q, held.k, held.v, self.kept(scored, start), held.bias, ctx)
+            result = over(
+                q, held.k, held.v, self.kept(scored, start), held.bias, ctx, tile_for(self.window)
+            )
         state.cut()
         return result
 
@@ -164,12 +167,12 @@ def added(delta: Tensor, heads: int, ctx: Context) -> Tensor:
 
 
 def over(
-    q: Tensor, k: Tensor, v: Tensor, seen: Kept, bias: Tensor, ctx: Context
+    q: Tensor, k: Tensor, v: Tensor, seen: Kept, bias: Tensor, ctx: Context, tile: int
 ) -> AttentionOutput:
     """Attention over the keys that are kept."""
     options = ctx.options | {"bias": bias, "sink_logits": None}
     with torch.no_grad():
-        parts = layouts(seen, q.shape[2])
+        parts = layouts(seen, q.shape[2], tile)
     found = [attention(q, k, v, layout=part, **options) for part in parts]
     result = found[0] if len(found) == 1 else merge(found)
     return result if ctx.sink_logits is None else with_sinks(result, ctx.sink_logits)

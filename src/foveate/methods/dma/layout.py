@@ -48,6 +48,11 @@ def kept(rank: Tensor, window: int, relu: Tensor | None, smooth: int, start: int
     return Kept(begin + smooth, last * real, own & real, begin)
 
 
+def tile_for(window: int) -> int:
+    """Rows of a tile: the more, the fewer lists, each longer than `window` by that many keys."""
+    return 64 if window < 512 else 128
+
+
 def layouts(found: Kept, q_len: int, tile: int = 64, *, gather: bool = True) -> list[Layout]:
     """Disjoint parts: the keys that live for a while, and with smoothing each query's own block."""
     shift = found.first.shape[2] - q_len
