@@ -186,6 +186,18 @@ FLUX = Paper(
     "2604.07394",
 )
 
+SNAPKV = Paper(
+    "SnapKV: LLM Knows What You are Looking for Before Generation", "Li et al., 2024", "2404.14469"
+)
+H2O = Paper(
+    "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models",
+    "Zhang et al., 2023",
+    "2306.14048",
+)
+WHOLE_PROMPT = Support(True, "dense; the cache is cut after it, so memory and decoding gain")
+NO_CACHE = Support(False, "it drops keys from a decoder's cache; use block-sparse")
+LEFT_PADDING = Support(True, "on the left, as in generation")
+
 BUILDERS = ("Attention", "train")
 GRIDS = ("Attention", "use", "bench", "cost")
 FITTED = ("compare", "use", "fit")
@@ -356,6 +368,30 @@ ROWS: tuple[Row, ...] = (
         sheet="flux",
         capabilities=Capabilities(bidirectional=STREAMED, causal_routing=PROMPT_END),
         jobs=FITTED,
+    ),
+    Row(
+        key="snapkv",
+        kind="pattern",
+        path="foveate.methods.snapkv.SnapKV",
+        title="SnapKV",
+        summary="After the prompt each head keeps the keys that its last queries attend to.",
+        papers=(SNAPKV, SINKS),
+        sheet="attention-sink",
+        capabilities=Capabilities(
+            prefill=WHOLE_PROMPT, padding=LEFT_PADDING, bidirectional=NO_CACHE
+        ),
+    ),
+    Row(
+        key="h2o",
+        kind="pattern",
+        path="foveate.methods.h2o.H2O",
+        title="H2O",
+        summary="The cache keeps the newest keys and those that were attended to most so far.",
+        papers=(H2O, SINKS),
+        sheet="attention-sink",
+        capabilities=Capabilities(
+            prefill=WHOLE_PROMPT, padding=LEFT_PADDING, bidirectional=NO_CACHE
+        ),
     ),
     Row(
         key="mha",

@@ -23,11 +23,13 @@ class Attention(ABC):
 
     A dataclass whose fields are its hyper-parameters; an `nn.Module` as well where it has
     parameters or persistent state. `exact` says that it keeps everything that the mask allows,
-    `wants_query_rope` that it looks at queries as they were before their rotation.
+    `wants_query_rope` that it looks at queries as they were before their rotation, `evicts` that it
+    drops keys from the cache in its context.
     """
 
     exact: ClassVar[bool] = False
     wants_query_rope: ClassVar[bool] = False
+    evicts: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(
@@ -80,18 +82,18 @@ class Pattern(Attention):
             rule = self.rule(ctx)
             if rule is not None:
                 return attention(q, k, v, rule, **ctx.options)
-        start = _clock(q, ctx)
+        start = clock(q, ctx)
         layout = None
         if not dense:
             with torch.no_grad():
                 layout = self.layout(q, k, v, ctx)
         elif not plain:
             layout = mask_layout(ctx.mask, q, k, ctx)
-        built = _clock(q, ctx)
+        built = clock(q, ctx)
         mask = ctx.mask if layout is None else None
         result = attention(q, k, v, mask, layout=layout, **ctx.options)
         if ctx.stats is not None and not torch.compiler.is_compiling():
-            done = _clock(q, ctx)
+            done = clock(q, ctx)
             ctx.stats(
                 layer=ctx.layer,
                 layout=mask_layout(ctx.mask, q, k, ctx) if layout is None else layout,
@@ -143,7 +145,7 @@ def _same(one: Tensor | None, two: Tensor | None) -> bool:
     return one is not None and two is not None and torch.equal(one, two)
 
 
-def _clock(q: Tensor, ctx: Context) -> float:
+def clock(q: Tensor, ctx: Context) -> float:
     """Seconds; 0 where nobody listens."""
     if ctx.stats is None or torch.compiler.is_compiling():
         return 0.0
