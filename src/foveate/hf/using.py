@@ -23,6 +23,7 @@ from foveate.hf.assignment import (
     Assignment,
     HeadGroup,
     assignment_of,
+    by_heads,
     found_beside,
     is_path,
     plan_of,
@@ -122,7 +123,7 @@ class Use:
         self._model = weakref.ref(model)
         found = sites(model)
         self._shelf = Shelf(model, fitted)
-        plan = self._shelf.bind_all(plan_of(pattern, found, cross))
+        plan = by_heads(self._shelf.bind_all(plan_of(pattern, found, cross)), found)
         turning = _turning(model, plan)
         evicting = policies(model, plan, found)
         taken = [site.name for module, site in found.items() if module in SEATS]

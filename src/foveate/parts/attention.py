@@ -32,6 +32,13 @@ class Attention(ABC):
     wants_query_rope: ClassVar[bool] = False
     evicts: ClassVar[bool] = False
 
+    def split(self, layer: int) -> list[tuple[tuple[int, ...] | None, Attention]] | None:
+        """(heads, attention) of each group of a layer's heads; None if all run the same.
+
+        Heads None are all of them. Whoever runs a model's layers may run these in its place.
+        """
+        return None
+
     @abstractmethod
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Context | None = None
