@@ -63,6 +63,15 @@ def suffix_of(method: Any) -> str:
     return str(getattr(method, "suffix", SUFFIXES[0]))
 
 
+def contents(artefact: Artefact) -> str:
+    """A digest (hex) of what an artefact says."""
+    made = hashlib.sha256(json.dumps([artefact.key, artefact.facts], sort_keys=True).encode())
+    for name, x in sorted(artefact.tensors.items()):
+        made.update(f"{name}{tuple(x.shape)}{x.dtype}".encode())
+        made.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return made.hexdigest()
+
+
 def save(artefact: Artefact, model_fingerprint: str, path: Path) -> Path:
     """Write an artefact, whole or not at all: safetensors, or JSON if the path says so.
 
