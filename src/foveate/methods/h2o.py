@@ -79,15 +79,15 @@ def _one_row(q: Tensor, k: Tensor, lse: Tensor, ctx: Context, cache: EvictingCac
     """Attention of the newest query, which sees all that isn't padding: (B, Hq, n)."""
     work = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[3] ** -0.5 if ctx.scale is None else ctx.scale
-    grouped = (q.to(work) * scale).unflatten(1, (k.shape[1], -1)).squeeze(3)
+    grouped = (q[:, :, 0].to(work) * scale).unflatten(1, (k.shape[1], -1))
     scores = (grouped @ k.to(work).mT).flatten(1, 2)
     if ctx.softcap is not None:
         scores = ctx.softcap * torch.tanh(scores / ctx.softcap)
     if ctx.bias is not None:
-        scores = scores + ctx.bias.expand(-1, -1, 1, -1)[:, :, 0].to(work)
-    blind = lse == -torch.inf  # a query that is padding
-    found = torch.exp(scores - lse.masked_fill(blind, torch.inf))
-    if bool(cache.pads.any()):
-        padding = (cache.positions == PADDING).repeat_interleave(q.shape[1] // k.shape[1], 1)
-        found = found.masked_fill(padding, 0.0)
-    return found
+        scores = scores + ctx.bias.expand(-1, q.shape[1], 1, -1)[:, :, 0].to(work)
+    if not cache.padded:
+        return scores.sub_(lse).exp_()
+    # A query that is padding adds nothing, and padding receives nothing.
+    found = torch.exp(scores - lse.masked_fill(lse == -torch.inf, torch.inf))
+    nothing = (cache.positions == PADDING).repeat_interleave(q.shape[1] // k.shape[1], 1)
+    return found.masked_fill(nothing, 0.0)

@@ -11,8 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from foveate.ops import attention, window
 from foveate.parts.attention import EVERYTHING
 from foveate.parts.context import Context
+from foveate.parts.form import is_causal_or_full
 from foveate.parts.tokens import Tokens
 
 _BUDGET = 1 << 21  # weights held at once
@@ -138,8 +140,9 @@ def received(
 ) -> Tensor:
     """Weight that each key receives, (B, Hq, Lkv), from all real queries or each row's last.
 
-    sum_i exp(s_ij - lse_i), in fp32 (float64 for float64 inputs), a few rows at a time. Keys that no
-    row of them sees are left out of the work, so that causal attention takes half.
+    sum_i exp(s_ij - lse_i), in fp32 (float64 for float64 inputs). For all queries of causal
+    attention the core op does it: that sum is the exp of the lse of keys that attend to queries,
+    with -lse_i as a bias. Otherwise a few rows at a time, without the keys that none of them sees.
 
     Args:
         q: (B, Hq, Lq, D).
@@ -155,6 +158,8 @@ def received(
     work = torch.promote_types(q.dtype, torch.float32)
     scale = dim**-0.5 if ctx.scale is None else ctx.scale
     sums = torch.zeros(batch, heads, kv_len, dtype=work, device=q.device)
+    if last is None and ctx.bias is None and tokens.causal and is_causal_or_full(ctx, tokens):
+        return _turned(q, k, lse, ctx, tokens).to(work)
     step = max(1, _BUDGET // max(1, group * kv_len))
     for b in range(batch):
         t = b if len(tokens.shift) > 1 else 0
@@ -179,3 +184,18 @@ def received(
                 )
                 sums[b, mine, span] += weights.exp_().sum(1)
     return sums
+
+
+def _turned(q: Tensor, k: Tensor, lse: Tensor, ctx: Context, tokens: Tokens) -> Tensor:
+    """What keys receive from all queries that stand at or behind them: (B, Hq, Lkv)."""
+    blind = (lse == -torch.inf) | ~tokens.q_real[:, None]
+    found = attention(
+        k.repeat_interleave(q.shape[1] // k.shape[1], 1),
+        q,
+        q.new_zeros(*q.shape[:3], 1),
+        window(0, -1),
+        bias=(-lse).masked_fill(blind, -torch.inf)[:, :, None],
+        scale=ctx.scale,
+        softcap=ctx.softcap,
+    )
+    return found.lse.exp() * tokens.k_real[:, None]

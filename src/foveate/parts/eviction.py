@@ -41,6 +41,8 @@ class EvictingCache:
         self.known = 0  # tokens of which is known whether they are padding
         self._pads: Tensor | None = None  # (B,) padding that came in
         self._started: Tensor | None = None  # (B,) whether a real token came in
+        self.started = False  # whether one did in every row: no padding can come any more
+        self.padded = False  # whether any padding came in
         self._held: dict[str, Tensor] = {}
 
     # -- what it holds ---------------------------------------------------------------------------
@@ -64,8 +66,8 @@ class EvictingCache:
 
     @property
     def positions(self) -> Tensor:
-        """(B, Hkv, n) int64: index of each kept token in its row, PADDING for none."""
-        return self._filled("positions").long()
+        """(B, Hkv, n) int32: index of each kept token in its row, PADDING for none."""
+        return self._filled("positions")
 
     @property
     def scores(self) -> Tensor:
@@ -113,6 +115,10 @@ class EvictingCache:
         """
         self._check(key, value)
         new = key.shape[2]
+        if self._hole is not None and new == 1 and not key.requires_grad:
+            self._fill(key, value)
+            self.seen += 1
+            return self._view("keys"), self._view("values")
         at = torch.arange(self.seen, self.seen + new, dtype=torch.int32, device=key.device)
         fresh = {
             "keys": key,
@@ -128,12 +134,6 @@ class EvictingCache:
             self._close()
             self._held = {name: torch.cat((self._view(name), x), 2) for name, x in fresh.items()}
             self._length += new
-        elif self._hole is not None and new == 1:
-            self._make_room(0)
-            for name, x in fresh.items():
-                there = self._hole if x.dim() == 3 else _wide(self._hole, x.shape[3])
-                self._held[name].scatter_(2, there, x)
-            self._hole = None
         else:
             self._close()
             self._make_room(new)
@@ -142,6 +142,16 @@ class EvictingCache:
             self._length += new
         self.seen += new
         return self._view("keys"), self._view("values")
+
+    def _fill(self, key: Tensor, value: Tensor) -> None:
+        """Put a single new token into the hole of each head."""
+        assert self._hole is not None
+        self._make_room(0)
+        for name, x in (("keys", key), ("values", value)):
+            self._held[name].scatter_(2, _wide(self._hole, x.shape[3]), x)
+        self._held["positions"].scatter_(2, self._hole, self.seen)
+        self._held["scores"].scatter_(2, self._hole, 0.0)
+        self._hole = None
 
     def _make_room(self, new: int) -> None:
         """Buffers that may be written to, with room for `new` more places."""
@@ -176,17 +186,14 @@ class EvictingCache:
             )
         self.known = self.seen
         if not bool(front.any()):
-            self._started = torch.ones_like(self._started)
+            self._started, self.started = torch.ones_like(self._started), True
             return
+        self.padded = True
         self._pads = self._pads + front.sum(1)
         self._started = self._started | real.any(1)
+        self.started = bool(self._started.all())
         last = self._view("positions")[..., -new:]
         last.masked_fill_(front[:, None], PADDING)
-
-    @property
-    def started(self) -> bool:
-        """Whether a real token of every row is known: no padding can come any more."""
-        return self._started is not None and bool(self._started.all())
 
     def keep(self, rank: Tensor, size: int) -> None:
         """Keep the `size` places of the highest rank in each head; of equal ones the earlier.
@@ -199,9 +206,11 @@ class EvictingCache:
         """
         if self._length <= size or self._hole is not None:
             return
-        # The last place of padding goes before others, so that it stays in front.
-        low = torch.finfo(rank.dtype).min
-        rank = rank.clamp_min(low).masked_fill(self._view("positions") == PADDING, -torch.inf)
+        if self.padded:
+            # The last place of padding goes before others, so that it stays in front.
+            low = torch.finfo(rank.dtype).min
+            nothing = self._view("positions") == PADDING
+            rank = rank.clamp_min(low).masked_fill(nothing, -torch.inf)
         if self._length == size + 1:
             places = torch.arange(self._length, device=rank.device)
             least = rank == rank.amin(2, keepdim=True)
@@ -279,6 +288,7 @@ class EvictingCache:
         """Forget everything."""
         self.seen = self._length = self.known = 0
         self._hole, self._pads, self._started, self._held = None, None, None, {}
+        self.started = self.padded = False
 
 
 def _wide(index: Tensor, width: int) -> Tensor:
