@@ -360,3 +360,30 @@ def test_layouts_go_with_the_engine():
     for method in (Grid(max_stride=9), QBoundary(PATTERNS[1:]), TwoDBoundary((PATTERNS[3:],))):
         layout: Layout = method.layout(q, k, v, ctx)
         close(method(q, k, v, ctx), over(layout.dense(), q, k, v), 1e-5)
+
+
+def test_all_strides_at_once_are_the_z_scores_of_each():
+    x = torch.randn(5, 777).exp()
+    strides = list(range(2, 200))
+    best = search_stride(x, strides)
+    for h in range(5):
+        z = {s: z_scores(x[h : h + 1], s)[0] for s in strides}
+        top = max(strides, key=lambda s: float(z[s].max()))
+        assert int(best.stride[h]) == top
+        assert int(best.phase[h]) == int(z[top].argmax())
+        torch.testing.assert_close(best.z[h], z[top].max())
+
+
+@pytest.mark.parametrize("steady", [True, False])
+def test_tiles_alike_by_distance_are_those_made_one_by_one(steady):
+    from foveate.methods.mminference.distances import Distances
+    from foveate.methods.mminference.lines import _each, seen_of
+
+    at = torch.arange(640)
+    # Two kinds of tokens side by side: some tiles stand in a row, some don't.
+    order = at if steady else torch.cat((at[:250], at[400:], at[250:400:3]))
+    tiles = order[: len(order) // 64 * 64].view(-1, 64)
+    r, c = torch.ones(len(tiles), len(tiles)).nonzero(as_tuple=True)
+    for mask in (None, Distances(torch.rand(640) < 0.3)):
+        given = (tiles, tiles, tiles, tiles, mask, r, c)
+        assert torch.equal(seen_of(*given), _each(*given))

@@ -86,8 +86,12 @@ class Problem:
         if self.ctx.softcap is not None:
             scores = self.ctx.softcap * torch.tanh(scores / self.ctx.softcap)
         hidden = self.k_at > self.q_at[-self.last :, None]
-        scores = scores.masked_fill(hidden, -torch.inf)
-        return torch.softmax(scores, -1).nan_to_num(0.0)
+        some = hidden.any(0).nonzero()[:, 0]
+        if len(some):  # few: keys that stand behind some of these last queries
+            first = int(some[0])
+            scores[..., first:].masked_fill_(hidden[:, first:], -torch.inf)
+        found = torch.softmax(scores, -1)
+        return found.nan_to_num_(0.0) if bool(hidden.all(1).any()) else found
 
     @cached_property
     def column_sums(self) -> Tensor:
