@@ -19,7 +19,6 @@ from foveate.hf.fit.frozen import FrozenModel
 from foveate.hf.fit.job import FileState
 from foveate.methods import make
 from foveate.methods.mminference import assigned, search
-from foveate.methods.mminference import fit as search_fit
 from foveate.ops.errors import InputError
 from foveate.parts.fitting import Artefact, fitter_of
 

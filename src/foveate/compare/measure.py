@@ -299,7 +299,6 @@ class Machine:
             handle.remove()
         return caught[-1], out.logits[:, -1], out.past_key_values
 
-
     def _catch(self, caught: list[Tensor]) -> Any:
         """Keep what the model's head is given, until the handle is removed."""
 

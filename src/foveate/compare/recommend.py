@@ -192,8 +192,8 @@ def _smaller(rows: list[Row], max_loss: float, max_needle_loss: float) -> str:
     best = min(small, key=lambda row: row.cache or 1.0)
     speed = "" if best.decode is None else f"decoding {best.decode.middle:.2f}x, "
     return (
-        f" For a smaller cache, {best.entry.name} holds {100 * (best.cache or 1.0):.0f}% of dense's "
-        f"after the prompt: {speed}perplexity {_percent(best.loss)} on what is decoded."
+        f" For a smaller cache, {best.entry.name} holds {100 * (best.cache or 1.0):.0f}% of "
+        f"dense's after the prompt: {speed}perplexity {_percent(best.loss)} on what is decoded."
     )
 
 

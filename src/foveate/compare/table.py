@@ -71,12 +71,12 @@ COLUMNS = {
     "check": Column("check", "of the outputs in this run; without it no speed is shown"),
 }
 LANGUAGE = (
-    "length", "method", "prefill", "attention", "ideal", "realised", "layouts", "decode", "memory", "cache",
-    "visited", "pairs", "kl", "agreement", "loss", "needle", "check",
+    "length", "method", "prefill", "attention", "ideal", "realised", "layouts", "decode", "memory",
+    "cache", "visited", "pairs", "kl", "agreement", "loss", "needle", "check",
 )  # fmt: skip
 ENCODER = (
-    "length", "method", "prefill", "attention", "ideal", "realised", "layouts", "memory", "visited", "pairs",
-    "cosine", "error", "check",
+    "length", "method", "prefill", "attention", "ideal", "realised", "layouts", "memory", "visited",
+    "pairs", "cosine", "error", "check",
 )  # fmt: skip
 
 

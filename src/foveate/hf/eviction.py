@@ -1,8 +1,9 @@
 """Cache layers that drop keys, put into transformers' own cache while a model is in use.
 
-A policy such as `snapkv` or `h2o` needs its layer's cache, which transformers hands to the attention
-module and not to the attention function. So each module of a policy is asked before it runs: the
-layer's plain `DynamicLayer` becomes an `EvictingLayer`, and the policy finds it in its context.
+A policy such as `snapkv` or `h2o` needs its layer's cache, which transformers hands to the
+attention module and not to the attention function. So each module of a policy is asked before it
+runs: the layer's plain `DynamicLayer` becomes an `EvictingLayer`, and the policy finds its cache in
+its context.
 """
 
 from __future__ import annotations
@@ -167,9 +168,7 @@ class _Look:
         self.caches = caches
 
     @torch.compiler.disable
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.caches.pop(module, None)
         cache = kwargs.get(_ARGUMENT)
         if cache is None:

@@ -24,7 +24,7 @@ def placeholders(config: Any) -> list[int]:
 
 
 def watch_modality(model: nn.Module, running: Running) -> list[RemovableHandle]:
-    """Keep `running.modality` (B, L) up to date: 0 text, 1 vision; nothing if there is no vision."""
+    """Keep `running.modality` (B, L) up to date: 0 text, 1 vision; nothing without vision."""
     ids = placeholders(getattr(model, "config", None))
     if not ids:
         return []

@@ -24,11 +24,10 @@ from foveate.parts.tokens import tokens_of
 
 @dataclass(frozen=True)
 class H2O(EvictionPolicy):
-    """Dense attention over the cache; then it is cut to `recent` + `heavy` keys, in each head others.
+    """Dense attention over the cache, which is then cut to `recent` + `heavy` keys, by head.
 
     A key head's score is the mean over the query heads that share it. The scores of a prompt take
-    a second pass over its attention, row by row, which a prompt in chunks spreads. The cache never
-    holds more than the budget between two calls.
+    a second pass over its attention. The cache never holds more than the budget between two calls.
 
     Attributes:
         heavy: keys of the highest score, `sinks` among them (paper: a tenth of the prompt).

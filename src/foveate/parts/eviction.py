@@ -1,4 +1,4 @@
-"""A cache that lets go of keys: which ones it keeps, each sequence and each key head says for itself.
+"""A cache that lets go of keys: which ones it keeps, each sequence and key head says for itself.
 
 Attention over a set of keys doesn't ask for their order, so a new token takes the place of the one
 that was dropped before it, and a decoding step moves nothing else. What a policy must know of what
@@ -17,8 +17,8 @@ from typing_extensions import override
 
 from foveate.ops import AttentionOutput, Layout
 from foveate.ops.errors import InputError
-from foveate.ops.masks.checks import whole
 from foveate.ops.masks.base import positions
+from foveate.ops.masks.checks import whole
 from foveate.parts.attention import EVERYTHING, Pattern, clock, mask_layout, remember
 from foveate.parts.cache import Field
 from foveate.parts.context import Context
@@ -90,8 +90,7 @@ class EvictingCache:
     def fields(self) -> tuple[Field, ...]:
         """The tensors it keeps; empty before the first update."""
         return tuple(
-            Field(name, "token", (x.shape[1], *x.shape[3:]), None)
-            for name, x in self._held.items()
+            Field(name, "token", (x.shape[1], *x.shape[3:]), None) for name, x in self._held.items()
         )
 
     def bytes(self) -> int:

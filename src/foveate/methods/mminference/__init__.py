@@ -14,5 +14,6 @@ from foveate.methods.mminference.grid import Grid
 from foveate.methods.mminference.vertical_slash import VerticalSlash
 
 __all__ = [
-    "AShape", "BlockSparse", "Grid", "MMInference", "QBoundary", "TriShape", "TwoDBoundary", "VerticalSlash",
+    "AShape", "BlockSparse", "Grid", "MMInference", "QBoundary", "TriShape", "TwoDBoundary",
+    "VerticalSlash",
 ]  # fmt: skip

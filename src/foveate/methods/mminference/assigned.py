@@ -56,9 +56,7 @@ class MMInference(Attention):
         if (self.sinks is None) != (self.local is None):
             raise InputError("MMInference: give both sinks and local, or neither.")
         if self.space not in SPACES:
-            raise InputError(
-                f"MMInference(space={self.space!r}): expected {' or '.join(SPACES)}."
-            )
+            raise InputError(f"MMInference(space={self.space!r}): expected {' or '.join(SPACES)}.")
         number = isinstance(self.budget, int | float) and not isinstance(self.budget, bool)
         if not number or not 0 < self.budget < float("inf"):
             raise InputError(f"MMInference(budget={self.budget!r}): expected a factor above 0.")
@@ -91,9 +89,7 @@ class MMInference(Attention):
         patterns: dict[str, Sequence[int]] = self.found.facts["layers"].get(str(layer), {})
         if not patterns:
             return [(None, make("full"))]
-        return [
-            (tuple(heads), scaled(make(text), self.budget)) for text, heads in patterns.items()
-        ]
+        return [(tuple(heads), scaled(make(text), self.budget)) for text, heads in patterns.items()]
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Context | None = None
@@ -134,7 +130,9 @@ def scaled(pattern: Any, factor: float) -> Any:
     if "patterns" in names:
 
         def deep(one: Any) -> Any:
-            return spec(scaled(make(one), factor)) if isinstance(one, str) else tuple(map(deep, one))
+            return (
+                spec(scaled(make(one), factor)) if isinstance(one, str) else tuple(map(deep, one))
+            )
 
         return replace(pattern, patterns=deep(pattern.patterns))
     values = {name: max(1, round(getattr(pattern, name) * factor)) for name in grows(key)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,26 +37,24 @@ def fit(
         searcher.found = restored(kept[0]["found"])
         first, done = kept[0]["prompt"], kept[0]["done"]
     total = method.prompts * len(model.layers)
+
+    def layer_done(number: int, finished: list[int], layer: int) -> None:
+        finished.append(layer)
+        at = (number * len(model.layers) + len(finished)) / total
+        kept = {"setting": setting, "prompt": number, "done": finished}
+        state.save(kept | {"found": stored(searcher.found)}, {})
+        progress(at, f"layer {layer}, prompt {number + 1} of {method.prompts}")
+
     for number in range(first, method.prompts):
         finished: list[int] = done if number == first else []
-
-        def layer_done(layer: int) -> None:
-            finished.append(layer)
-            at = (number * len(model.layers) + len(finished)) / total
-            state.save(
-                {"setting": setting, "prompt": number, "done": finished,
-                 "found": stored(searcher.found)}, {},
-            )  # fmt: skip
-            progress(at, f"layer {layer}, prompt {number + 1} of {method.prompts}")
-
-        searcher.skip, searcher.layer_done = frozenset(finished), layer_done
+        searcher.skip = frozenset(finished)
+        searcher.layer_done = partial(layer_done, number, finished)
         batch = batches.train(number)
         row = _row(batch)
         model.run(batch.ids[row : row + 1], searcher)
     best = {place: found.best for place, found in searcher.found.items()}
     shares = {
-        place: best[place].area / max(1.0, found.target)
-        for place, found in searcher.found.items()
+        place: best[place].area / max(1.0, found.target) for place, found in searcher.found.items()
     }
     facts: dict[str, Any] = setting | {
         "layers": {str(layer): heads for layer, heads in chosen(searcher.found).items()},
