@@ -19,7 +19,7 @@ H2O = Paper(
 CUTS = Capabilities(
     prefill=Support(True, "dense; the cache is cut after it"),
     padding=Support(True, "on the left, as in generation"),
-    bidirectional=Support(False, "it drops keys from a decoder's cache; use block-sparse"),
+    bidirectional=Support(True, "dense: an encoder has no cache to cut"),
 )
 
 ROWS: tuple[Row, ...] = (

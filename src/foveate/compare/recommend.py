@@ -186,7 +186,8 @@ def _smaller(rows: list[Row], max_loss: float, max_needle_loss: float) -> str:
     cut = [row for row in rows if row.entry.evicts and row.cache is not None]
     if not cut:
         return ""
-    small = [row for row in cut if not _costs(row, max_loss, max_needle_loss) and row.cache < 1]
+    within = [row for row in cut if not _costs(row, max_loss, max_needle_loss)]
+    small = [row for row in within if (row.cache or 1.0) < 1]
     if not small:
         return " No method that drops keys from the cache stays within the limits."
     best = min(small, key=lambda row: row.cache or 1.0)

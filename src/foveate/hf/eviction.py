@@ -147,7 +147,7 @@ def policies(
                 f"{name}: a policy that drops keys is for the cache of a whole layer, so all heads "
                 "of the layer must run it. It chooses for each key head by itself."
             )
-        if found[module].cross or getattr(model.config, "is_encoder_decoder", False):  # type: ignore[union-attr]
+        if found[module].cross or getattr(model.config, "is_encoder_decoder", False):
             raise ModelError(
                 f"{type(model).__name__} has an encoder and a decoder; policies that drop keys are "
                 "for causal models."

@@ -76,10 +76,11 @@ class SnapKV(EvictionPolicy):
         c = of_group(sums, k.shape[1])
         if self.kernel == 1:
             return c
-        pool = torch.nn.functional.avg_pool1d
+        half = self.kernel // 2
         if self.pooling == "max":
-            pool = torch.nn.functional.max_pool1d
-        return pool(c, self.kernel, stride=1, padding=self.kernel // 2)
+            most: Tensor = torch.nn.functional.max_pool1d(c, self.kernel, 1, half)
+            return most
+        return torch.nn.functional.avg_pool1d(c, self.kernel, 1, half)
 
     @override
     def evict(self, q: Tensor, k: Tensor, lse: Tensor, ctx: Context, cache: EvictingCache) -> None:
