@@ -90,6 +90,7 @@ class Attention(nn.Module):
                 "transformers' caches, and this layer keeps its own; use it on a model of "
                 "transformers: foveate.use(model, ...)."
             )
+        position = position if self.attention.rotary else None
         self.rope = rope_for(position, self.projection, theta, interleaved)
 
     def new_cache(self, capacity: int = 0) -> TokenCache | StateCache:

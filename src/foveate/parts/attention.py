@@ -24,11 +24,13 @@ class Attention(ABC):
 
     A dataclass whose fields are its hyper-parameters; an `nn.Module` as well where it has
     parameters or persistent state. `exact` says that it keeps everything that the mask allows,
-    `wants_query_rope` that it looks at queries as they were before their rotation, `evicts` that it
-    drops keys from the cache in its context.
+    `wants_query_rope` that it looks at queries as they were before their rotation, `rotary` that
+    queries and keys may be rotated to their positions at all, `evicts` that it drops keys from the
+    cache in its context.
     """
 
     exact: ClassVar[bool] = False
+    rotary: ClassVar[bool] = True
     wants_query_rope: ClassVar[bool] = False
     evicts: ClassVar[bool] = False
 
