@@ -326,6 +326,35 @@ def test_a_grid_is_found_in_its_modalitys_own_numbers(seed):
     assert (int(whole.stride[0]), int(whole.phase[0])) != (stride, phase)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_slash_is_counted_in_its_modalitys_own_numbers(seed):
+    """Text between two images moves their tokens apart; the diagonals go on as if it weren't there.
+
+    Both ways of finding one: alone, by stride and phase; and beside columns, whose stride it has.
+    """
+    torch.manual_seed(seed)
+    kinds = []
+    for _ in range(4):
+        kinds += [0] * int(torch.randint(40, 120, ())) + [1] * 400
+    kinds = torch.tensor(kinds + [0] * 80)
+    n, dim, stride = len(kinds), 64, 20
+    diagonal = int(torch.randint(1, stride, ()))
+    sight = kinds == 1
+    number = (sight.cumsum(0) - 1)[sight]
+    kind = torch.nn.functional.normalize(torch.randn(stride, dim), dim=1)
+    q, k, _ = torch.randn(3, 1, 1, n, dim)
+    k[0, 0, sight] += 6 * kind[number % stride]
+    q[0, 0, sight] += 6 * kind[(number - diagonal) % stride]
+    ctx = Context(mask=causal(), modality=kinds)
+    for problem in (
+        dict(problems_by_query(q, k, ctx, 64, "q")[0])[1],
+        {(a, b): p for a, b, p in problems_by_pair(q, k, ctx, 64, "2d")[0]}[1, 1],
+    ):
+        alone = Grid(max_stride=64, vertical=False, horizontal=False, slash=True).find(problem)
+        assert (int(alone.stride[0]), int(alone.phase[0])) == (stride, diagonal)
+        assert Grid(stride=stride, slash=True)._diagonal(problem, 0, stride) == diagonal
+
+
 def test_names_go_both_ways():
     for method in (QBoundary(PATTERNS[1:3]), TwoDBoundary((PATTERNS[:2], PATTERNS[5:])), Grid(3)):
         assert make(spec(method)) == method

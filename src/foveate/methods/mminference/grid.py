@@ -135,7 +135,7 @@ class Grid(ProblemPattern):
     def find(self, problem: Problem) -> Found:
         """Stride and phase of each head, in the problem's own numbering.
 
-        From the columns if any line rests on them, else from the distances.
+        From the columns if any line rests on them, else from the distances in those numbers.
         """
         if self.vertical or self.horizontal:
             own = problem.k_number >= 0
@@ -144,7 +144,7 @@ class Grid(ProblemPattern):
             # Numbers of one modality count up by one, from the first.
             shift = int(problem.k_number[before][0]) if bool(before.any()) else 0
         else:
-            columns, shift = problem.distance_sums[:, self.last :], self.last
+            columns, shift = problem.number_sums[:, self.last :], self.last
         if columns.shape[1] == 0:
             zero = torch.zeros(problem.heads, dtype=torch.int64, device=columns.device)
             return Found(zero + (self.stride or 1), zero, columns.new_zeros(problem.heads))
@@ -168,7 +168,7 @@ class Grid(ProblemPattern):
     def _diagonal(self, problem: Problem, h: int, stride: int) -> int:
         if not (self.vertical or self.horizontal):
             return int(self.find(problem).phase[h])
-        far = problem.distance_sums[h : h + 1, self.last :]
+        far = problem.number_sums[h : h + 1, self.last :]
         if far.shape[1] < stride:
             return 0
         return (int(z_scores(far, stride)[0].argmax()) + self.last) % stride

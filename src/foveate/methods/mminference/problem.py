@@ -101,10 +101,18 @@ class Problem:
     @cached_property
     def distance_sums(self) -> Tensor:
         """o_t (Hq, N): sum of Ahat over the pairs at original distance t >= 0."""
-        distance = self.q_at[-self.last :, None] - self.k_at
-        size = int(self.q_at.max()) + 1 if len(self.q_at) else 0
+        return self._by_distance(self.q_at, self.k_at, self.k_at >= 0)
+
+    @cached_property
+    def number_sums(self) -> Tensor:
+        """The same at distances in numbers of the modality's own tokens: (Hq, N)."""
+        return self._by_distance(self.q_number, self.k_number, self.k_number != OUTSIDE)
+
+    def _by_distance(self, q_at: Tensor, k_at: Tensor, counts: Tensor) -> Tensor:
+        distance = q_at[-self.last :, None] - k_at
+        size = int(q_at.max()) + 1 if len(q_at) else 0
         sums = self.estimate.new_zeros(self.heads, size)
-        seen = distance >= 0
+        seen = (distance >= 0) & counts
         return sums.index_add(1, distance[seen], self.estimate[:, seen])
 
 

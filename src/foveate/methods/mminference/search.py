@@ -297,7 +297,7 @@ def _boundaries(head: _Head, candidates: Sequence[str], kinds: int) -> list[Any]
     }
     by_pair = tuple(tuple(pairs[a, b] for b in range(kinds)) for a in range(kinds))
     made = [QBoundary(by_query), TwoDBoundary(by_pair)]
-    return [pattern for pattern in made if head.area(pattern) <= 1.05 * head.target]
+    return [pattern for pattern in made if head.area(pattern) <= 1.02 * head.target]
 
 
 @dataclass
