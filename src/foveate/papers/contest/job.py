@@ -20,7 +20,7 @@ from foveate.nn import Attention
 from foveate.ops import causal, window
 from foveate.ops.errors import InputError, nearest
 from foveate.papers.harness import Check, Found, Grid, Paper, Trial, at_least
-from foveate.papers.tasks import Needle, Recall
+from foveate.papers.tasks import FillerRecall, Needle
 from foveate.papers.tasks.base import Generated
 from foveate.papers.training.language import REQUIRES, Sizes, language_model
 from foveate.papers.training.loop import train
@@ -31,8 +31,8 @@ from foveate.runs.work import Work
 
 LENGTH = 128
 TASKS: dict[str, Generated] = {
-    "recall": Recall(tokens=64 + LENGTH, length=LENGTH, pairs=6, power=1.0, noise=False),
-    "needle": Needle(length=LENGTH, needles=2, outside=32),
+    "recall": FillerRecall(length=LENGTH, pairs=4, spread=100),
+    "needle": Needle(length=LENGTH, needles=1, keys=4, outside=48),
 }
 SMALL = {
     "dma": "dma(window=16)",
