@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+from foveate import catalog
 from foveate.cli import main
 from foveate.ops.errors import InputError
 from foveate.papers.contest import job
@@ -49,6 +50,16 @@ def test_arms_and_checks():
     assert f"needle: {ROUTING} - window {keys}" in names
     assert [check.name for check in paper.needs] == ["needle: dense"]
     assert set(paper.baseline) | set(paper.ours) == set(paper.cells)
+
+
+@pytest.mark.parametrize("key", [key for key in job.SMALL if key in catalog.keys()])  # noqa: SIM118
+def test_every_method_trains_a_step(key, tmp_path):
+    contest = job.Contest(methods=(key,), tasks=("recall",), steps=1, layers=1, dim=32, batch=2)
+    assert job.cost(contest.text(key), 32, 2) > 0
+    trial = Trial(f"recall: {key}", 0, quick=True, tuned=1e-3, folder=tmp_path)
+    found = job.Runner(contest)(trial)[f"recall: {key}"]
+    assert 0 <= found["accuracy"] <= 1
+    assert found["MFLOP"] > 0
 
 
 def test_another_budget_is_another_figure():
