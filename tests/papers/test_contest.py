@@ -99,12 +99,12 @@ def test_what_is_refused(given):
 
 def test_command_runs_and_goes_on(tmp_path, capsys):
     given = [
-        "recall", "--methods", ROUTING, "--tasks", "needle", "--quick", "--rates", "0.001",
+        "recall", "--methods", "full", "--tasks", "needle", "--quick", "--rates", "0.001",
         "--json", "--out", str(tmp_path),
     ]  # fmt: skip
     assert main(given) == 0
     first = json.loads(capsys.readouterr().out)
-    assert set(first["ours"]) == {f"needle: {ROUTING}"}
+    assert set(first["ours"]) == {"needle: full"}
     assert first["verdict"] == "inconclusive"
     torch.manual_seed(5)
     assert main(given) == 0
