@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from foveate.models.gat import GAT
     from foveate.models.latent import to_tpla
     from foveate.models.layouts import config_from, load_layout, weights_from
+    from foveate.models.look import attention_maps
     from foveate.models.nat import NAT
+    from foveate.models.skip import without_layers
 
 _HOMES = {
     "CausalLMOutput": "causal_lm",
@@ -33,10 +35,12 @@ _HOMES = {
     "FoveateForSequenceClassification": "encoder",
     "FoveateModel": "causal_lm",
     "ModelCache": "cache",
+    "attention_maps": "look",
     "config_from": "layouts",
     "load_layout": "layouts",
     "to_tpla": "latent",
     "weights_from": "layouts",
+    "without_layers": "skip",
 }
 
 _PLAIN = {"DiT": "dit", "GAT": "gat", "NAT": "nat"}
@@ -53,10 +57,12 @@ __all__ = [
     "FoveateForSequenceClassification",
     "FoveateModel",
     "ModelCache",
+    "attention_maps",
     "config_from",
     "load_layout",
     "to_tpla",
     "weights_from",
+    "without_layers",
 ]
 
 
