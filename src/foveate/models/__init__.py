@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from foveate.models.config import FoveateConfig, FoveateEncoderConfig
     from foveate.models.dit import DiT
     from foveate.models.encoder import FoveateEncoder, FoveateForSequenceClassification
+    from foveate.models.gat import GAT
     from foveate.models.latent import to_tpla
     from foveate.models.layouts import config_from, load_layout, weights_from
     from foveate.models.look import attention_maps
@@ -42,9 +43,10 @@ _HOMES = {
     "without_layers": "skip",
 }
 
-_PLAIN = {"DiT": "dit", "NAT": "nat"}
+_PLAIN = {"DiT": "dit", "GAT": "gat", "NAT": "nat"}
 
 __all__ = [
+    "GAT",
     "NAT",
     "CausalLMOutput",
     "DiT",
