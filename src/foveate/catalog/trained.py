@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from foveate.catalog.row import BUILDERS, Capabilities, Paper, Row, Support
 
+DMA = Paper("Trainable Dynamic Mask Sparse Attention", "Shi et al., 2025", "2508.02124")
+SUPERLINEAR = Paper("Superlinear Multi-Step Attention", "Huang, 2026", "2601.18401")
+
+CAUSAL_CHOICE = Support(False, "a query keeps the best of the keys up to itself")
+
+ROUTING = Paper(
+    "Efficient Content-Based Sparse Attention with Routing Transformers",
+    "Roy et al., 2021",
+    "2003.05997",
+)
+
 COMBINER = Paper(
     "Combiner: Full Attention Transformer with Sparse Computation Cost",
     "Ren et al., 2021",
@@ -15,6 +26,54 @@ SEA = Paper(
 )
 
 ROWS: tuple[Row, ...] = (
+    Row(
+        key="dma",
+        kind="attention",
+        path="foveate.methods.dma.DMA",
+        title="Dynamic mask attention",
+        summary="A learnt importance, made from values, chooses the keys and is added to logits.",
+        papers=(DMA,),
+        sheet="dma",
+        capabilities=Capabilities(
+            decode=Support(True, "exact, from a cache of as many keys as are kept"),
+            bidirectional=CAUSAL_CHOICE,
+        ),
+        jobs=BUILDERS,
+    ),
+    Row(
+        key="superlinear",
+        kind="attention",
+        path="foveate.methods.superlinear.Superlinear",
+        title="Superlinear",
+        summary="Each query scores anchors, attends in the spans before the best ones, mixes them.",
+        papers=(SUPERLINEAR,),
+        sheet="superlinear",
+        capabilities=Capabilities(
+            decode=Support(True, "reads about the square root of the cache, which stays whole"),
+            bidirectional=Support(False, "anchors are earlier tokens"),
+        ),
+        jobs=BUILDERS,
+    ),
+    Row(
+        key="routing-transformer",
+        kind="attention",
+        path="foveate.methods.routing_transformer.RoutingTransformer",
+        title="Routing Transformer",
+        summary="Local heads, and heads that attend within clusters learnt by online k-means.",
+        papers=(ROUTING,),
+        sheet="routing-transformer",
+        capabilities=Capabilities(
+            decode=Support(True, "each token routed among those before it, a step costs C D + w D"),
+            padding=Support(True, "padding is in no cluster and moves no centroid"),
+            causal_outputs=Support(True, "with members held fixed"),
+            causal_routing=Support(
+                False,
+                "in training a later token may push an earlier one out of a cluster, as published; "
+                "form='prefix', evaluation and decoding route on the past alone",
+            ),
+        ),
+        jobs=BUILDERS,
+    ),
     Row(
         key="sea",
         kind="attention",
