@@ -169,11 +169,10 @@ NAMES = ["fixed", "logsparse", "vertical", "horizontal", "mixture", "learnable"]
 
 
 @FORMS
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("mixture", ["average", "joint"])
+@pytest.mark.parametrize(
+    ("name", "mixture"), [*((name, "average") for name in NAMES), ("mixture", "joint")]
+)
 def test_oracle_3_rows_sum_to_one_and_everything_has_a_weight(name, form, mixture):
-    if mixture == "joint" and name != "mixture":
-        pytest.skip("joint is for vertical and horizontal")
     q, k, _ = tensors(batch=1)
     eye = torch.eye(LENGTH, dtype=q.dtype).expand(1, 2, -1, -1)
     method = built(q, k, eye, partition=name, mixture=mixture, clusters=3)
