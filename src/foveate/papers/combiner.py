@@ -33,7 +33,7 @@ from foveate.parts import Context, Pattern
 from foveate.parts.attention import mask_layout
 from foveate.parts.growth import exponent
 
-SIDE, LEVELS, STEPS = 16, 8, 1200
+SIDE, LEVELS, STEPS = 16, 8, 1000
 LENGTHS = tuple(1024 << n for n in range(7))
 FULL, FIXED, AXIAL = "full", "fixed sparse", "axial sparse"
 OURS_FIXED, OURS_AXIAL = "Combiner-fixed", "Combiner-axial"

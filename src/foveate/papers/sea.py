@@ -1,11 +1,11 @@
 """SEA: a model with dense attention, distilled to a linear one that keeps a few keys a query.
 
-For each seed a small teacher (2 layers of width 64 with 4 heads, dense) is trained on bytes, and
-another one on recall: pairs of key and value at the beginning, keys asked for later. Students start
-from the teacher's weights and are distilled from it for a few hundred steps: SEA (K = 24, k = 6), a
-Performer (44 relu features) and a sliding window of 6 keys, the latter two by their contexts in
-place of SEA's layer losses. So small a teacher of text is local, so that a window of 6 does well
-there; recall tells SEA from it.
+For each seed a small dense teacher is trained on bytes (2 layers of width 64 with 4 heads), and
+another one on recall (3 layers, 2 heads): pairs of key and value among filler, all asked for at the
+end. Students start from the teacher's weights and are distilled from it for a few hundred steps:
+SEA (K = 24, k = 6), a Performer (int(d ln d) relu features) and a sliding window of 6 keys, the
+latter two by their contexts in place of SEA's layer losses. So small a teacher of text is local, so
+that a window of 6 does well there; recall tells SEA from it.
 
 Counted beside them: how SEA's work grows from 1,024 to 65,536 tokens, and its masks from 1,024 to
 8,192 under a smooth random estimate. "mass" is the part of the teacher's attention that SEA's masks
@@ -15,6 +15,7 @@ hold on the test split, "keys" how many keys they keep for each query and head.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,9 +27,8 @@ from foveate.methods.sea.counts import flops
 from foveate.methods.sea.layout import Stretch, layout_of
 from foveate.ops import AttentionOutput
 from foveate.papers.harness import Found, Paper, Trial, at_least, at_most
-from foveate.papers.tasks import standard_library
+from foveate.papers.tasks import FillerRecall, standard_library
 from foveate.papers.tasks.base import Task
-from foveate.papers.tasks.recall import Recall
 from foveate.papers.training import Regime, evaluate, train
 from foveate.papers.training.language import REQUIRES, Sizes, language_model
 from foveate.parts import Attention, Context, Heads
@@ -42,7 +42,8 @@ STUDENTS = {
     WINDOW: f"sink-window(sinks=0, window={KEYS})",
     PERFORMER: "full",
 }
-TEACHER_STEPS = {TEXT: 700, RECALL: 2000}
+SIZES = {TEXT: Sizes(2, 64, 4, LENGTH), RECALL: Sizes(3, 64, 2, 64)}
+TEACHER_STEPS = {TEXT: 700, RECALL: 1500}
 STUDENT_STEPS = {TEXT: 200, RECALL: 500}
 LENGTHS = tuple(1024 << n for n in range(7))
 
@@ -75,7 +76,7 @@ def task_of(cell: str, quick: bool) -> Task:
     held = 16 if quick else 512
     if cell == TEXT:
         return standard_library(LENGTH, held=held)
-    return Recall(tokens=128, length=LENGTH, pairs=8, power=1.0, held=held)
+    return FillerRecall(held=held)
 
 
 def run(trial: Trial) -> Found:
@@ -83,7 +84,7 @@ def run(trial: Trial) -> Found:
     if trial.cell == "counts":
         return counts()
     task = task_of(trial.cell, trial.quick)
-    sizes = Sizes(layers=2, dim=64, heads=4, length=LENGTH, vocab=task.vocab)
+    sizes = replace(SIZES[trial.cell], vocab=task.vocab)
     teacher = language_model(sizes).to(trial.device)
     steps = 4 if trial.quick else TEACHER_STEPS[trial.cell]
     regime = Regime(steps=steps, batch=32, lr=3e-3, every=max(1, steps // 4), seed=trial.seed)

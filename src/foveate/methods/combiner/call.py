@@ -44,6 +44,7 @@ class Call:
         x: (B, L, dim), input of the layer, or None.
         ctx: whose scale, dropout and backend count.
         count_bias: whether a span's logit gets log of its length.
+        real: (B, L) bool as `seen`, told wherever there is padding; for what learns from tokens.
         memo: what direct tokens and spans share.
     """
 
@@ -55,6 +56,7 @@ class Call:
     x: Tensor | None
     ctx: Context
     count_bias: bool = False
+    real: Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
 
     @property

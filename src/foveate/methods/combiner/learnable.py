@@ -2,9 +2,9 @@
 
 Clusters as in the Routing Transformer (Roy et al. 2020, arXiv 2003.05997), for each key head: a
 token belongs to the unit centroid nearest to its key's direction, and in training centroids move
-to the mean of theirs. Under a causal mask everything is cut at i: a cluster's span is its prefix in
-order of position, so each token has the summary of its cluster up to it, and a query sees of each
-other cluster the last one before it. L (L / C + C) items with even clusters: O(L^1.5).
+towards the mean of theirs. Under a causal mask everything is cut at i: a cluster's span is its
+prefix in order of position, so each token has the summary of its cluster up to it, and a query sees
+of each other cluster the last one before it. L (L / C + C) items with even clusters: O(L^1.5).
 
 Tokens are taken in order of their clusters by row indices; of summaries a tile of queries lists its
 own tokens' and the last of each cluster before them.
@@ -24,6 +24,7 @@ from foveate.methods.combiner.clustered import cluster_layout, summary_layout
 from foveate.methods.combiner.partition import Partition, Parts
 from foveate.methods.combiner.pooling import Pooling
 from foveate.methods.combiner.state import Lane
+from foveate.methods.routing_transformer.centroids import Centroids
 from foveate.parts.attention import Heads
 from foveate.parts.cache import Field
 
@@ -60,31 +61,19 @@ class Learnable(Partition):
         momentum: share of a centroid that stays in each step of training.
     """
 
-    centroids: Tensor
-
     def __init__(
         self, heads: Heads, queries: Pooling, keys: Pooling, clusters: int, momentum: float
     ) -> None:
         super().__init__(heads, queries, keys)
-        self.clusters, self.momentum = clusters, momentum
-        drawn = F.normalize(torch.randn(heads.kv, clusters, heads.key_dim), dim=-1)
-        self.register_buffer("centroids", drawn)
+        self.clusters = clusters
+        self.centroids = Centroids(
+            heads.kv, clusters, heads.key_dim, update="spherical", decay=momentum
+        )
 
     @torch.no_grad()
     def assign(self, k: Tensor) -> Tensor:
         """(B, Hkv, L) cluster of each key."""
-        work = torch.promote_types(k.dtype, torch.float32)
-        return (k.to(work) @ self.centroids.to(work).mT).argmax(-1)
-
-    @torch.no_grad()
-    def move(self, k: Tensor, ids: Tensor) -> None:
-        """Move the centroids to the mean direction of their keys."""
-        unit = F.normalize(k.to(self.centroids.dtype), dim=-1)
-        one = F.one_hot(ids, self.clusters + 1)[..., : self.clusters].to(unit.dtype)
-        total = (one.mT @ unit).sum(0)
-        mean = F.normalize(total, dim=-1)
-        moved = F.normalize(self.momentum * self.centroids + (1 - self.momentum) * mean, dim=-1)
-        self.centroids.copy_(torch.where((one.sum((0, 2)) > 0)[..., None], moved, self.centroids))
+        return self.centroids.nearest(self.centroids.scores(k))
 
     def groups(self, call: Call) -> Groups:
         """How the tokens of a call are clustered; the same for `direct` and `spans`."""
@@ -94,7 +83,8 @@ class Learnable(Partition):
                 ids = ids.masked_fill(~call.seen[:, None], self.clusters)
             call.memo[self] = _grouped(ids, self.clusters)
             if self.training and call.ctx.phase == "train" and torch.is_grad_enabled():
-                self.move(call.k, ids)
+                near = self.assign(call.k)
+                self.centroids.learn([(F.normalize(call.k, dim=-1), call.real)], [near])
         found: Groups = call.memo[self]
         return found
 

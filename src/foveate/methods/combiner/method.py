@@ -193,14 +193,17 @@ class CombinerAttention(Stateful, nn.Module):
             found = start.expand(len(q))
             q, k, v = (turned(t, found) for t in (q, k, v))
             x = None if x is None else turned(x[:, None], found)[:, 0]
-        seen = None
-        if not tokens.causal and not bool(real.all()):
+        seen, front = None, None
+        if not bool(real.all()):
             at = torch.arange(q.shape[2], device=q.device)
-            seen = (at < real.sum(1, keepdim=True)).expand(len(q), -1)
+            front = (at < real.sum(1, keepdim=True)).expand(len(q), -1)
+        if not tokens.causal and front is not None:
+            seen = front
             # Padding is as what fills up a last row: 0, so that rowmajor's queries there are, too.
             q, k, v = (t * seen[:, None, :, None] for t in (q, k, v))
             x = None if x is None else x * seen[..., None]
-        return found, Call(q, k, v, tokens.causal, seen, x, ctx, self.recipe.span_count_bias)
+        bias = self.recipe.span_count_bias
+        return found, Call(q, k, v, tokens.causal, seen, x, ctx, bias, front)
 
     def _back(self, out: AttentionOutput, start: Tensor | None) -> AttentionOutput:
         if start is None:

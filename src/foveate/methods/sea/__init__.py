@@ -3,6 +3,7 @@
 arXiv 2310.01777.
 """
 
-from foveate.methods.sea.method import SEA, SEAAttention, Trace
+from foveate.methods.sea.method import SEA, SEAAttention
+from foveate.methods.sea.trace import Trace
 
 __all__ = ["SEA", "SEAAttention", "Trace"]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 GROUPS = ("query", "head", "batch", "causal_batch")
 EPS = 1e-4
+DIGITS = 4096.0
 
 
 def bins_of(keys: Tensor, seen: Tensor, width: int, jitter: Tensor | None = None) -> Tensor:
@@ -62,8 +63,8 @@ def keep_best(probs: Tensor, budget: Tensor, group: str, real: Tensor | None = N
     """Which bins are kept, bool (B, H, L, K); of equal ones the first (by head, row, bin).
 
     Neighbouring bins often are equal, since the CNN widens its image by repeating, but for the
-    rounding of whichever kernel ran: probabilities are compared to a part in 4,096 (in float64, in
-    2^36), so that decoding chooses as the full forward does.
+    rounding of whichever kernel ran. Probabilities are therefore compared to a part in 4,096, so
+    that decoding chooses as the full forward does.
 
     Args:
         probs: (B, H, L, K), the estimate.
@@ -93,8 +94,7 @@ def keep_best(probs: Tensor, budget: Tensor, group: str, real: Tensor | None = N
 def _rounded(x: Tensor) -> Tensor:
     """The same with fewer digits."""
     mantissa, exponent = torch.frexp(x)
-    digits = float(2 ** (36 if x.dtype == torch.float64 else 12))
-    return torch.ldexp((mantissa * digits).round() / digits, exponent)
+    return torch.ldexp((mantissa * DIGITS).round() / DIGITS, exponent)
 
 
 def _best(flat: Tensor, budget: Tensor) -> Tensor:

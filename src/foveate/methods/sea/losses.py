@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveate.methods.sea.compress import stretched
-from foveate.methods.sea.method import Trace
+from foveate.methods.sea.trace import Trace
 from foveate.ops.errors import InputError
 
 KL = 0.1

@@ -24,6 +24,7 @@ from foveate.methods.sea.layout import Stretch, layout_of
 from foveate.methods.sea.lora import Lora, Split
 from foveate.methods.sea.performer import Sums
 from foveate.methods.sea.state import SeaState
+from foveate.methods.sea.trace import Trace
 from foveate.ops import AttentionOutput, Layout, attention
 from foveate.ops.errors import InputError
 from foveate.ops.masks.checks import whole
@@ -96,36 +97,6 @@ class SEA(AttentionRecipe):
     @override
     def build(self, heads: Heads) -> SEAAttention:
         return SEAAttention(self, heads)
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What a call did, for losses: B, H query heads, Hkv, L.
-
-    Attributes:
-        q, k: of the scores, (B, H, L, D), (B, Hkv, L, D).
-        scores: (B, H, L, K), the estimate before its softmax.
-        out: (B, H, L, Dv).
-        seen: (B, L) keys that each row sees.
-        shift: (B,) index of each sequence's first key.
-        real: (B, L) bool, False on padding.
-        causal: the form.
-        scale: factor on the scores q . k.
-        layout: which keys each row kept.
-        jitter: as in `Stretch`.
-    """
-
-    q: Tensor
-    k: Tensor
-    scores: Tensor
-    out: Tensor
-    seen: Tensor
-    shift: Tensor
-    real: Tensor
-    causal: bool
-    scale: float
-    layout: Layout
-    jitter: Tensor | None = None
 
 
 class SEAAttention(Stateful, nn.Module):
