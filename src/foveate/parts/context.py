@@ -12,6 +12,7 @@ from torch import Tensor
 from foveate.ops import Mask
 from foveate.ops.errors import InputError
 from foveate.parts.rope import Rope
+from foveate.parts.tree import Tree
 
 Phase = Literal["train", "prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("train", "prefill", "decode")
@@ -43,7 +44,7 @@ class Context:
         grid: shape of the tokens where they are an image or a video.
         modality: integer (L,) or (B, L), kind of each token.
         document_ids: integer (L,) or (B, L), document of each token.
-        tree: integer parents of the tokens, for tree decoding.
+        tree: the tree over the tokens, such as sentences in documents.
         step: diffusion step.
         generator: random state for methods that draw.
         cache: the layer's cache, where the method keeps one of its own.
@@ -69,7 +70,7 @@ class Context:
     grid: tuple[int, ...] | None = None
     modality: Tensor | None = None
     document_ids: Tensor | None = None
-    tree: Tensor | None = None
+    tree: Tree | None = None
     step: float | None = None
     generator: torch.Generator | None = None
     cache: Any = None
