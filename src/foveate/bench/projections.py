@@ -148,7 +148,7 @@ class Step:
 
     @torch.no_grad()
     def _cache(self, entries: dict[str, Tensor]) -> TokenCache:
-        cache = self.layer.new_cache(self.context + 1)
+        cache = self.layer.projection.new_cache(self.context + 1)
         cache.append(entries)
         return cache
 
@@ -179,14 +179,18 @@ class Step:
 
     @torch.no_grad()
     def read(self) -> object:
-        """Read what the next cache holds, and do next to nothing with it."""
-        return [x.sum(dtype=torch.float32) for x in next(self._turns).entries.values()]
+        """Read what the next cache holds, and do next to nothing with it.
+
+        Summed as fp32, whatever the bytes mean: torch's sums of narrower numbers convert each one
+        and are slower than memory.
+        """
+        return [x.view(torch.float32).sum() for x in next(self._turns).entries.values()]
 
     @torch.no_grad()
     def error(self) -> float:
         """Largest difference to the same step in float64, as a share of the largest output."""
         exact = deepcopy(self.layer).double()
-        cache = exact.new_cache(self.context + 1)
+        cache = exact.projection.new_cache(self.context + 1)
         cache.append({name: x.double() for name, x in self.caches[0].entries.items()})
         ctx = Context(mask=causal(), phase="decode", backend="reference")
         expected = exact(self.x.double(), cache=cache, ctx=ctx).y

@@ -12,6 +12,7 @@ from typing import Any
 
 from foveate import catalog
 from foveate.ops.errors import InputError, nearest
+from foveate.parts.attention import AttentionRecipe
 from foveate.parts.projection import Recipe
 
 _SPEC = re.compile(r"\s*([^\s()]+)\s*(\(.*\))?\s*", re.DOTALL)
@@ -61,9 +62,15 @@ def make_attention(spec: str) -> Any:
 
     Raises:
         UnknownMethodError: no method has that key; the nearest ones are offered.
-        InputError: as `make`; or the method is a projection, which is part of how a model is built.
+        InputError: as `make`; or the method has weights that a model is built and trained with.
     """
     method = make(spec)
+    if isinstance(method, AttentionRecipe):
+        raise InputError(
+            f"{spec!r} has parameters of its own that a model must be trained with: build it by "
+            "foveate.Attention(dim, num_heads, attention=...) or foveate train --attention. What "
+            "can run in a model that is trained already is listed by: foveate methods."
+        )
     if isinstance(method, Recipe):
         raise InputError(
             f"{spec!r} is a projection: it has weights of its own, so a model must be built and "

@@ -16,8 +16,9 @@ from foveate.ops.errors import MissingPackageError
 if TYPE_CHECKING:
     from foveate.models.cache import ModelCache
     from foveate.models.causal_lm import CausalLMOutput, FoveateForCausalLM, FoveateModel
-    from foveate.models.config import FoveateConfig
+    from foveate.models.config import FoveateConfig, FoveateEncoderConfig
     from foveate.models.dit import DiT
+    from foveate.models.encoder import FoveateEncoder, FoveateForSequenceClassification
     from foveate.models.latent import to_tpla
     from foveate.models.layouts import config_from, load_layout, weights_from
     from foveate.models.nat import NAT
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "CausalLMOutput": "causal_lm",
     "FoveateConfig": "config",
+    "FoveateEncoder": "encoder",
+    "FoveateEncoderConfig": "config",
     "FoveateForCausalLM": "causal_lm",
+    "FoveateForSequenceClassification": "encoder",
     "FoveateModel": "causal_lm",
     "ModelCache": "cache",
     "config_from": "layouts",
@@ -41,7 +45,10 @@ __all__ = [
     "CausalLMOutput",
     "DiT",
     "FoveateConfig",
+    "FoveateEncoder",
+    "FoveateEncoderConfig",
     "FoveateForCausalLM",
+    "FoveateForSequenceClassification",
     "FoveateModel",
     "ModelCache",
     "config_from",

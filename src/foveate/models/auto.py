@@ -1,9 +1,10 @@
 """Let transformers' Auto classes find foveate's models, without importing transformers for it.
 
-A folder that was saved by a foveate model says so in its config.json ("model_type": "foveate").
+A folder that was saved by a foveate model says so in its config.json ("model_type": "foveate" or
+"foveate-encoder").
 For plain `AutoModelForCausalLM.from_pretrained(folder)` after `import foveate`, transformers has to
 know that name when it reads the folder, and not before: so `announce` waits for transformers' own
-table of configs to be imported and then adds one row to it, by transformers' public `register`.
+table of configs to be imported and then adds two rows to it, by transformers' public `register`.
 The model's class is added when the first config is made. If nobody imports transformers, nothing
 happens.
 """
@@ -30,25 +31,31 @@ def announce() -> None:
 
 
 def register_config(table: ModuleType) -> None:
-    """Add foveate's config to transformers' table of configs."""
+    """Add foveate's configs to transformers' table of configs."""
     if not hasattr(table, "AutoConfig"):  # it is being imported right now
         return
     try:
-        from foveate.models.config import FoveateConfig
+        from foveate.models.config import FoveateConfig, FoveateEncoderConfig
     except ImportError:  # a transformers too old for foveate's models must still work by itself
         return
-    table.AutoConfig.register(FoveateConfig.model_type, FoveateConfig, exist_ok=True)
+    for config in (FoveateConfig, FoveateEncoderConfig):
+        table.AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
 def register_models() -> None:
     """Add foveate's models to transformers' tables of models; done when a config is made."""
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from foveate.models.causal_lm import FoveateForCausalLM, FoveateModel
-    from foveate.models.config import FoveateConfig
+    from foveate.models.config import FoveateConfig, FoveateEncoderConfig
+    from foveate.models.encoder import FoveateEncoder, FoveateForSequenceClassification
 
     AutoModel.register(FoveateConfig, FoveateModel, exist_ok=True)
     AutoModelForCausalLM.register(FoveateConfig, FoveateForCausalLM, exist_ok=True)
+    AutoModel.register(FoveateEncoderConfig, FoveateEncoder, exist_ok=True)
+    AutoModelForSequenceClassification.register(
+        FoveateEncoderConfig, FoveateForSequenceClassification, exist_ok=True
+    )
 
 
 class _Watch(MetaPathFinder):

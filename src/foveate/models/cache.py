@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from foveate.ops.errors import InputError
 from foveate.parts.kv_cache import TokenCache
+from foveate.parts.state import StateCache
 
 
 class LayerCache(CacheLayerMixin):
-    """One layer's `TokenCache`, as `generate` wants it; the layer itself writes to it."""
+    """One layer's cache, as `generate` wants it; the layer itself writes to it."""
 
     is_sliding = False
     is_compileable = False
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, held: TokenCache) -> None:
+    def __init__(self, held: TokenCache | StateCache) -> None:
         super().__init__()
         self.held = held
         self.is_initialized = True
@@ -65,9 +67,8 @@ class LayerCache(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""
-        for x in list(self.held.entries.values())[:1]:
-            rows = x.new_ones(len(x)).nonzero()[:, 0].repeat_interleave(repeats)
-            self.held.reorder(rows)
+        if self.held.batch is not None:
+            self.held.reorder(torch.arange(self.held.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows."""
@@ -87,7 +88,7 @@ class ModelCache(Cache):
         layers: each layer's cache.
     """
 
-    def __init__(self, layers: Iterable[TokenCache]) -> None:
+    def __init__(self, layers: Iterable[TokenCache | StateCache]) -> None:
         super().__init__(layers=[LayerCache(held) for held in layers])
 
     def bytes(self) -> int:

@@ -56,8 +56,8 @@ class ModelOutputWithAux(ModelOutput):
     aux: dict[str, Tensor] | None = None
 
 
-class _Foveate(PreTrainedModel):
-    """What both models share."""
+class FoveatePreTrained(PreTrainedModel):
+    """What all models share."""
 
     config_class = FoveateConfig
     config: FoveateConfig
@@ -75,7 +75,7 @@ class _Foveate(PreTrainedModel):
             cast(Any, module).reset_parameters()
 
 
-class FoveateModel(_Foveate):
+class FoveateModel(FoveatePreTrained):
     """The blocks without the head.
 
     Args:
@@ -87,7 +87,7 @@ class FoveateModel(_Foveate):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         ropes: dict[tuple[int, bool], Rope | None] = {}  # one for all layers, so are its tables
         self.layers = nn.ModuleList(
-            _block(config, i, ropes) for i in range(config.num_hidden_layers)
+            block_of(config, i, ropes) for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
@@ -149,11 +149,11 @@ class FoveateModel(_Foveate):
             last_hidden_state=x,
             past_key_values=past_key_values,
             hidden_states=tuple(states) if output_hidden_states else None,
-            aux=_gathered(found),
+            aux=gathered(found),
         )
 
 
-class FoveateForCausalLM(_Foveate, GenerationMixin):
+class FoveateForCausalLM(FoveatePreTrained, GenerationMixin):
     """The language model.
 
     Args:
@@ -247,8 +247,8 @@ class FoveateForCausalLM(_Foveate, GenerationMixin):
         return out.to_tuple() if return_dict is False else out
 
 
-def _gathered(layers: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Losses as means over the layers that have them, statistics by layer."""
+def gathered(layers: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What the layers told: losses as means over those that have them, statistics by layer."""
     losses: dict[str, list[Tensor]] = {}
     out: dict[str, Tensor] = {}
     for i, aux in enumerate(layers):
@@ -260,7 +260,10 @@ def _gathered(layers: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return out | {name: torch.stack(values).mean() for name, values in losses.items()}
 
 
-def _block(config: FoveateConfig, layer: int, ropes: dict[tuple[int, bool], Rope | None]) -> Block:
+def block_of(
+    config: FoveateConfig, layer: int, ropes: dict[tuple[int, bool], Rope | None]
+) -> Block:
+    """One layer of a model; `ropes` are shared by its layers, so that their tables are too."""
     attention = Attention(
         config.hidden_size,
         config.num_attention_heads,

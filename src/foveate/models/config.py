@@ -1,4 +1,4 @@
-"""The configuration of foveate's causal language model, in transformers' form."""
+"""The configurations of foveate's language models, in transformers' form."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from foveate.models.auto import register_models
-from foveate.ops.errors import InputError
+from foveate.ops.errors import InputError, nearest
+
+POOLINGS = ("mean", "cls")
 
 
 class FoveateConfig(PreTrainedConfig):
@@ -94,3 +96,36 @@ class FoveateConfig(PreTrainedConfig):
         """The projection's or the attention's text for a layer."""
         given = getattr(self, name)
         return given if isinstance(given, str) else given[layer]
+
+
+class FoveateEncoderConfig(FoveateConfig):
+    """Sizes and composition of a bidirectional encoder; fields as in `FoveateConfig`, and these.
+
+    Attributes:
+        pooling: what stands for a whole sequence: "mean" of its real tokens, or "cls", the first of
+            them.
+        classifier_dropout: of the pooled vector in training, before the classification head.
+
+    Raises:
+        InputError: as in `FoveateConfig`; pooling is unknown, or the dropout outside [0, 1).
+    """
+
+    model_type = "foveate-encoder"
+
+    pooling: str = "mean"
+    classifier_dropout: float = 0.0
+    use_cache: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Check what only an encoder has."""
+        if self.pooling not in POOLINGS:
+            raise InputError(
+                f"FoveateEncoderConfig(pooling={self.pooling!r}) is unknown; "
+                f"{nearest(str(self.pooling), POOLINGS)}"
+            )
+        if not 0 <= self.classifier_dropout < 1:
+            raise InputError(
+                f"FoveateEncoderConfig(classifier_dropout={self.classifier_dropout!r}): expected 0 "
+                "up to, not with, 1."
+            )
+        super().__post_init__(**kwargs)

@@ -14,18 +14,24 @@ from foveate.ops.errors import InputError
 class Seen(NamedTuple):
     """Who sees whom.
 
-    mask; positions of the queries (B, Lq) and of all keys (B, Lkv), None where index is position;
-    real (B, Lq) bool, None where all new tokens are.
+    mask, None where everyone sees everyone; positions of the queries (B, Lq) and of all keys
+    (B, Lkv), None where index is position; real (B, Lq) bool, None where all new tokens are.
     """
 
-    mask: Mask
+    mask: Mask | None
     q_positions: Tensor | None = None
     kv_positions: Tensor | None = None
     real: Tensor | None = None
 
 
 def seen_by(
-    attention_mask: Tensor | None, position_ids: Tensor | None, batch: int, past: int, new: int
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    batch: int,
+    past: int,
+    new: int,
+    *,
+    both_ways: bool = False,
 ) -> Seen:
     """What `new` tokens behind `past` cached ones see.
 
@@ -37,13 +43,14 @@ def seen_by(
         batch: B.
         past: tokens in the cache.
         new: tokens now.
+        both_ways: tokens see later ones too, as in an encoder.
 
     Raises:
         InputError: another kind of mask, holes between real tokens, or other positions.
     """
     length = past + new
     if attention_mask is None:
-        return Seen(_by_position(position_ids, past, new))
+        return Seen(_by_position(position_ids, past, new, both_ways))
     if attention_mask.dim() != 2 or tuple(attention_mask.shape) != (batch, length):
         raise InputError(
             f"attention_mask: expected ({batch}, {length}) with 1 for real tokens, those in the "
@@ -51,7 +58,7 @@ def seen_by(
         )
     real = attention_mask.bool()
     if bool(real.all()):
-        return Seen(_by_position(position_ids, past, new))
+        return Seen(_by_position(position_ids, past, new, both_ways))
     first, counts = real.int().argmax(1), real.sum(1)
     index = torch.arange(length, device=real.device)
     if not torch.equal(real, (index >= first[:, None]) & (index < (first + counts)[:, None])):
@@ -61,7 +68,8 @@ def seen_by(
         )
     positions = index - first[:, None]
     _check_padded(position_ids, positions[:, past:], real[:, past:])
-    return Seen(causal() & padding(counts), positions[:, past:], positions, real=real[:, past:])
+    mask = padding(counts) if both_ways else causal() & padding(counts)
+    return Seen(mask, positions[:, past:], positions, real=real[:, past:])
 
 
 def _check_padded(position_ids: Tensor | None, positions: Tensor, real: Tensor) -> None:
@@ -76,13 +84,14 @@ def _check_padded(position_ids: Tensor | None, positions: Tensor, real: Tensor) 
         )
 
 
-def _by_position(position_ids: Tensor | None, past: int, new: int) -> Mask:
+def _by_position(position_ids: Tensor | None, past: int, new: int, both_ways: bool) -> Mask | None:
+    order = None if both_ways else causal()
     if position_ids is None:
-        return causal()
+        return order
     ids = position_ids.reshape(-1, position_ids.shape[-1])
     plain = torch.arange(past, past + new, device=ids.device)
     if ids.shape[-1] == new and bool((ids == plain).all()):
-        return causal()
+        return order
     steps = ids.diff(dim=1)
     if (
         past
@@ -95,4 +104,5 @@ def _by_position(position_ids: Tensor | None, past: int, new: int) -> Mask:
             "in a batch of one and without a cache); for padding give an attention_mask."
         )
     starts = (ids[0] == 0).nonzero()[:, 0].tolist()
-    return causal() & documents([*starts, new])
+    own = documents([*starts, new])
+    return own if order is None else order & own

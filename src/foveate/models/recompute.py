@@ -12,6 +12,7 @@ from foveate.nn import Block, LayerOutput
 from foveate.ops.errors import InputError
 from foveate.parts.context import Context
 from foveate.parts.kv_cache import TokenCache
+from foveate.parts.state import StateCache
 
 
 class RecomputedBlock(Block):
@@ -29,7 +30,7 @@ class RecomputedBlock(Block):
         self,
         x: Tensor,
         ctx: Context,
-        cache: TokenCache | None = None,
+        cache: TokenCache | StateCache | None = None,
         real: Tensor | None = None,
     ) -> LayerOutput:
         """As `Block`; losses keep their gradients in both of torch's kinds of checkpoints.

@@ -10,13 +10,16 @@ from torch import Tensor, nn
 from foveate.methods import make
 from foveate.nn.output import LayerOutput
 from foveate.nn.position import counted, rope_for, turned
+from foveate.nn.stateful import check_stateful, heads_of, new_keys
 from foveate.ops import Mask
 from foveate.ops.errors import InputError
 from foveate.parts import Attention as Method
+from foveate.parts import AttentionRecipe
 from foveate.parts.context import Context, Phase
 from foveate.parts.kv_cache import TokenCache
 from foveate.parts.projection import QKV, Positions, Projection, Recipe, Sizes
 from foveate.parts.rope import Rope
+from foveate.parts.state import StateCache, Stateful
 from foveate.parts.tokens import tokens_of
 
 
@@ -37,7 +40,8 @@ class Attention(nn.Module):
         num_heads: heads of the model, as the projection counts them.
         projection: a key of the catalog with its hyper-parameters, such as "gqa(kv_heads=2)"; its
             recipe; or a projection that was built already, whose sizes then count.
-        attention: a key of the catalog, or any attention of `foveate.parts`.
+        attention: a key of the catalog, any attention of `foveate.parts`, or a recipe of one that
+            has parameters of its own.
         position: "rope", a `Rope`, or "none".
         theta: base of the rotary frequencies, where position is "rope".
         interleaved: whether rotary pairs are neighbours; None is the projection's own habit.
@@ -58,7 +62,7 @@ class Attention(nn.Module):
         dim: int,
         num_heads: int,
         projection: str | Recipe | Projection = "mha",
-        attention: str | Method = "full",
+        attention: str | Method | AttentionRecipe = "full",
         position: str | Rope | None = "rope",
         *,
         theta: float = 10_000.0,
@@ -77,11 +81,15 @@ class Attention(nn.Module):
             raise InputError(f"Attention(dropout={dropout!r}): expected 0 up to, not with, 1.")
         self.dropout = dropout
         self.projection = _projection(projection, sizes)
-        self.attention = _attention(attention)
+        self.attention = _attention(attention, self.projection, dim, layer)
+        if isinstance(self.attention, Stateful):
+            check_stateful(self.attention, self.projection)
         self.rope = rope_for(position, self.projection, theta, interleaved)
 
-    def new_cache(self, capacity: int = 0) -> TokenCache:
+    def new_cache(self, capacity: int = 0) -> TokenCache | StateCache:
         """An empty cache for this layer, with room for `capacity` tokens."""
+        if isinstance(self.attention, Stateful):
+            return StateCache(self.attention.new_state())
         return self.projection.new_cache(capacity)
 
     def forward(
@@ -90,7 +98,7 @@ class Attention(nn.Module):
         x_kv: Tensor | None = None,
         *,
         mask: Mask | None = None,
-        cache: TokenCache | None = None,
+        cache: TokenCache | StateCache | None = None,
         ctx: Context | None = None,
     ) -> LayerOutput:
         """Run the layer.
@@ -110,9 +118,11 @@ class Attention(nn.Module):
             InputError: shapes don't fit, or a mask both here and in ctx.
         """
         x_kv = self._checked(x, x_kv)
-        if cache is not None and not isinstance(cache, TokenCache):
+        kind = StateCache if isinstance(self.attention, Stateful) else TokenCache
+        if cache is not None and not isinstance(cache, kind):
             raise InputError(
-                f"Attention: expected a cache made by new_cache(), got a {type(cache).__name__}."
+                f"Attention: expected a {kind.__name__} made by new_cache(), got a "
+                f"{type(cache).__name__}."
             )
         past = 0 if cache is None else len(cache)
         known = self._context(x, mask, past, ctx)
@@ -121,24 +131,27 @@ class Attention(nn.Module):
         p = self.projection
         q = p.query(x)
         raw_query = q
-        new = p.entries(x_kv, cache, known.phase)
+        tokens = cache if isinstance(cache, TokenCache) else None
+        new = p.entries(x_kv, tokens, known.phase)
         at = where
         if past and not p.rotates_on_read:
             at = where._replace(key=_tail(where.key, past, known))
         if not p.rotates_on_read:
             q, new = self.rotated(q, new, at, known)
-        held = new if cache is None else cache.append(new)
+        held = new if tokens is None else tokens.append(new)
         if p.rotates_on_read:
             q, held = self.rotated(q, held, at, known)
         absorbed = p.absorbs(known.phase)
         qkv = p.absorb(q, held) if absorbed else QKV(q, *p.expand(held))
+        if p.selects or isinstance(self.attention, Stateful):
+            known.real = _real(qkv.q, new_keys(qkv.k, past + x_kv.shape[1]), known)
         selection = None
         if p.selects:
-            selection = p.select(x, raw_query, _real(qkv, known), known.phase)
+            selection = p.select(x, raw_query, known.real, known.phase)
         if not absorbed:
             known.raw_query = raw_query
         o = p.attend(self.attention, qkv, known, selection)
-        aux = {} if selection is None else selection.aux
+        aux = known.aux if selection is None else known.aux | selection.aux
         return LayerOutput(p.output(o, x, absorbed=absorbed), cache, aux)
 
     def rotated(
@@ -161,6 +174,7 @@ class Attention(nn.Module):
             raise InputError("Attention: give the mask as mask= or in ctx, not both.")
         else:
             ctx = replace(ctx, mask=ctx.mask if mask is None else mask)
+        ctx.aux = {}  # this layer's own
         if self.dropout and self.training:
             ctx.dropout = self.dropout
         if ctx.scale is None:
@@ -185,11 +199,11 @@ class Attention(nn.Module):
         return f"{self.dim}, position={position}{shown}"
 
 
-def _real(qkv: QKV, ctx: Context) -> Tensor | None:
+def _real(q: Tensor, k: Tensor, ctx: Context) -> Tensor | None:
     """(B, Lq) bool: tokens that aren't padding; None where the mask knows none."""
     if ctx.mask is None or ctx.mask.spec == "causal()":
         return None
-    return tokens_of(qkv.q, qkv.k, ctx).q_real.expand(len(qkv.q), -1)
+    return tokens_of(q, k, ctx).q_real.expand(len(q), -1)
 
 
 def _positions(ctx: Context, q_len: int, past: int, x_kv: Tensor) -> Positions:
@@ -229,8 +243,10 @@ def _projection(projection: Any, sizes: Sizes) -> Projection:
     return recipe.build(sizes)
 
 
-def _attention(attention: Any) -> Method:
+def _attention(attention: Any, projection: Projection, dim: int, layer: int) -> Method:
     method = make(attention) if isinstance(attention, str) else attention
+    if isinstance(method, AttentionRecipe):
+        method = method.build(heads_of(projection, dim, layer))
     if not isinstance(method, Method):
         raise InputError(
             f"Attention(attention={attention!r}): that is {_kind(method)}, no attention; expected "

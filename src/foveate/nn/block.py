@@ -11,6 +11,7 @@ from foveate.nn.output import LayerOutput
 from foveate.parts.context import Context
 from foveate.parts.kv_cache import TokenCache
 from foveate.parts.norm import RMSNorm
+from foveate.parts.state import StateCache
 
 
 class Block(nn.Module):
@@ -33,7 +34,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         ctx: Context,
-        cache: TokenCache | None = None,
+        cache: TokenCache | StateCache | None = None,
         real: Tensor | None = None,
     ) -> LayerOutput:
         """Run the block on x (B, L, dim); real (B, L) is False on padding, None is all real."""

@@ -1,9 +1,10 @@
-"""Attention and Pattern: the two contracts that methods on q, k, v fulfil."""
+"""Attention and Pattern: the contracts that methods on q, k, v fulfil; recipes to build them."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from time import perf_counter
 from typing import ClassVar, TypeVar
 
@@ -42,7 +43,44 @@ class Attention(ABC):
             ctx: mask, positions and whatever else is known; None is an empty one.
 
         Returns:
-            out (B, Hq, Lq, Dv) and lse (B, Hq, Lq).
+            out (B, Hq, Lq, Dv) and lse (B, Hq, Lq); a formula that has no log-sum-exp says NaN
+            there, so that a merge by it shows.
+        """
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The sizes of a layer's heads, for an attention that has parameters of its own.
+
+    Attributes:
+        dim: width of the layer's input.
+        query: Hq.
+        kv: Hkv, a divisor of Hq.
+        key_dim: D.
+        value_dim: Dv.
+        layer: index of the layer, from 0.
+    """
+
+    dim: int
+    query: int
+    kv: int
+    key_dim: int
+    value_dim: int
+    layer: int = 0
+
+
+class AttentionRecipe(ABC):
+    """An attention's hyper-parameters, where its parameters' shapes depend on the layer.
+
+    A frozen dataclass, made by `foveate.methods.make`; `foveate.Attention` builds it.
+    """
+
+    @abstractmethod
+    def build(self, heads: Heads) -> Attention:
+        """The attention for these sizes, an nn.Module as well, with fresh weights.
+
+        Raises:
+            InputError: the hyper-parameters don't fit the sizes.
         """
 
 

@@ -44,11 +44,14 @@ class Context:
         grid: shape of the tokens where they are an image or a video.
         modality: integer (L,) or (B, L), kind of each token.
         document_ids: integer (L,) or (B, L), document of each token.
+        real: bool (B, Lq), False on padding; None where all are real or nobody has looked.
         tree: the tree over the tokens, such as sentences in documents.
         step: diffusion step.
         generator: random state for methods that draw.
         cache: the layer's cache, where the method keeps one of its own.
         store: shared by the layers of one forward; methods use their own keys.
+        aux: losses (names that end with "_loss", already weighted) and statistics that a method
+            leaves for its layer, by name.
         stats: called as stats(layer=, layout=, build_seconds=, attend_seconds=) after each pattern.
     """
 
@@ -70,11 +73,13 @@ class Context:
     grid: tuple[int, ...] | None = None
     modality: Tensor | None = None
     document_ids: Tensor | None = None
+    real: Tensor | None = None
     tree: Tree | None = None
     step: float | None = None
     generator: torch.Generator | None = None
     cache: Any = None
     store: dict[Any, Any] = field(default_factory=dict)
+    aux: dict[str, Tensor] = field(default_factory=dict)
     stats: Callable[..., None] | None = None
 
     def __post_init__(self) -> None:

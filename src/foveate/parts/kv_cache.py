@@ -66,6 +66,11 @@ class TokenCache:
         return {name: x[:, :, : self._length] for name, x in self._held.items()}
 
     @property
+    def batch(self) -> int | None:
+        """Rows of the batch; None while nothing is held."""
+        return next((len(x) for x in self._held.values()), None)
+
+    @property
     def elements_per_token(self) -> int:
         """Numbers kept for each token, as declared."""
         return sum(field.shape[0] * field.shape[1] for field in self.fields)

@@ -12,8 +12,8 @@ import foveate
 from foveate.runs.machine import machine, source_digest
 
 # What the figures of a miniature depend on, beside its own file.
-_JUDGED = ("ops", "parts", "methods", "nn", "models", "papers/tasks", "papers/training")
-_FILES = ("catalog.py", "runs/timing.py")
+_JUDGED = ("ops", "catalog", "parts", "methods", "nn", "models", "papers/tasks", "papers/training")
+_FILES = ("runs/timing.py",)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

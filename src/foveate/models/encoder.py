@@ -1,0 +1,228 @@
+"""A bidirectional encoder of foveate's layers and a classification head, for transformers.
+
+The blocks of the causal language model (`foveate.models.causal_lm`), in which every token sees all
+real tokens of its sequence, before and after it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from foveate.models.causal_lm import FoveatePreTrained, block_of, gathered
+from foveate.models.config import FoveateEncoderConfig
+from foveate.models.masking import seen_by
+from foveate.nn import Block
+from foveate.ops.errors import InputError
+from foveate.parts.context import Context
+from foveate.parts.norm import RMSNorm
+from foveate.parts.rope import Rope
+
+
+@dataclass
+class EncoderOutput(ModelOutput):
+    """What the encoder returns.
+
+    last_hidden_state (B, L, dim), meaningless on padding; pooler_output (B, dim), see
+    `FoveateEncoderConfig.pooling`; hidden_states: (B, L, dim) before each block and after the last
+    norm, if asked for; aux: losses, each a mean over the layers that have it, and statistics as
+    "layers.<i>.<name>".
+    """
+
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    aux: dict[str, Tensor] | None = None
+
+
+@dataclass
+class ClassifierOutput(ModelOutput):
+    """What the classifier returns.
+
+    loss, with the layers' auxiliary losses in training; logits (B, labels); hidden_states and aux
+    as in `EncoderOutput`.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    aux: dict[str, Tensor] | None = None
+
+
+class FoveateEncoder(FoveatePreTrained):
+    """The blocks without a head: every token sees every real token.
+
+    Args:
+        config: sizes and composition.
+    """
+
+    config_class = FoveateEncoderConfig
+    config: FoveateEncoderConfig
+    base_model_prefix = "encoder"
+
+    def __init__(self, config: FoveateEncoderConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        ropes: dict[tuple[int, bool], Rope | None] = {}
+        self.layers = nn.ModuleList(
+            block_of(config, i, ropes) for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_init()
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, by their type."""
+        return [cast(Block, layer) for layer in self.layers]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> EncoderOutput | tuple[Any, ...]:
+        """Run all blocks on input_ids (B, L) or inputs_embeds (B, L, dim).
+
+        Args:
+            input_ids: (B, L).
+            attention_mask: (B, L), 1 for real tokens; padding in front or behind.
+            position_ids: 0, 1, 2, ...; they may start again from 0 where packed sequences begin.
+            inputs_embeds: in place of input_ids.
+            output_hidden_states: whether to return what the blocks saw.
+            return_dict: False for a tuple.
+            kwargs: nothing that counts here; transformers' callers pass more than is needed.
+
+        Raises:
+            InputError: both or neither input is given, a sequence has no real token, or masks or
+                positions that `foveate.models.masking.seen_by` refuses.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise InputError("Give either input_ids or inputs_embeds.")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        seen = seen_by(attention_mask, position_ids, x.shape[0], 0, x.shape[1], both_ways=True)
+        if seen.real is not None and not bool(seen.real.any(1).all()):
+            raise InputError(
+                "attention_mask: a sequence has no real token, so nothing stands for it; leave it "
+                "out of the batch."
+            )
+        ctx = Context(
+            mask=seen.mask,
+            q_positions=seen.q_positions,
+            kv_positions=seen.kv_positions,
+            phase="train" if self.training else "prefill",
+        )
+        states = [x]
+        found: list[dict[str, Tensor]] = []
+        for i, block in enumerate(self.blocks):
+            x, _, aux = block(x, replace(ctx, layer=i), None, seen.real)
+            states.append(x)
+            found.append(aux)
+        x = states[-1] = self.norm(x)
+        out = EncoderOutput(
+            last_hidden_state=x,
+            pooler_output=pooled(x, seen.real, self.config.pooling),
+            hidden_states=tuple(states) if output_hidden_states else None,
+            aux=gathered(found) or None,
+        )
+        return out.to_tuple() if return_dict is False else out
+
+
+class FoveateForSequenceClassification(FoveatePreTrained):
+    """The encoder with a linear head on its pooled vector.
+
+    As in transformers, `config.num_labels` counts the classes, and `config.problem_type`
+    ("single_label_classification", "multi_label_classification" or "regression") chooses the loss;
+    left out, it follows from the labels.
+
+    Args:
+        config: sizes and composition.
+    """
+
+    config_class = FoveateEncoderConfig
+    config: FoveateEncoderConfig
+    base_model_prefix = "encoder"
+
+    def __init__(self, config: FoveateEncoderConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.encoder = FoveateEncoder(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> ClassifierOutput | tuple[Any, ...]:
+        """Classify sequences.
+
+        Args:
+            input_ids: (B, L).
+            attention_mask: (B, L), 1 for real tokens; padding in front or behind.
+            position_ids: as in the encoder.
+            inputs_embeds: (B, L, dim) in place of input_ids.
+            labels: (B,) classes, (B, labels) of 0 and 1 for several, or numbers for a regression.
+            output_hidden_states: whether to return what the blocks saw.
+            return_dict: False for a tuple.
+            kwargs: what the loss takes.
+
+        Raises:
+            InputError: as in the encoder.
+        """
+        inner = self.encoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
+        )
+        logits = self.classifier(self.dropout(inner.pooler_output))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                labels=labels, pooled_logits=logits, config=self.config, **kwargs
+            )
+            losses = [v for name, v in (inner.aux or {}).items() if name.endswith("_loss")]
+            if self.training and losses:
+                loss = loss + torch.stack(losses).sum().to(loss.dtype)
+        out = ClassifierOutput(
+            loss=loss, logits=logits, hidden_states=inner.hidden_states, aux=inner.aux
+        )
+        return out.to_tuple() if return_dict is False else out
+
+
+def pooled(x: Tensor, real: Tensor | None, how: str) -> Tensor:
+    """One vector for each sequence.
+
+    Args:
+        x: (B, L, dim).
+        real: (B, L) bool, False on padding; None is all real.
+        how: "mean" of the real tokens, or "cls", the first of them.
+
+    Returns:
+        (B, dim).
+    """
+    if how == "cls":
+        if real is None:
+            return x[:, 0]
+        first = real.int().argmax(1)
+        return x[torch.arange(len(x), device=x.device), first]
+    if real is None:
+        return x.mean(1)
+    # Padding may hold anything, NaN included: it is left out, not multiplied by 0.
+    return x.masked_fill(~real[..., None], 0).sum(1) / real.sum(1, keepdim=True).to(x.dtype)
