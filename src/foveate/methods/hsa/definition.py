@@ -80,9 +80,10 @@ def written(
                     value = torch.exp(log_m + block(child, other) - log_z[name(child)])
                     for row in mine:
                         theta[row, leaves_of(other)] = value
-            inner = log_m - phis[name(child)] - log_z[name(child)]
+            # An only child takes all of its parent's mass.
+            inner = log_m - phis[name(child)] - log_z[name(child)] if len(node) > 1 else log_m
             if isinstance(child, int):
-                theta[child, child] = inner.exp()
+                theta[child, child] = inner.exp() if own else zero
             else:
                 fill(child, inner)
 

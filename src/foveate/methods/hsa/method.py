@@ -18,8 +18,9 @@ from torch import Tensor
 
 from foveate.methods.hsa.columns import columns
 from foveate.methods.hsa.solve import solve
-from foveate.ops import AttentionOutput
+from foveate.ops import AttentionOutput, Mask
 from foveate.ops.errors import InputError
+from foveate.ops.masks.algebra import And
 from foveate.ops.masks.checks import whole
 from foveate.parts.attention import Attention, mask_layout, remember
 from foveate.parts.context import Context
@@ -43,9 +44,8 @@ class HSA(Attention):
             their places themselves. A multiple of 4.
         position_scale: |e_B|.
 
-    `out` is all that there is: rows are tied, so that no sum of exponentiated scores belongs to one
-    alone, and `lse` is NaN (with "columns" it is that of the row). phi(R), the energy, is in
-    `ctx.aux` as "hsa_energy" (B, Hq) where the context keeps `aux`.
+    Rows are tied, so that no sum of exponentiated scores belongs to one alone: `lse` is NaN (with
+    "columns" it is that of the row). The energy phi(R) is what `solve` gives.
 
     Raises:
         InputError: bad values.
@@ -124,7 +124,7 @@ class HSA(Attention):
             real = tokens.k_real.expand(batch, -1)
             return given.to(q.device).expanded(batch).only(real)
 
-        key = (HSA, self.branch, self.first, id(given), ctx.mask, length, batch, q.device)
+        key = (HSA, self.branch, self.first, given, ctx.mask, length, batch, q.device)
         return remember(ctx, key, build)
 
     def _of_real(self, real: Tensor) -> Tree:
@@ -153,11 +153,12 @@ class HSA(Attention):
                 f"hsa is self-attention over whole sequences: expected as many queries as keys, "
                 f"got {q.shape[2]} and {k.shape[2]}. To decode, use hsa(ties='columns')."
             )
-        if remember(ctx, (HSA, "fits", self.ties, q.shape, k.shape), lambda: self._fits(tokens, q, k, ctx)):
+        key = (HSA, "fits", self.ties, ctx.mask, q.shape, k.shape)
+        if remember(ctx, key, lambda: self._fits(tokens, q, k, ctx)):
             return
         if self.ties == "columns":
             raise InputError(
-                "hsa(ties='columns') is causal: it takes causal() with padding; for models that "
+                "hsa(ties='columns') is causal: it takes causal(), with padding; for models that "
                 "see both ways use hsa."
             )
         hint = "hsa(ties='columns') is a causal extension" if tokens.causal else "use 'full'"
@@ -168,29 +169,24 @@ class HSA(Attention):
 
     def _fits(self, tokens: Tokens, q: Tensor, k: Tensor, ctx: Context) -> bool:
         """Whether the mask lets all real tokens see all real ones, or all earlier ones."""
-        if ctx.mask is None:
-            return self.ties == "blocks"
-        if self.ties == "columns":
-            if not tokens.causal or not tokens.regular:
-                return False
-            if ctx.mask.spec == "causal()":
-                return True
-            at = tokens.q_pos[:, :, None] >= tokens.k_pos[:, None, :]
-            seen = tokens.q_real[:, :, None] & tokens.k_real[:, None, :] & at
-            wanted = seen.sum((1, 2))
-        else:
-            wanted = tokens.q_real.sum(1) * tokens.k_real.sum(1)
-        layout = mask_layout(ctx.mask, q, k, ctx)
-        pairs = layout.pairs_by_group()
-        # What padding itself sees is nobody's business.
-        real = _real_pairs(layout, tokens) if not bool(tokens.q_real.all()) else pairs
-        return bool((real == wanted[:, None]).all())
+        causal = self.ties == "columns"
+        if causal and not tokens.regular:
+            return False
+        parts = ctx.mask.parts if isinstance(ctx.mask, And) else (ctx.mask,)
+        kinds = {_kind(part) for part in parts}
+        if kinds <= {"none", "causal", "padding"}:
+            return causal == ("causal" in kinds)
+        seen = mask_layout(ctx.mask, q, k, ctx).dense()  # some table of pairs: as large as itself
+        wanted = tokens.q_real[:, None, :, None] & tokens.k_real[:, None, None, :]
+        if causal:
+            wanted = wanted & (tokens.q_pos[:, None, :, None] >= tokens.k_pos[:, None, None, :])
+        return bool(((seen & tokens.q_real[:, None, :, None]) == wanted).all())
 
 
-def _real_pairs(layout, tokens: Tokens) -> Tensor:  # type: ignore[no-untyped-def]
-    dense = layout.dense()
-    real = tokens.q_real[:, None, :, None] & tokens.k_real[:, None, None, :]
-    return (dense & real).sum((2, 3))
+def _kind(mask: Mask | None) -> str:
+    if mask is None:
+        return "none"
+    return "causal" if mask.spec == "causal()" else type(mask).__name__
 
 
 @lru_cache(maxsize=32)

@@ -136,7 +136,8 @@ def _shares(lse: Tensor, tree: Tree, own: bool) -> tuple[Tensor, Tensor]:
     leaf = tree.leaf[first:, None]
     nothing = alone & ~(leaf & own)  # sees no sibling, nor itself
     lse = lse.masked_fill(nothing, 0.0)  # -inf, but no arithmetic with it
-    part = (tree.sizes / tree.sizes[tree.parent.clamp_min(0)]).to(lse.dtype)[:, None]
+    sizes = tree.sizes.to(lse.dtype)
+    part = (sizes / sizes[tree.parent.clamp_min(0)])[:, None]
     inside: list[Tensor] = []  # -phi of each level below the roots, the deepest first
     logs: list[Tensor] = []
     below: Tensor | None = None
