@@ -22,6 +22,7 @@ from foveate.methods import make
 from foveate.ops import AttentionOutput, documents
 from foveate.parts import Attention, Context, Pattern, Rope
 from foveate.parts.context import Phase
+from foveate.parts.tree import Tree
 
 # Arguments of a layer that change the result and that nothing here knows how to honour.
 _FOREIGN = {
@@ -41,6 +42,7 @@ class Running:
         store: what the layers of one forward share; a new dict for each forward.
         last: order of the module that ran last.
         modality: (B, L) of the tokens so far; None where the model has text alone.
+        tree: over the tokens of the forward that runs; None where no method asked for one.
     """
 
     backend: str = "auto"
@@ -48,6 +50,7 @@ class Running:
     store: dict[Any, Any] = field(default_factory=dict)
     last: int = -1
     modality: Tensor | None = None
+    tree: Tree | None = None
 
     def modality_of(self, kv_len: int) -> Tensor | None:
         """The modality of each key of a call; None if the call isn't about those tokens."""
@@ -151,6 +154,7 @@ def attend(
         store=running.enter(seat.site.order) if seat is not None else {},
         stats=running.stats,
         modality=running.modality_of(view.kv_len),
+        tree=running.tree,
         query_rope=_query_rope(seat, kwargs.get("position_ids"), q_len, view.kv_len, query.device),
     )
     out = _by_head(groups, query, key, value, view, context)

@@ -34,7 +34,9 @@ from foveate.hf.modality import watch_modality
 from foveate.hf.places import Site, sites
 from foveate.hf.pointer import NAME, Pointer, register, release
 from foveate.hf.rotary import ropes
+from foveate.hf.watch_tree import TreeOf, watch_tree
 from foveate.parts import Attention, Rope
+from foveate.parts.tree import Tree
 
 
 @dataclass
@@ -54,6 +56,7 @@ def use(
     cross: bool = False,
     stats: Callable[..., None] | None = None,
     fitted: str | Path | None = None,
+    tree: Tree | TreeOf | None = None,
 ) -> Use:
     """Run a transformers model's attention through foveate, until undone.
 
@@ -79,6 +82,8 @@ def use(
             attend_seconds=)` by methods that are patterns.
         fitted: for methods that were fitted (`foveate fit`): the artefact, or a folder of them.
             Default: the folder that the model was loaded from, then the cache, by its weights.
+        tree: for methods that follow one ("hsa"): over the tokens of every input, or what makes it
+            from input ids (B, L) and which of them are real; see `foveate.hf.use_on_tree`.
 
     Raises:
         UnknownMethodError: no such pattern.
@@ -88,7 +93,9 @@ def use(
         ModelError: the model's attention can't be reached, or a method wasn't fitted on it yet.
         ArtefactError: what was fitted belongs to another model, or can't be read.
     """
-    return Use(model, pattern, backend=backend, cross=cross, stats=stats, fitted=fitted)
+    return Use(
+        model, pattern, backend=backend, cross=cross, stats=stats, fitted=fitted, tree=tree
+    )
 
 
 class Use:
@@ -103,6 +110,7 @@ class Use:
         cross: bool = False,
         stats: Callable[..., None] | None = None,
         fitted: str | Path | None = None,
+        tree: Tree | TreeOf | None = None,
     ) -> None:
         if not isinstance(model, PreTrainedModel):
             raise ModelError(
@@ -140,7 +148,8 @@ class Use:
         self._configs = configs
         self._active = False
         running = Running(backend, stats)
-        self._watch = watch_modality(model, running)
+        watches = (watch_modality(model, running), watch_tree(model, tree, running))
+        self._watches = [watch for watch in watches if watch is not None]
         try:
             self._point(model, found)
             for module, site in found.items():
@@ -192,8 +201,8 @@ class Use:
                 if isinstance(config._attn_implementation, Pointer):
                     config._attn_implementation_internal = held.pointer.before
         self._modules, self._configs = [], []
-        if self._watch is not None:
-            self._watch.remove()
+        for watch in self._watches:
+            watch.remove()
         release()
 
     def _lost(self) -> None:

@@ -375,6 +375,22 @@ class Tree:
         return found[self.token[found].argsort()]
 
     @cached_property
+    def inner(self) -> Tensor:
+        """(M,) inner nodes, roots first."""
+        return (~self.leaf).nonzero()[:, 0]
+
+    @cached_property
+    def inner_place(self) -> Tensor:
+        """(n,) the number of each inner node among `inner`; of leaves it says nothing."""
+        return ((~self.leaf).cumsum(0) - 1).clamp_min(0)
+
+    @cached_property
+    def inner_spans(self) -> list[tuple[int, int]]:
+        """First and last (excluded) inner node of each level below the roots, numbered so."""
+        ends = [int((~self.leaf[:at]).sum()) for at in self.levels]
+        return list(zip(ends[1:-1], ends[2:]))
+
+    @cached_property
     def sizes(self) -> Tensor:
         """(n,) int64, |A|: leaves under each node."""
         count = self.leaf.long()

@@ -30,7 +30,7 @@ from torch import Tensor
 from foveate.methods.hsa.siblings import sibling_layout
 from foveate.ops import attention
 from foveate.parts.tree import Tree
-from foveate.parts.tree_sums import leaf_means, path_sums, token_rows
+from foveate.parts.tree_sums import node_means, path_sums, token_sums
 
 
 class Solution(NamedTuple):
@@ -89,7 +89,7 @@ def solve(
     rows = means(q, k, v, tree, scale=scale, positions=positions, key_bias=key_bias)
     first = tree.trees
     out, lse = attention(
-        *(_heads_first(x[first:], q.dtype) for x in rows[:3]),
+        *(x[first:].transpose(0, 1)[None].to(q.dtype) for x in rows[:3]),
         layout=sibling_layout(tree, own=own),
         scale=rows.scale,
         bias=bias_of(rows.weight[first:]),
@@ -97,8 +97,7 @@ def solve(
     )
     share, energy = _shares(lse[0].T, tree, own)
     mixed = share[..., None] * out[0].transpose(0, 1).to(share.dtype)
-    acc = path_sums(torch.cat((mixed.new_zeros(first, *mixed.shape[1:]), mixed)), tree)
-    return Solution(tokens_first(token_rows(acc, tree), q, tree), energy)
+    return Solution(heads_first(token_sums(mixed, tree).to(q.dtype), tree), energy)
 
 
 def means(
@@ -113,11 +112,11 @@ def means(
 ) -> Rows:
     """Nodes' rows, in fp32 or wider; sums over the tree are only made of what isn't a leaf alone."""
     work = torch.promote_types(q.dtype, torch.float32)
-    rq, rk, rv = (leaf_means(by_token(x).to(work), tree) for x in (q, k, v))
+    rq, rk, rv = (node_means(by_token(x).to(work), tree) for x in (q, k, v))
     weight = tree.sizes.to(work).log()[:, None]
     if key_bias is not None:
         spread = key_bias.expand(tree.batch, -1, -1)[..., None]
-        weight = weight + leaf_means(by_token(spread).to(work), tree)[..., 0]
+        weight = weight + node_means(by_token(spread).to(work), tree)[..., 0]
     if positions is not None:
         e = positions.to(work)[:, None]
         rq = torch.cat((rq * scale, e.expand(-1, rq.shape[1], -1)), -1)
@@ -169,14 +168,9 @@ def by_token(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1)
 
 
-def tokens_first(rows: Tensor, q: Tensor, tree: Tree) -> Tensor:
-    """(B * L, H, Dv) -> (B, H, L, Dv), in the dtype of q."""
-    return rows.to(q.dtype).unflatten(0, (tree.batch, tree.length)).transpose(1, 2)
-
-
-def _heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(n, H, D) -> (1, H, n, D)."""
-    return x.transpose(0, 1)[None].to(dtype)
+def heads_first(rows: Tensor, tree: Tree) -> Tensor:
+    """(B * L, H, D) -> (B, H, L, D)."""
+    return rows.unflatten(0, (tree.batch, tree.length)).transpose(1, 2)
 
 
 def bias_of(weight: Tensor) -> Tensor | None:
