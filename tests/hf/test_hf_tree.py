@@ -58,14 +58,14 @@ def test_the_chosen_layer_runs_the_hierarchical_matrix_and_all_is_undone():
     model = tiny("bert")
     before = model(IDS, REAL.long()).last_hidden_state
     layers = model.encoder.layer
-    with use_on_tree(model, SentenceTree((STOP,), (CLS, SEP, 0)), layers=(2,)):
+    with use_on_tree(model, SentenceTree((STOP,), (CLS, SEP, 0)), layers=(1,)):
         inside = model(IDS, REAL.long(), output_hidden_states=True)
         other = model(IDS[:, :9], REAL[:, :9].long()).last_hidden_state  # a tree of its own
     after = model(IDS, REAL.long()).last_hidden_state
     torch.testing.assert_close(after, before, atol=0, rtol=0)
     assert other.shape[1] == 9
     # By hand, in the last layer: theta of each head from its own scores, on each entry's tree.
-    x, attention = inside.hidden_states[2], layers[2].attention
+    x, attention = inside.hidden_states[1], layers[1].attention
     own = attention.self
     heads = own.num_attention_heads
     split = lambda y: y.unflatten(-1, (heads, -1)).transpose(1, 2)  # noqa: E731
@@ -77,7 +77,7 @@ def test_the_chosen_layer_runs_the_hierarchical_matrix_and_all_is_undone():
             s = (q[b, h, :n] @ k[b, h, :n].T * q.shape[3] ** -0.5).double()
             out[b, h, :n] = (written(s, tree).theta @ v[b, h, :n].double()).float()
     y = attention.output(out.transpose(1, 2).flatten(2), x)
-    y = layers[2].output(layers[2].intermediate(y), y)
+    y = layers[1].output(layers[1].intermediate(y), y)
     for b in range(2):
         n = int(REAL[b].sum())
         torch.testing.assert_close(inside.last_hidden_state[b, :n], y[b, :n], atol=2e-5, rtol=2e-5)
@@ -113,7 +113,7 @@ def test_gradients_pass():
         layer.attention.self.dropout.p = 0.0
     with use_on_tree(model, SentenceTree((STOP,), (CLS, SEP, 0))):
         model(IDS, REAL.long()).last_hidden_state[REAL].square().sum().backward()
-    grad = model.encoder.layer[2].attention.self.query.weight.grad
+    grad = model.encoder.layer[1].attention.self.query.weight.grad
     assert grad is not None
     assert grad.isfinite().all()
     assert grad.any()
