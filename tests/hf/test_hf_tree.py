@@ -7,6 +7,8 @@ import torch
 
 pytest.importorskip("transformers")
 
+from tiny_models import tiny  # noqa: E402
+
 import foveate  # noqa: E402
 from foveate.hf import (  # noqa: E402
     ModelError,
@@ -16,8 +18,6 @@ from foveate.hf import (  # noqa: E402
 )
 from foveate.methods.hsa.definition import written  # noqa: E402
 from foveate.parts.tree import Tree  # noqa: E402
-
-from tiny_models import tiny  # noqa: E402
 
 CLS, SEP, STOP = 1, 2, 3
 IDS = torch.tensor(

@@ -17,6 +17,7 @@ from foveate.methods.hsa.siblings import sibling_layout
 from foveate.ops.errors import InputError
 from foveate.parts.tree import Tree
 
+CROSSED = Tree.nested([[0, 2], [1, *range(3, 12)]])
 WORKED = {
     True: (-1.727631, [2.149430, 2.444591, 2.752796, 2.458193]),
     False: (-1.352419, [3.057095, 2.761825, 2.648464, 2.189078]),
@@ -212,7 +213,7 @@ def test_oracle_7_fewer_ties_are_never_further(seed):
     assert last < 1e-12
 
 
-# -- the fast form is the definition -----------------------------------------------------------------
+# -- the fast form is the definition ---------------------------------------------------------------
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("seed", range(3))
 def test_matrix_and_gradients_are_those_of_the_definition(own, seed):
@@ -327,7 +328,9 @@ def test_positions_are_logits_of_siblings():
         up.append(torch.where(tree.parent[up[-1]] >= 0, tree.parent[up[-1]], up[-1]))
     for i in range(24):
         for j in range(24):
-            level = next((n for n in range(len(up)) if tree.parent[up[n][i]] == tree.parent[up[n][j]]))
+            level = next(
+                n for n in range(len(up)) if tree.parent[up[n][i]] == tree.parent[up[n][j]]
+            )
             pairs[i, j] = e[up[level][i]] @ e[up[level][j]]
 
     def nested(node: int):
@@ -352,7 +355,7 @@ def test_a_bias_of_keys_is_part_of_their_logits():
     assert torch.autograd.grad(out.sum() + (out * v).sum(), bias)[0].abs().sum() > 0
 
 
-# -- cost --------------------------------------------------------------------------------------------
+# -- cost ------------------------------------------------------------------------------------------
 def test_scores_are_those_of_siblings_alone_and_linear_in_the_length():
     random.seed(1)
     tree = Tree.nested(random_tree(list(range(400)), most=9))
@@ -375,8 +378,8 @@ def test_levels_of_the_sheet_s_miniature_count_as_it_says():
     assert 49 * 49 == 2401
 
 
-# -- the causal extension ------------------------------------------------------------------------------
-def column_rows(s: Tensor, k_logits, tree: list) -> Tensor:
+# -- the causal extension --------------------------------------------------------------------------
+def column_rows(s: Tensor, tree: list) -> Tensor:
     """theta of the extension, by its text: row by row a softmax over what came before."""
     n = len(s)
     theta = torch.zeros_like(s)
@@ -388,10 +391,10 @@ def column_rows(s: Tensor, k_logits, tree: list) -> Tensor:
         raise AssertionError
 
     for row in range(n):
-        blocks = [
-            leaves_of(node[j]) for node, at in path(tree, row) for j in range(at)
-        ] + [[row]]
-        terms = torch.stack([s[row, b].mean() + torch.tensor(float(len(b))).double().log() for b in blocks])
+        blocks = [leaves_of(node[j]) for node, at in path(tree, row) for j in range(at)] + [[row]]
+        terms = torch.stack(
+            [s[row, b].mean() + torch.tensor(float(len(b))).double().log() for b in blocks]
+        )
         for weight, block in zip(terms.softmax(0), blocks):
             theta[row, block] = weight / len(block)
     return theta
@@ -404,7 +407,7 @@ def test_columns_are_tied_and_causal():
     out, lse = make("hsa(ties='columns')")(q, k, v, Context(mask=causal(), tree=Tree.nested(tree)))
     for h in range(2):
         s = q[0, h] @ k[0, h].T * 5**-0.5
-        torch.testing.assert_close(out[0, h], column_rows(s, None, tree) @ v[0, h])
+        torch.testing.assert_close(out[0, h], column_rows(s, tree) @ v[0, h])
     assert lse.isfinite().all()
     flat = columns(q, k, v, Tree.nested(list(range(50))), scale=0.3)
     dense = attention(q, k, v, causal(), scale=0.3, backend="reference")
@@ -437,7 +440,7 @@ def test_columns_with_padding_and_backward():
     assert not grads[1][1, :, :9].any()
 
 
-# -- refusals ------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("spec", "context", "word"),
     [
@@ -451,8 +454,8 @@ def test_columns_with_padding_and_backward():
         ("hsa", {"bias": torch.zeros(1, 1, 12, 12)}, "bias of keys"),
         ("hsa", {"tree": Tree.windows(11, 3)}, "11 tokens"),
         ("hsa", {"tree": torch.zeros(3)}, "Tree"),
-        ("hsa(ties='columns')", {"mask": causal(), "tree": Tree.nested([[0, 2], [1, *range(3, 12)]])}, "before"),
-        ("hsa(positions=8)", {"tree": Tree.nested([[0, 2], [1, *range(3, 12)]])}, "places"),
+        ("hsa(ties='columns')", {"mask": causal(), "tree": CROSSED}, "before"),
+        ("hsa(positions=8)", {"tree": CROSSED}, "places"),
     ],
 )  # fmt: skip
 def test_what_has_no_meaning_is_refused(spec, context, word):
@@ -462,7 +465,8 @@ def test_what_has_no_meaning_is_refused(spec, context, word):
 
 
 @pytest.mark.parametrize(
-    "spec", ["hsa(branch=1)", "hsa(ties='rows')", "hsa(positions=6)", "hsa(ties='columns', own=False)"]
+    "spec",
+    ["hsa(branch=1)", "hsa(ties='rows')", "hsa(positions=6)", "hsa(ties='columns', own=False)"],
 )
 def test_hyper_parameters_are_checked(spec):
     with pytest.raises(InputError):

@@ -45,7 +45,7 @@ def test_nested_lists_are_kept_breadth_first():
         same = (tree.parent == tree.parent[node]).nonzero()[:, 0].tolist() if node else [0]
         assert list(range(lo, hi)) == same
     assert tree.token[tree.leaves].tolist() == list(range(10))
-    # [root], [01], [[345], [6]], [[[78]], 9], [345], [6], [[78]], [78]: sum of b (b - 1), and leaves.
+    # The root, and from the left 01, 345 6, 345, 6, 78 9, 78 twice: b (b - 1) each, and leaves.
     assert sorted(tree.children[~tree.leaf].tolist()) == [1, 1, 2, 2, 2, 2, 3, 4]
     assert tree.scores == 4 * 3 + 3 * 2 + 4 * 2 + 10
 
@@ -204,7 +204,7 @@ def test_sums_are_those_over_all_pairs_and_so_are_their_gradients():
         (lambda: Tree.nested([0, 1]).expanded(2).expanded(3), "batch of 2"),
         (lambda: Tree.of_parents(torch.tensor([1, 0]), torch.tensor([-1, -1])), "circle"),
         (lambda: Tree.of_parents(torch.tensor([-1, 0]), torch.tensor([-1, -1])), "every leaf"),
-        (lambda: Tree.of_parents(torch.tensor([-1, -1, 0, 1]), torch.tensor([-1, -1, 0, 1])), "root"),
+        (lambda: Tree.of_parents(*torch.tensor([[-1, -1, 0, 1], [-1, -1, 0, 1]])), "root"),
     ],
 )  # fmt: skip
 def test_what_is_no_tree_is_refused(make, word):

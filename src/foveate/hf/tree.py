@@ -25,6 +25,7 @@ from foveate.methods.hsa import HSA
 from foveate.ops.errors import InputError
 from foveate.parts.tree import Tree
 
+
 @dataclass(frozen=True)
 class SentenceTree:
     """Documents of sentences of tokens, read off input ids.
@@ -63,9 +64,7 @@ class SentenceTree:
         device = input_ids.device
         special = torch.isin(input_ids, torch.tensor(self.special, device=device))
         marks = torch.isin(input_ids, torch.tensor(self.ends, device=device))
-        numbers = [
-            self._numbered(m, s) for m, s in zip(marks.tolist(), (special | ~real).tolist())
-        ]
+        numbers = [self._numbered(m, s) for m, s in zip(marks.tolist(), (special | ~real).tolist())]
         return Tree.segments(torch.tensor(numbers, device=device), real=real)
 
     def _numbered(self, marks: list[bool], outside: list[bool]) -> list[int]:
@@ -123,5 +122,5 @@ def use_on_tree(
     count = 1 + max(site.layer for site in found.values() if not site.cross)
     chosen = late_alternating(count) if layers is None else tuple(layers)
     name = method if isinstance(method, str) else spec(method)
-    plan = Assignment({layer: name for layer in chosen})
+    plan = Assignment(dict.fromkeys(chosen, name))
     return use(model, plan, backend=backend, stats=stats, tree=tree)

@@ -93,9 +93,7 @@ def use(
         ModelError: the model's attention can't be reached, or a method wasn't fitted on it yet.
         ArtefactError: what was fitted belongs to another model, or can't be read.
     """
-    return Use(
-        model, pattern, backend=backend, cross=cross, stats=stats, fitted=fitted, tree=tree
-    )
+    return Use(model, pattern, backend=backend, cross=cross, stats=stats, fitted=fitted, tree=tree)
 
 
 class Use:

@@ -17,7 +17,9 @@ TreeOf = Callable[[Tensor, Tensor], Tree]
 """Takes input ids (B, L) and which of them are real, bool (B, L)."""
 
 
-def watch_tree(model: nn.Module, tree: Tree | TreeOf | None, running: Running) -> RemovableHandle | None:
+def watch_tree(
+    model: nn.Module, tree: Tree | TreeOf | None, running: Running
+) -> RemovableHandle | None:
     """Keep `running.tree` up to date; None if there is no tree to make."""
     if tree is None or isinstance(tree, Tree):
         running.tree = tree

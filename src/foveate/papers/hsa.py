@@ -16,16 +16,16 @@ Four parts:
   cosine of mean-pooled states. Abstracts are encoded with some layers replaced, untrained, on the
   tree root -> [CLS, title and sentences, SEP] -> tokens; those that the paper's rule names (late,
   every other one: 3 and 5), others, and with permuted trees. MFLOPs are those of attention in
-  one of the layers, for an abstract: 2 (d + dv) for each score of a head. Beside it, told without a condition:
-  intents of Banking77 by a ridge classifier that was fitted before the layers were replaced, on
-  texts of a sentence or two.
+  one of the layers, for an abstract: 2 (d + dv) for each score of a head. Beside it, told without a
+  condition: intents of Banking77 by a ridge classifier that was fitted before the layers were
+  replaced, on texts of a sentence or two.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -67,13 +67,15 @@ def fields(trial: Trial) -> Found:
     """Mean divergence of each matrix, and in which share of the draws HSA is the closest."""
     n, dim, draws = 64, 16, 3 if trial.quick else 20
     tree = [[[*range(j, j + 4)] for j in range(i, i + 16, 4)] for i in range(0, n, 16)]
-    kinds = {LARGEST: torch.max, FIRST: lambda block: block[0, 0]}
+    kinds: dict[str, Callable[[Tensor], Tensor]] = {
+        LARGEST: lambda block: block.max(), FIRST: lambda block: block[0, 0]
+    }  # fmt: skip
     at = torch.arange(n)
     near = ((at - at[:, None]) >= -8) & ((at - at[:, None]) < 8)
     found: dict[str, list[float]] = {}
     for _ in range(draws):
-        field = sum(torch.randn(n // w, dim).repeat_interleave(w, 0) for w in (64, 16, 4, 1))
-        field = field.double() / 2  # unit variance
+        pieces = [torch.randn(n // w, dim).repeat_interleave(w, 0) for w in (64, 16, 4, 1)]
+        field = torch.stack(pieces).sum(0).double() / 2  # unit variance
         q, k = (field @ torch.randn(dim, dim).double() / dim**0.5 for _ in range(2))
         s = q @ k.T / dim**0.5
         moved = torch.randperm(n)
@@ -188,12 +190,10 @@ def scratch(trial: Trial) -> Found:
         seed=trial.seed, patience=4,
     )  # fmt: skip
     done = train(model, task, regime, folder=trial.folder, tell=trial.tell)
-    return {
-        trial.cell: _accuracy(model, task) | {"validation": done.best, "curve": done.curve}  # type: ignore[dict-item]
-    }
+    return {trial.cell: _accuracy(model, task) | {"validation": done.best, "curve": done.curve}}
 
 
-# -- MiniLM -----------------------------------------------------------------------------------------
+# -- MiniLM ---------------------------------------------------------------------------------------
 @dataclass
 class Encoder:
     """MiniLM with mean pooling; `sentences` (B, L) are of the batch that it reads.
@@ -363,7 +363,8 @@ PAPER = Paper(
         difference(SOFTMAX, LATE, 0.02, metric="accuracy"),
         at_least("accuracy: layer 3 - layer 1",
                  lambda at: at[LATE]["accuracy"] - at["layer 1"]["accuracy"], 0.0),
-        at_most("accuracy: permuted tree - tree, mean of the layers", _mean_gain, 0.0, refuted=0.01),
+        at_most("accuracy: permuted tree - tree, mean of the layers", _mean_gain, 0.0,
+                refuted=0.01),
         at_most("accuracy: all layers", lambda at: at[EVERY]["accuracy"], 0.5),
         at_most("scores: layer 3 / softmax", lambda at: at[LATE]["scores"], 0.18, exact=True),
         difference(FLAT, FRESH, 0.0, metric="accuracy"),

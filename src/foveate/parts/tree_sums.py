@@ -21,18 +21,18 @@ from foveate.parts.tree import Tree
 
 
 def path_sums(x: Tensor, tree: Tree) -> Tensor:
-    """x (n, ...) by node -> (n, ...), in the dtype of x."""
-    return _Paths.apply(x, tree)  # type: ignore[no-any-return]
+    """X (n, ...) by node -> (n, ...), in the dtype of x."""
+    return _Paths.apply(x, tree)
 
 
 def node_means(x: Tensor, tree: Tree) -> Tensor:
-    """x (B * L, ...) by token -> (n, ...) by node, in the dtype of x (fp32 or wider)."""
-    return _Means.apply(x, tree)  # type: ignore[no-any-return]
+    """X (B * L, ...) by token -> (n, ...) by node, in the dtype of x (fp32 or wider)."""
+    return _Means.apply(x, tree)
 
 
 def token_sums(y: Tensor, tree: Tree) -> Tensor:
-    """y (n - roots, ...) by node below the roots -> (B * L, ...); 0 for what the tree lacks."""
-    return _Tokens.apply(y, tree)  # type: ignore[no-any-return]
+    """Y (n - roots, ...) by node below the roots -> (B * L, ...); 0 for what the tree lacks."""
+    return _Tokens.apply(y, tree)
 
 
 def _up(x: Tensor, tree: Tree) -> Tensor:
@@ -73,7 +73,7 @@ def _sizes(tree: Tree, like: Tensor) -> Tensor:
 class _Paths(Function):
     @staticmethod
     @override
-    def forward(ctx: Any, x: Tensor, tree: Tree) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, tree: Tree) -> Tensor:
         ctx.tree = tree
         sums = x.clone()
         for _, lo, hi in tree.steps:
@@ -82,23 +82,23 @@ class _Paths(Function):
 
     @staticmethod
     @override
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _up(grad.clone(), ctx.tree), None
 
 
 class _Means(Function):
     @staticmethod
     @override
-    def forward(ctx: Any, x: Tensor, tree: Tree) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, tree: Tree) -> Tensor:
         ctx.tree = tree
         rows, inner = _sums_of_leaves(x, tree), tree.inner
         return rows.index_copy_(0, inner, rows.index_select(0, inner) / _sizes(tree, rows))
 
     @staticmethod
     @override
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         tree = ctx.tree
         inner = grad.index_select(0, tree.inner) / _sizes(tree, grad)
         return _sums_at_leaves(grad, inner, tree), None
@@ -107,7 +107,7 @@ class _Means(Function):
 class _Tokens(Function):
     @staticmethod
     @override
-    def forward(ctx: Any, y: Tensor, tree: Tree) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, y: Tensor, tree: Tree) -> Tensor:
         ctx.tree = tree
         roots = tree.trees
         inner = y.new_zeros(len(tree.inner), *y.shape[1:])
@@ -116,6 +116,6 @@ class _Tokens(Function):
 
     @staticmethod
     @override
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _sums_of_leaves(grad, ctx.tree)[ctx.tree.trees :], None

@@ -63,9 +63,7 @@ def columns(
     parts = []
     for level, (_, lo, hi) in enumerate(tree.steps, start=1):
         layout = tree.kept((columns, level, new), lambda: _earlier(tree, listed, level, lo, hi))  # noqa: B023
-        keys, values = (
-            x[lo:hi].transpose(0, 1)[None].to(q.dtype) for x in (rows.k, rows.v)
-        )
+        keys, values = (x[lo:hi].transpose(0, 1)[None].to(q.dtype) for x in (rows.k, rows.v))
         bias = bias_of(rows.weight[lo:hi])
         parts.append(
             attention(mine, keys, values, layout=layout, scale=scale, bias=bias, backend=backend)

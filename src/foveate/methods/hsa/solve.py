@@ -110,7 +110,7 @@ def means(
     positions: Tensor | None = None,
     key_bias: Tensor | None = None,
 ) -> Rows:
-    """Nodes' rows, in fp32 or wider; sums over the tree are only made of what isn't a leaf alone."""
+    """Nodes' rows, in fp32 or wider: a leaf's are its token's."""
     work = torch.promote_types(q.dtype, torch.float32)
     rq, rk, rv = (node_means(by_token(x).to(work), tree) for x in (q, k, v))
     weight = tree.sizes.to(work).log()[:, None]
