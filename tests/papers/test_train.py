@@ -146,9 +146,23 @@ def test_people_see_the_figures_and_how_to_load_it(run, tmp_path):
     assert "Writing model shards" not in err
 
 
+def test_mixers_in_attentions_place(run, tmp_path):
+    hybrid = "grassmann(rank=8, offsets=[1, 2]),none"
+    code, out, err = run(*SMALL, "--mixer", hybrid)
+    assert code == 0, err
+    assert "grassmann(rank=8, offsets=[1, 2]); mfa(head_dim=8), full" in " ".join(out.split())
+    facts = json.loads((tmp_path / "model" / "training.json").read_text())
+    assert facts["mixer"] == ["grassmann(rank=8, offsets=[1, 2])", None]
+    assert "model.layers.0.attention.mixer.reduce.weight" in weights(tmp_path / "model")
+    assert run(*SMALL, "--mixer", "deconstructed-mlp", out="other")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
+        (("--mixer", "grassman"), "did you mean 'grassmann'"),
+        (("--mixer", "full"), "no mixer"),
+        (("--mixer", "grassmann,none"), "2 mixers for 4 layers"),
         (("--projection", "mfaa"), "did you mean 'mfa'"),
         (("--projection", "full"), "no projection"),
         (("--attention", "mfa"), "no attention"),

@@ -12,6 +12,26 @@ HSA = Paper(
 
 TIED_ROWS = Support(False, "rows of a group share its mean query; causal is ties='columns'")
 
+GRASSMANN = Paper(
+    "Attention Is Not What You Need: Grassmann Flows as an Attention-Free Alternative for Sequence "
+    "Modeling",
+    "Chong, 2025",
+    "2512.19428",
+)
+DECONSTRUCTING = Paper(
+    "Deconstructing Attention: Investigating Design Principles for Effective Language Modeling",
+    "Xue et al., 2025",
+    "2510.11602",
+)
+BASED = Paper(
+    "Simple linear attention language models balance the recall-throughput tradeoff",
+    "Arora et al., 2024",
+    "2402.18668",
+)
+
+MIXERS = ("train",)
+NO_HEADS = Support(False, "has no heads")
+
 ROWS: tuple[Row, ...] = (
     Row(
         key="hsa",
@@ -27,5 +47,27 @@ ROWS: tuple[Row, ...] = (
             causal_routing=TIED_ROWS,
         ),
         jobs=("Attention", "use", "train"),
+    ),
+    Row(
+        key="grassmann",
+        kind="mixer",
+        path="foveate.methods.grassmann.Grassmann",
+        title="Causal Grassmann layer",
+        summary="Planes that a token spans with a few earlier ones, gated into it; no attention.",
+        papers=(GRASSMANN,),
+        sheet="grassmann",
+        capabilities=Capabilities(gqa=NO_HEADS),
+        jobs=MIXERS,
+    ),
+    Row(
+        key="deconstructed-mlp",
+        kind="mixer",
+        path="foveate.methods.deconstructing.DeconstructedMLP",
+        title="No token mixing (Deconstructing)",
+        summary="A gated MLP of as many weights in attention's place; for hybrids and as a floor.",
+        papers=(DECONSTRUCTING,),
+        sheet="deconstructing",
+        capabilities=Capabilities(gqa=NO_HEADS),
+        jobs=MIXERS,
     ),
 )

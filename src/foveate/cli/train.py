@@ -28,6 +28,13 @@ def train(
     attention: Annotated[
         str, typer.Option(help='Such as full, or "sink-window(window=64)"; see foveate methods.')
     ] = "full",
+    mixer: Annotated[
+        str | None,
+        typer.Option(
+            help="In attention's place: a mixer such as grassmann; or one for each layer, with "
+            '"none" for attention, such as grassmann,none,grassmann,none.'
+        ),
+    ] = None,
     data: Annotated[
         str | None, typer.Option(help="A text file. Default: WikiText-2's test split, shipped.")
     ] = None,
@@ -77,9 +84,10 @@ def train(
         out=Path(out).expanduser(),
         device=parse_device(device),
         resume=resume,
+        mixer=_by_layer(mixer, layers),
     )  # fmt: skip
     with Screen() as screen:
-        screen.begin(f"training {projection}", steps)
+        screen.begin(f"training {mixer or projection}", steps)
         begun = False
 
         def tell(share: float, doing: str) -> None:
@@ -99,11 +107,35 @@ def train(
         show(facts, console())
 
 
+def _by_layer(mixer: str | None, layers: int) -> str | tuple[str | None, ...] | None:
+    """What --mixer says: nothing, one text for all layers, or one for each."""
+    from foveate.methods.naming import split
+    from foveate.ops.errors import InputError
+
+    if mixer is None:
+        return None
+    given = split(mixer)
+    if len(given) not in (1, layers):
+        raise InputError(
+            f"--mixer {mixer}: {len(given)} mixers for {layers} layers; give one for all of them, "
+            "or one for each."
+        )
+    found = tuple(None if text == "none" else text for text in given)
+    return found[0] if len(found) == 1 else found
+
+
 def _missing(error: ModuleNotFoundError) -> Exception:
     name = (error.name or "").partition(".")[0]
     if name not in {"transformers", "safetensors"}:
         return error
     return MissingPackageError(f"foveate train needs {name}: pip install 'foveate[hf]'")
+
+
+def _composition(facts: dict[str, Any]) -> str:
+    attention, mixer = f"{facts['projection']}, {facts['attention']}", facts["mixer"]
+    if isinstance(mixer, list | tuple):
+        return "; ".join(attention if one is None else one for one in mixer)
+    return mixer or attention
 
 
 def show(facts: dict[str, Any], screen: Console) -> None:
@@ -113,7 +145,7 @@ def show(facts: dict[str, Any], screen: Console) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in (
-        ("model", f"{facts['projection']}, {facts['attention']}, {facts['parameters']:,} weights"),
+        ("model", f"{_composition(facts)}, {facts['parameters']:,} weights"),
         ("data", facts["data"]),
         ("steps", f"{facts['steps']}{' (stopped early)' if facts['stopped_early'] else ''}"),
         ("test", f"{test['bits_per_byte']:.4g} bits for each byte ({test['loss']:.4g} nats), "

@@ -13,6 +13,7 @@ from typing import Any
 from foveate import catalog
 from foveate.ops.errors import InputError, nearest
 from foveate.parts.attention import AttentionRecipe
+from foveate.parts.mixer import MixerRecipe
 from foveate.parts.projection import Recipe
 
 _SPEC = re.compile(r"\s*([^\s()]+)\s*(\(.*\))?\s*", re.DOTALL)
@@ -69,6 +70,12 @@ def make_attention(spec: str) -> Any:
         raise InputError(
             f"{spec!r} has parameters of its own that a model must be trained with: build it by "
             "foveate.Attention(dim, num_heads, attention=...) or foveate train --attention. What "
+            "can run in a model that is trained already is listed by: foveate methods."
+        )
+    if isinstance(method, MixerRecipe):
+        raise InputError(
+            f"{spec!r} is a mixer: it takes attention's place in a model that is built and trained "
+            "with it, by foveate.models.FoveateConfig(mixer=...) or foveate train --mixer. What "
             "can run in a model that is trained already is listed by: foveate methods."
         )
     if isinstance(method, Recipe):

@@ -7,25 +7,24 @@ final RMSNorm and a linear head: what Llama, Step-3 and DeepSeek-V3 have in comm
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import ModelOutput
 
+from foveate.models.blocks import block_of
 from foveate.models.cache import ModelCache
 from foveate.models.config import FoveateConfig
-from foveate.models.masking import seen_by
-from foveate.models.recompute import RecomputedBlock
-from foveate.nn import Attention, Block, MoE, Router, SwiGLU
-from foveate.ops.errors import InputError, nearest
+from foveate.models.masking import Seen, seen_by
+from foveate.models.position import last_norm, positioned, positions_of
+from foveate.models.reference import stream_of
+from foveate.nn import Block
+from foveate.ops import causal
+from foveate.ops.errors import InputError
 from foveate.parts.context import Context
-from foveate.parts.norm import RMSNorm
-from foveate.parts.projection import Projection
 from foveate.parts.rope import Rope
 
 
@@ -89,13 +88,33 @@ class FoveateModel(FoveatePreTrained):
         self.layers = nn.ModuleList(
             block_of(config, i, ropes) for i in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.reference = stream_of(self.blocks, config.hidden_size)
+        self.embed_positions = positions_of(config)
+        self.norm = last_norm(config, self.blocks)
         self.post_init()
 
     @property
     def blocks(self) -> list[Block]:
         """The layers, by their type."""
         return [cast(Block, layer) for layer in self.layers]
+
+    def embedded(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Token embeddings of ids (1, n), and what goes into the first block: positions added."""
+        tokens = self.embed_tokens(ids)
+        return tokens, positioned(self.embed_positions, tokens, 0, Seen(causal()), None)
+
+    def set_reference(self, ids: Tensor) -> None:
+        """Give the fixed sequence that "fixed-seq-qk" takes its queries and keys from.
+
+        Args:
+            ids: integer (length,), of at least the length that the mixers were built with.
+
+        Raises:
+            InputError: the model has no such mixer, or the ids don't fit.
+        """
+        if self.reference is None:
+            raise InputError("set_reference: no mixer of this model has a reference stream.")
+        self.reference.set_tokens(ids, self.config.vocab_size)
 
     def new_cache(self, capacity: int = 0) -> ModelCache:
         """An empty cache with room for `capacity` tokens."""
@@ -131,12 +150,16 @@ class FoveateModel(FoveatePreTrained):
             )
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         seen = seen_by(attention_mask, position_ids, x.shape[0], past, x.shape[1])
+        tokens, x = x, positioned(self.embed_positions, x, past, seen, position_ids)
         ctx = Context(
             mask=seen.mask,
             q_positions=seen.q_positions,
             kv_positions=seen.kv_positions,
             phase="decode" if past and x.shape[1] == 1 else "train" if self.training else "prefill",
+            embeddings=tokens,
         )
+        if self.reference is not None:
+            ctx.reference = self.reference.maps(self, past + x.shape[1], ctx.phase)
         states = [x]
         found: list[dict[str, Tensor]] = []
         for i, block in enumerate(self.blocks):
@@ -180,6 +203,10 @@ class FoveateForCausalLM(FoveatePreTrained, GenerationMixin):
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self.new_cache()
+
+    def set_reference(self, ids: Tensor) -> None:
+        """As `FoveateModel.set_reference`."""
+        self.model.set_reference(ids)
 
     def new_cache(self, capacity: int = 0) -> ModelCache:
         """An empty cache with room for `capacity` tokens."""
@@ -258,75 +285,3 @@ def gathered(layers: list[dict[str, Tensor]]) -> dict[str, Tensor]:
             else:
                 out[f"layers.{i}.{name}"] = value
     return out | {name: torch.stack(values).mean() for name, values in losses.items()}
-
-
-def block_of(
-    config: FoveateConfig, layer: int, ropes: dict[tuple[int, bool], Rope | None]
-) -> Block:
-    """One layer of a model; `ropes` are shared by its layers, so that their tables are too."""
-    attention = Attention(
-        config.hidden_size,
-        config.num_attention_heads,
-        config.of_layer("projection", layer),
-        config.of_layer("attention", layer),
-        "none",
-        head_dim=config.head_dim,
-        bias=config.attention_bias,
-        out_bias=config.attention_out_bias,
-        dropout=config.attention_dropout,
-        layer=layer,
-    )
-    kind = (attention.projection.rope_dim, attention.projection.interleaved)
-    if kind not in ropes:
-        ropes[kind] = _rope(config, attention.projection)
-    attention.rope = ropes[kind]
-    feedforward: SwiGLU | MoE
-    if layer in (config.moe_layers or ()):
-        router = Router(
-            config.hidden_size,
-            config.num_experts,
-            config.num_experts_per_tok,
-            config.router_score,  # type: ignore[arg-type]
-            renormalize=config.router_renormalize,
-            scaling=config.router_scaling,
-            groups=config.router_groups,
-            top_groups=config.router_top_groups,
-        )
-        feedforward = MoE(
-            router,
-            config.moe_intermediate_size,
-            shared=config.shared_expert_intermediate_size,
-            balance=config.router_balance,
-        )
-    else:
-        assert config.intermediate_size is not None
-        feedforward = SwiGLU(config.hidden_size, config.intermediate_size)
-    return RecomputedBlock(attention, feedforward, config.rms_norm_eps)
-
-
-def _rope(config: FoveateConfig, projection: Projection) -> Rope | None:
-    """Rotary positions as the config asks, for the dimensions that turn in this projection."""
-    if config.position not in ("rope", "none"):
-        raise InputError(
-            f"FoveateConfig(position={config.position!r}) is unknown; "
-            f"{nearest(str(config.position), ('rope', 'none'))}"
-        )
-    dim = projection.rope_dim
-    if config.position == "none" or not dim:
-        return None
-    given = config.rope_parameters or {}
-    pairs = config.rope_interleaved
-    interleaved = projection.interleaved if pairs is None else pairs
-    kind = given.get("rope_type", "default")
-    if kind == "default":
-        return Rope.of(dim, given.get("rope_theta", 10_000.0), interleaved=interleaved)
-    if kind not in ROPE_INIT_FUNCTIONS or kind in ("dynamic", "longrope"):
-        raise InputError(
-            f"FoveateConfig(rope_parameters): rope_type {kind!r} isn't supported here; expected "
-            "default, linear, yarn or llama3 (types that change with the length have no fixed "
-            "cache)."
-        )
-    turning = copy(config)
-    turning.head_dim = dim
-    inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](turning, device=torch.device("cpu"))
-    return Rope(inv_freq.double(), interleaved, scaling)

@@ -20,12 +20,21 @@ class FoveateConfig(PreTrainedConfig):
         FoveateConfig(vocab_size=256, hidden_size=128, num_hidden_layers=3, num_attention_heads=8,
                       projection="mfa(head_dim=16)", attention="full")
 
+    A layer that has a `mixer` (such as "grassmann") has no attention; a hybrid is a list with None
+    where attention stays:
+
+        FoveateConfig(num_hidden_layers=4, mixer=["deconstructed-mlp", None] * 2)
+
     Layers in `moe_layers` have experts in place of the dense feed-forward (see `foveate.nn.MoE`).
 
     Attributes:
         head_dim: None is hidden_size / num_attention_heads, or what the projection says.
         intermediate_size: of the dense feed-forward; None is 8/3 of hidden_size, rounded up to 8.
-        position: "rope" or "none".
+        mixer: as `foveate.nn.MixerLayer` takes it, for all layers or by layer; None is attention.
+        feedforward: "swiglu", or "gelu" with biases.
+        norm: "rms" or "layer".
+        hidden_dropout: of each feed-forward layer's output in training.
+        position: "rope", "none", or "learned": embeddings of max_position_embeddings positions.
         rope_parameters: as everywhere in transformers; rope_theta, rope_type, scaling.
         rope_interleaved: whether rotary pairs are neighbours; None is the projection's habit.
         moe_layers: indices of layers with experts; None is no layer.
@@ -48,6 +57,10 @@ class FoveateConfig(PreTrainedConfig):
     intermediate_size: int | None = None
     projection: str | list[str] = "mha"
     attention: str | list[str] = "full"
+    mixer: str | list[str | None] | None = None
+    feedforward: str = "swiglu"
+    norm: str = "rms"
+    hidden_dropout: float = 0.0
     position: str = "rope"
     rope_parameters: dict[str, Any] | None = None
     rope_interleaved: bool | None = None
@@ -78,7 +91,7 @@ class FoveateConfig(PreTrainedConfig):
         """Fill in what follows from other fields, and let transformers find the model's class."""
         if self.intermediate_size is None:
             self.intermediate_size = -(-self.hidden_size // 3) * 8
-        for name in ("projection", "attention"):
+        for name in ("projection", "attention", "mixer"):
             given = getattr(self, name)
             if isinstance(given, list | tuple) and len(given) != self.num_hidden_layers:
                 raise InputError(
@@ -96,6 +109,10 @@ class FoveateConfig(PreTrainedConfig):
         """The projection's or the attention's text for a layer."""
         given = getattr(self, name)
         return given if isinstance(given, str) else given[layer]
+
+    def mixer_of(self, layer: int) -> str | None:
+        """The mixer's text for a layer; None where it has attention."""
+        return self.mixer[layer] if isinstance(self.mixer, list | tuple) else self.mixer
 
 
 class FoveateEncoderConfig(FoveateConfig):

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from foveate.models.causal_lm import FoveatePreTrained, block_of, gathered
+from foveate.models.blocks import block_of
+from foveate.models.causal_lm import FoveatePreTrained, gathered
 from foveate.models.config import FoveateEncoderConfig
 from foveate.models.masking import seen_by
+from foveate.models.position import last_norm, positioned, positions_of
+from foveate.models.reference import stream_of
 from foveate.nn import Block
 from foveate.ops.errors import InputError
 from foveate.parts.context import Context
-from foveate.parts.norm import RMSNorm
 from foveate.parts.rope import Rope
 from foveate.parts.tree import Tree
 
@@ -72,7 +74,13 @@ class FoveateEncoder(FoveatePreTrained):
         self.layers = nn.ModuleList(
             block_of(config, i, ropes) for i in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if stream_of(self.blocks, config.hidden_size) is not None:
+            raise InputError(
+                "FoveateEncoderConfig(mixer): a mixer with a reference stream is made for causal "
+                "language models; use another one here."
+            )
+        self.embed_positions = positions_of(config)
+        self.norm = last_norm(config, self.blocks)
         self.post_init()
 
     @property
@@ -116,12 +124,14 @@ class FoveateEncoder(FoveatePreTrained):
                 "attention_mask: a sequence has no real token, so nothing stands for it; leave it "
                 "out of the batch."
             )
+        tokens, x = x, positioned(self.embed_positions, x, 0, seen, position_ids)
         ctx = Context(
             mask=seen.mask,
             q_positions=seen.q_positions,
             kv_positions=seen.kv_positions,
             phase="train" if self.training else "prefill",
             tree=tree,
+            embeddings=tokens,
         )
         states = [x]
         found: list[dict[str, Tensor]] = []

@@ -43,7 +43,8 @@ def to_tpla(
     layers = {
         i: block.attention
         for i, block in enumerate(model.model.blocks)
-        if isinstance(block.attention.projection, MLAProjection)
+        if isinstance(block.attention, Attention)
+        and isinstance(block.attention.projection, MLAProjection)
         and not isinstance(block.attention.projection, TPLAProjection)
     }
     if not layers:

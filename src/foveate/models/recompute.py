@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from foveate.nn import Block, LayerOutput
 from foveate.ops.errors import InputError
 from foveate.parts.context import Context
 from foveate.parts.kv_cache import TokenCache
+from foveate.parts.reference import Maps
 from foveate.parts.state import StateCache
 
 
@@ -46,11 +48,18 @@ class RecomputedBlock(Block):
                 "twice; use use_cache=False, or call model.gradient_checkpointing_disable()."
             )
         names: list[str] = []
+        maps = ctx.reference
+        pair = (None, None) if maps is None else maps.by_layer.get(ctx.layer, (None, None))
 
-        def run(x: Tensor) -> tuple[Tensor, ...]:
-            made: Any = super(RecomputedBlock, self).forward(x, ctx, None, real)
+        def run(x: Tensor, e: Tensor | None, *pair: Tensor | None) -> tuple[Tensor, ...]:
+            own = replace(ctx, embeddings=e)
+            if pair[0] is not None and pair[1] is not None:
+                own.reference = Maps(False, {ctx.layer: (pair[0], pair[1])})
+            made: Any = super(RecomputedBlock, self).forward(x, own, None, real)
             names[:] = made.aux
             return (made.y, *made.aux.values())  # tensors in a dict would lose their gradients
 
-        y, *values = self._gradient_checkpointing_func(run, x)
+        # What layers share goes in by hand, too: found in ctx, one kind of checkpoint would run the
+        # backward behind it once for each layer.
+        y, *values = self._gradient_checkpointing_func(run, x, ctx.embeddings, *pair)
         return LayerOutput(y, None, dict(zip(names, values, strict=True)))

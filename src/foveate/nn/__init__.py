@@ -2,7 +2,8 @@
 
 from foveate.nn.attention import Attention
 from foveate.nn.block import Block
-from foveate.nn.feedforward import SwiGLU
+from foveate.nn.feedforward import GELU, SwiGLU
+from foveate.nn.mixer import MixerLayer
 from foveate.nn.moe import MoE, Router
 from foveate.nn.neighborhood import (
     NeighborhoodAttention1D,
@@ -13,9 +14,11 @@ from foveate.nn.neighborhood import (
 from foveate.nn.output import LayerOutput
 
 __all__ = [
+    "GELU",
     "Attention",
     "Block",
     "LayerOutput",
+    "MixerLayer",
     "MoE",
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",

@@ -84,6 +84,7 @@ class Attention(nn.Module):
         self.attention = _attention(attention, self.projection, dim, layer)
         if isinstance(self.attention, Stateful):
             check_stateful(self.attention, self.projection)
+        position = position if self.attention.rotary else None
         self.rope = rope_for(position, self.projection, theta, interleaved)
 
     def new_cache(self, capacity: int = 0) -> TokenCache | StateCache:

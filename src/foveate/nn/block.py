@@ -1,34 +1,52 @@
-"""A pre-norm block: x + attention(norm(x)), then x + feed-forward(norm(x))."""
+"""A block: a mixing layer and a feed-forward layer, with their norms and residuals.
+
+Pre-norm, x + attention(norm(x)) and then x + feed-forward(norm(x)); or, around a mixer that carries
+x in its output (`Mixer.carries`), u = mixer(x) and then norm(u + feed-forward(u)).
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from foveate.nn.attention import Attention
-from foveate.nn.feedforward import SwiGLU
+from foveate.nn.feedforward import GELU, SwiGLU
+from foveate.nn.mixer import MixerLayer
 from foveate.nn.moe import MoE
 from foveate.nn.output import LayerOutput
 from foveate.parts.context import Context
 from foveate.parts.kv_cache import TokenCache
-from foveate.parts.norm import RMSNorm
+from foveate.parts.norm import norm_of
 from foveate.parts.state import StateCache
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward layer, each behind an RMSNorm and beside a residual.
+    """Attention or a mixer, and a feed-forward layer; see the module's text.
 
     Args:
-        attention: the attention layer; its dim is the block's.
+        attention: the attention layer, or a mixer in its place; its dim is the block's.
         feedforward: dense or a mixture of experts.
         eps: of both norms.
+        norm: "rms" or "layer".
+        dropout: of the feed-forward layer's output in training.
     """
 
-    def __init__(self, attention: Attention, feedforward: SwiGLU | MoE, eps: float = 1e-6) -> None:
+    def __init__(
+        self,
+        attention: Attention | MixerLayer,
+        feedforward: SwiGLU | GELU | MoE,
+        eps: float = 1e-6,
+        norm: str = "rms",
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(attention.dim, eps)
+        carries = isinstance(attention, MixerLayer) and attention.mixer.carries
+        self.attention_norm = None if carries else norm_of(norm, attention.dim, eps)
         self.attention = attention
-        self.feedforward_norm = RMSNorm(attention.dim, eps)
+        self.feedforward_norm = norm_of(norm, attention.dim, eps)
         self.feedforward = feedforward
+        self.dropout = nn.Dropout(dropout)
 
     def forward(
         self,
@@ -38,13 +56,18 @@ class Block(nn.Module):
         real: Tensor | None = None,
     ) -> LayerOutput:
         """Run the block on x (B, L, dim); real (B, L) is False on padding, None is all real."""
-        attended = self.attention(self.attention_norm(x), ctx=ctx, cache=cache)
-        x = x + attended.y
-        inner = self.feedforward_norm(x)
+        before = self.attention_norm
+        given = x if before is None else before(x)
+        if isinstance(self.attention, MixerLayer):
+            ctx = replace(ctx, real=real, input_norm=before)
+        attended = self.attention(given, ctx=ctx, cache=cache)
+        x = attended.y if before is None else x + attended.y
+        inner = x if before is None else self.feedforward_norm(x)
         aux = attended.aux
         if isinstance(self.feedforward, MoE):
             y, more = self.feedforward(inner, real)
             aux = aux | more
         else:
             y = self.feedforward(inner)
-        return LayerOutput(x + y, attended.cache, aux)
+        x = x + self.dropout(y)
+        return LayerOutput(self.feedforward_norm(x) if before is None else x, attended.cache, aux)

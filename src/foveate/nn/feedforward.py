@@ -1,4 +1,4 @@
-"""The dense feed-forward layer: SwiGLU."""
+"""Dense feed-forward layers: SwiGLU, and the older one with GELU."""
 
 from __future__ import annotations
 
@@ -25,3 +25,21 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., dim) to y of the same shape."""
         return self.down(functional.silu(self.gate(x)) * self.up(x))
+
+
+class GELU(nn.Module):
+    """gelu(x W_up + b) W_down + b, the layer of the first transformers.
+
+    Args:
+        dim: width of x and y.
+        hidden: width between.
+    """
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, hidden)
+        self.down = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., dim) to y of the same shape."""
+        return self.down(functional.gelu(self.up(x)))

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from foveate.ops.errors import InputError, nearest
-from foveate.parts.projection import Projection
 from foveate.parts.rope import Rope, rotate
 
 POSITIONS = ("rope", "none")
 _HELD: WeakKeyDictionary[Rope, dict[Any, tuple[Tensor, Tensor]]] = WeakKeyDictionary()
 
 
+class Turning(Protocol):
+    """A projection or a mixer: how many dimensions turn, and how they pair by default."""
+
+    @property
+    def rope_dim(self) -> int:
+        """0 for none."""
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether pairs are neighbours."""
+
+
 def rope_for(
-    position: str | Rope | None, projection: Projection, theta: float, interleaved: bool | None
+    position: str | Rope | None, projection: Turning, theta: float, interleaved: bool | None
 ) -> Rope | None:
     """The rotary positions of a layer, or None for a layer without any.
 

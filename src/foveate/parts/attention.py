@@ -24,10 +24,12 @@ class Attention(ABC):
 
     A dataclass whose fields are its hyper-parameters; an `nn.Module` as well where it has
     parameters or persistent state. `exact` says that it keeps everything that the mask allows,
-    `wants_query_rope` that it looks at queries as they were before their rotation.
+    `wants_query_rope` that it looks at queries as they were before their rotation, `rotary` that
+    queries and keys may be rotated to their positions at all.
     """
 
     exact: ClassVar[bool] = False
+    rotary: ClassVar[bool] = True
     wants_query_rope: ClassVar[bool] = False
 
     @abstractmethod

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from foveate.ops import Mask
 from foveate.ops.errors import InputError
+from foveate.parts.reference import Maps
 from foveate.parts.rope import Rope
 from foveate.parts.tree import Tree
 
@@ -36,6 +37,9 @@ class Context:
         dropout: probability of dropping a weight.
         backend: backend of the core op, "auto" or a name.
         hidden: (B, L, dim), input of the layer.
+        embeddings: (B, L, dim), the tokens' embeddings, before any layer.
+        input_norm: the norm that `hidden` has been through in its block.
+        reference: queries and keys of the model's reference stream, for mixers that ask for one.
         raw_query: (B, Hq, Lq, D), before the rotation of positions.
         raw_key: (B, Hkv, Lkv, D), likewise.
         query_rope: the rotation that q has been through and its positions, (Lq,) or (B, Lq); told
@@ -67,6 +71,9 @@ class Context:
     dropout: float = 0.0
     backend: str = "auto"
     hidden: Tensor | None = None
+    embeddings: Tensor | None = None
+    input_norm: Callable[[Tensor], Tensor] | None = None
+    reference: Maps | None = None
     raw_query: Tensor | None = None
     raw_key: Tensor | None = None
     query_rope: tuple[Rope, Tensor] | None = None

@@ -1,9 +1,11 @@
-"""RMSNorm with its statistics in fp32, as Llama, DeepSeek and Step-3 use it."""
+"""Norms: RMSNorm with its statistics in fp32, as Llama, DeepSeek and Step-3 use it; LayerNorm."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from foveate.ops.errors import InputError, nearest
 
 
 def rms(x: Tensor, eps: float) -> Tensor:
@@ -34,3 +36,17 @@ class RMSNorm(nn.Module):
     def extra_repr(self) -> str:
         """What torch prints of it."""
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+NORMS = ("rms", "layer")
+
+
+def norm_of(kind: str, dim: int, eps: float) -> RMSNorm | nn.LayerNorm:
+    """The norm that a text names: "rms" or "layer".
+
+    Raises:
+        InputError: another name.
+    """
+    if kind not in NORMS:
+        raise InputError(f"norm={kind!r} is unknown; {nearest(str(kind), NORMS)}")
+    return RMSNorm(dim, eps) if kind == "rms" else nn.LayerNorm(dim, eps)

@@ -76,6 +76,18 @@ class ByteText:
         for some in starts.split(size):
             yield self._windows(some)
 
+    def beginning(self, length: int) -> Tensor:
+        """The first `length` tokens of the text, (length,).
+
+        Raises:
+            InputError: it is shorter.
+        """
+        if len(self.content) < length:
+            raise InputError(
+                f"{self.title}: it has {len(self.content)} bytes, but {length} are asked for."
+            )
+        return _ids(self.content)[:length].long() + self.offset
+
     def describe(self) -> str:
         """Title, size and digest of the text, and how it is cut."""
         made = hashlib.sha256(self.content).hexdigest()[:12]

@@ -30,6 +30,7 @@ class Job:
 
     Attributes:
         projection, attention: as `foveate.Attention` takes them.
+        mixer: in attention's place, for all layers or one for each; None is attention everywhere.
         data: a text file; None is the text that is shipped (WikiText-2).
         sizes: of the model.
         regime: of the training.
@@ -46,6 +47,7 @@ class Job:
     out: Path
     device: torch.device
     resume: bool
+    mixer: str | tuple[str | None, ...] | None = None
 
 
 def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]) -> dict[str, Any]:
@@ -71,9 +73,11 @@ def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]
         say(f"{checkpoints} holds no checkpoint to go on from; the training begins.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.regime.seed)
+        mixer = list(job.mixer) if isinstance(job.mixer, tuple) else job.mixer
         model = language_model(
-            job.sizes, job.projection, job.attention, pad_token_id=0, eos_token_id=1
+            job.sizes, job.projection, job.attention, mixer=mixer, pad_token_id=0, eos_token_id=1
         )
+    _give_reference(model, task)
     writable_folder(job.out)
     model.to(job.device)
     done = train(model, task, job.regime, folder=checkpoints, tell=tell)
@@ -89,6 +93,13 @@ def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]
     return facts
 
 
+def _give_reference(model: Any, task: ByteText) -> None:
+    """The beginning of the text, to a model that wants a fixed sequence beside its input."""
+    stream = model.model.reference
+    if stream is not None and stream.reference.kind == "tokens":
+        model.set_reference(task.beginning(stream.reference.length))
+
+
 def _text(job: Job) -> ByteText:
     if job.data is not None:
         return text_file(job.data, job.sizes.length, offset=SPECIAL)
@@ -101,6 +112,7 @@ def _facts(job: Job, task: ByteText, model: Any, done: Trained) -> dict[str, Any
     return {
         "projection": job.projection,
         "attention": job.attention,
+        "mixer": job.mixer,
         "parameters": sum(p.numel() for p in model.parameters()),
         "data": task.describe(),
         "regime": job.regime.as_dict(),

@@ -1,0 +1,5 @@
+"""Deconstructed attention: variants that each drop one of its design principles."""
+
+from foveate.methods.deconstructing.mlp import DeconstructedMLP
+
+__all__ = ["DeconstructedMLP"]
