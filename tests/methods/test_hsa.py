@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from foveate import Context, attention, causal, padding, window
+from foveate import Attention, Context, attention, causal, padding, window
 from foveate.methods import make
 from foveate.methods.hsa import solve
 from foveate.methods.hsa.columns import columns
@@ -477,3 +477,15 @@ def test_fewer_queries_than_keys_are_refused():
     q, k, v = drawn(12)
     with pytest.raises(InputError, match="as many queries"):
         make("hsa")(q[:, :, :3], k, v)
+
+
+def test_a_layer_decodes_with_its_cache_as_it_reads():
+    torch.manual_seed(1)
+    tied = "hsa(ties='columns', branch=4)"
+    layer = Attention(32, 4, projection="gqa(kv_heads=2)", attention=tied)
+    x = torch.randn(2, 23, 32)
+    full = layer(x, mask=causal()).y
+    cache = layer.new_cache()
+    parts = [layer(x[:, :9], mask=causal(), cache=cache).y]
+    parts += [layer(x[:, i : i + 1], mask=causal(), cache=cache).y for i in range(9, 23)]
+    torch.testing.assert_close(torch.cat(parts, 1), full)
