@@ -68,17 +68,15 @@ def test_the_predictor_is_trained_and_used():
 
 
 def test_recall_of_attention_that_sees_everything_alike_is_counted():
-    watched = dhsa.Watched(frozenset({0}), 256)
-    q = torch.zeros(1, 4, 256, 8)
-    k = torch.zeros(1, 2, 256, 8)
-    watched._measure(q, k, 1.0)
-    # Row i has mass 1 / (i + 1) on each key; every arm keeps 32 keys of it that the row may see,
-    # but for those of its own block that are later.
+    watched = dhsa.Watched(frozenset({0}), 512)
+    watched._measure(torch.zeros(1, 4, 512, 8), torch.zeros(1, 2, 512, 8), 1.0)
+    # Row i has mass 1 / (i + 1) on each key; an arm keeps 64 keys for a block of 16 rows, of which
+    # a row sees those that aren't later than itself.
     for (arm, forced), (share,) in watched.shares.items():
         assert 0 < share < 1
         if arm == "last 256" and not forced:
-            rows = torch.arange(64, 256)
-            first = (rows // 8 + 1) * 8 - 32
+            rows = torch.arange(128, 512)
+            first = (rows // 16 + 1) * 16 - 64
             expected = ((rows - first + 1) / (rows + 1.0)).mean()
             assert share == pytest.approx(float(expected), rel=1e-4)
     plain = {arm: share for (arm, forced), (share,) in watched.shares.items() if not forced}
