@@ -489,3 +489,21 @@ def test_a_layer_decodes_with_its_cache_as_it_reads():
     parts = [layer(x[:, :9], mask=causal(), cache=cache).y]
     parts += [layer(x[:, i : i + 1], mask=causal(), cache=cache).y for i in range(9, 23)]
     torch.testing.assert_close(torch.cat(parts, 1), full)
+
+
+@pytest.mark.parametrize(
+    "spec", ["hsa(branch=4)", "hsa(branch=4, ties='columns')", "hsa(positions=8)"]
+)
+def test_an_entry_of_padding_alone_gives_zeros(spec):
+    q, k, v = drawn(20, heads=2, batch=2)
+    mask = padding(torch.tensor([20, 0]))
+    alone = Context(mask=causal()) if "columns" in spec else Context()
+    out = make(spec)(q, k, v, Context(mask=causal() & mask if "columns" in spec else mask)).out
+    assert not out[1].any()
+    torch.testing.assert_close(out[:1], make(spec)(q[:1], k[:1], v[:1], alone).out)
+
+
+def test_nothing_gives_nothing():
+    q, k, v = drawn(20, heads=2, batch=2)
+    assert make("hsa")(q[:0], k[:0], v[:0]).out.shape == (0, 2, 20, 5)
+    assert make("hsa")(q[:, :, :0], k[:, :, :0], v[:, :, :0]).out.shape == (2, 2, 0, 5)

@@ -79,6 +79,9 @@ class HSA(Attention):
                 meaning here.
         """
         ctx = Context() if ctx is None else ctx
+        if not q.numel() or not k.numel():
+            empty = q.new_zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+            return AttentionOutput(v.new_zeros(*q.shape[:3], v.shape[3]), empty - torch.inf)
         self._refuse(q, k, ctx)
         tree = self.tree(q, k, ctx)
         scale = q.shape[3] ** -0.5 if ctx.scale is None else ctx.scale
@@ -132,8 +135,11 @@ class HSA(Attention):
         trees = []
         for mine in real:
             at = mine.nonzero()[:, 0]
-            if not len(at):
-                raise InputError("hsa: an entry of the batch holds padding alone; leave it out.")
+            if not len(at):  # an entry of padding alone is in no tree, and its outputs are 0
+                nobody = at.new_zeros(0)
+                places = torch.zeros(0, 1, device=real.device)
+                trees.append(Tree(nobody, nobody, (0,), 1, len(mine), places))
+                continue
             one = _windows(len(at), self.branch, min(self.first, len(at) - 1), real.device)
             moved = torch.where(one.token < 0, -1, at[one.token.clamp_min(0)])
             trees.append(Tree(one.parent, moved, one.levels, 1, len(mine), one.places))
