@@ -189,6 +189,16 @@ def test_block_random_rows_have_equal_counts_and_differ_by_head():
     assert bool((layout.kinds == 0).all())
 
 
+@pytest.mark.parametrize(("length", "shape"), [(1024, (32, 32)), (1000, (25, 40)), (61, (1, 61))])
+def test_a_neighborhood_is_of_the_squarest_grid(length, shape):
+    seen = dense("neighborhood@0.1", catalogue.settings((0, length))).reshape(*shape, *shape)
+    sides = [max(1, round(n * 0.1**0.5)) for n in shape]
+    assert torch.equal(seen.sum((2, 3)), torch.full(shape, sides[0] * sides[1]))
+    assert bool(torch.einsum("abab->ab", seen).all())
+    rows = seen.any(3).sum(2)  # a rectangle: as many rows of the grid as its side
+    assert torch.equal(rows, torch.full(shape, sides[0]))
+
+
 def test_the_seed_alone_decides_what_is_drawn():
     s = catalogue.settings((0, 300, 1024), heads=2, seed=5)
     other = catalogue.settings((0, 300, 1024), heads=2, seed=6)

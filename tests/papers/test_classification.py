@@ -192,3 +192,24 @@ def test_a_trial_on_texts():
     assert set(found) == {"accuracy", "loss", "validation", "parameters", "curve"}
     assert found["parameters"] == sum(p.numel() for p in model.parameters())
     assert len(found["curve"]) == 2
+
+
+@pytest.mark.parametrize(
+    "composition",
+    [
+        {"attention": "flowformer"},
+        {"attention": "flowformer", "projection": "gqa(kv_heads=2)", "position": "learned"},
+        {"mixer": "gaam"},
+        {"mixer": "gaam(axis='tokens', heads=2)"},
+    ],
+    ids=str,
+)
+def test_other_formulas_learn_real_intents_both_ways(composition):
+    """In padded batches of questions of ten intents; by chance one of ten is right."""
+    pytest.importorskip("transformers")
+    data = load()
+    few = [tuple(e for e in part if e.label < 10) for part in (data.train, data.validation)]
+    task = Classification(Labelled("ten", data.labels[:10], *few, few[1]), length=32)
+    model = encoder_classifier(Sizes(1, 32, 4, vocab=task.vocab), task.classes, **composition)
+    train(model, task, Regime(steps=60, batch=32, lr=5e-3, every=60))
+    assert evaluate(model, task, "test", 64)["accuracy"] > 0.4

@@ -8,6 +8,7 @@ from foveate.papers.tasks import (
     IGNORED,
     ByteText,
     Copying,
+    FillerRecall,
     Needle,
     Recall,
     standard_library,
@@ -19,9 +20,11 @@ TASKS = [
     Recall(tokens=64, length=32, pairs=4, held=40),
     Copying(string=8, symbols=7, held=40),
     Needle(length=32, needles=2, held=40),
+    FillerRecall(length=32, pairs=2, spread=20, chains=0.0, held=40),
+    FillerRecall(length=32, pairs=2, spread=20, blended=True, held=40),
     ByteText(bytes(range(256)) * 40, length=16, held=40),
 ]
-GENERATED = TASKS[:3]
+GENERATED = TASKS[:4]
 IDS = [type(task).__name__ for task in TASKS]
 
 
@@ -52,7 +55,7 @@ def test_held_out_sequences_are_the_same_in_any_batch_size(task, split):
     assert [len(batch.inputs) for batch in parts] == [7, 7, 7, 7, 7, 5]
 
 
-@pytest.mark.parametrize("task", GENERATED, ids=IDS[:3])
+@pytest.mark.parametrize("task", GENERATED, ids=IDS[:4])
 def test_no_sequence_is_in_two_splits(task):
     train = torch.cat([task.batch(seed, n, 50).inputs for seed in range(3) for n in range(4)])
     assert split_of(train).eq(0).all()
@@ -225,3 +228,46 @@ def test_a_file_as_text(tmp_path):
     inputs = task.batch(0, 0, 2).inputs[0]
     assert bytes((inputs - 3).tolist()) in task.content
     assert task.describe().startswith("file text.txt, ")
+
+
+@pytest.mark.parametrize("blended", [False, True])
+def test_filler_recall_tells_its_pairs_once_and_asks_for_all(blended):
+    task = FillerRecall(length=40, pairs=3, spread=24, blended=blended, chains=0.0)
+    batch = task.batch(0, 0, 50)
+    told = batch.inputs[:, 1:-6]
+    for row, targets, body in zip(batch.inputs, batch.targets, told):
+        assert row[0] == 0
+        asked = row[-6::2]
+        assert len(asked.unique()) == 3
+        assert targets.ne(IGNORED).nonzero().flatten().tolist() == [34, 36, 38]
+        for key, value, target in zip(asked, row[-5::2], targets[-6::2]):
+            assert value == target
+            at = (body == key).nonzero().flatten().tolist()
+            assert len(at) == 1
+            assert at[0] < 24
+            assert at[0] % 2 == 0
+            assert body[at[0] + 1] == value
+    kinds = [set(batch.inputs[:, -6::2].flatten().tolist()), set(told.flatten().tolist())]
+    assert (max(kinds[0]) > 11) is blended
+
+
+def test_filler_recall_trains_on_chains_too_but_never_tests_on_them():
+    task = FillerRecall(held=40)
+    batch = task.batch(0, 0, 32)
+    assert (batch.targets != IGNORED).sum(1).tolist() == [4] * 24 + [64] * 8
+    chain = batch.inputs[24:]
+    assert torch.equal(batch.targets[24:, :-1], chain[:, 1:])
+    assert all(len(row.unique()) <= 6 for row in chain)
+    for split in ("validation", "test"):
+        for held in task.held_out(split, 40):
+            assert (held.targets != IGNORED).sum(1).eq(4).all()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [({"pairs": 11}, "slots as pairs"), ({"length": 40}, "length of 45"),
+     ({"chains": 1.0}, "share below 1")],
+)  # fmt: skip
+def test_filler_recall_refuses_sizes_that_do_not_fit(sizes, said):
+    with pytest.raises(InputError, match=said):
+        FillerRecall(**sizes)

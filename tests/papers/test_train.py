@@ -154,7 +154,9 @@ def test_mixers_in_attentions_place(run, tmp_path):
     facts = json.loads((tmp_path / "model" / "training.json").read_text())
     assert facts["mixer"] == ["grassmann(rank=8, offsets=[1, 2])", None]
     assert "model.layers.0.attention.mixer.reduce.weight" in weights(tmp_path / "model")
-    assert run(*SMALL, "--mixer", "deconstructed-mlp", out="other")[0] == 0
+    code, out, err = run(*SMALL, "--mixer", "fixed-seq-qk(length=40)", out="other")
+    assert code == 0, err
+    assert weights(tmp_path / "other")["model.reference.start"][:3].tolist() == [87, 107, 104]
 
 
 @pytest.mark.parametrize(

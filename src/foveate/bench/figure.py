@@ -25,6 +25,23 @@ def _pyplot() -> Any:
     return pyplot
 
 
+def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    """An empty figure and its axes, (rows, columns); `save` writes it.
+
+    Raises:
+        MissingPackageError: matplotlib isn't there.
+    """
+    found: tuple[Any, Any] = _pyplot().subplots(
+        rows, columns, figsize=size, squeeze=False, layout="constrained"
+    )
+    return found
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure and close it."""
+    _save(figure, _pyplot(), path)
+
+
 def kernel_figure(found: list[Found], path: Path) -> Path:
     """Write the figure of `kernels.run`.
 

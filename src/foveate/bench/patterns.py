@@ -15,7 +15,7 @@ from torch import Tensor
 from foveate.bench import catalogue
 from foveate.bench.case import Case, from_layout, from_mask
 from foveate.bench.catalogue import Settings
-from foveate.ops import Layout, causal, documents, window
+from foveate.ops import Layout, causal, documents, neighborhood, window
 from foveate.ops.errors import InputError, nearest
 
 DENSITIES = (0.05, 0.1, 0.2, 0.5)
@@ -37,6 +37,15 @@ def documents_of(density: float, s: Settings) -> Case:
     count = max(1, round(1 / density))
     bounds = [round(i * s.length / count) for i in range(count + 1)]
     return from_mask(f"documents@{density:g}", s.length, documents(bounds))
+
+
+def neighborhood_of(density: float, s: Settings) -> Case:
+    """On the squarest grid of L tokens, the nearest tokens of each in a rectangle of its shape."""
+    length = s.length
+    rows = next(n for n in range(math.isqrt(length), 0, -1) if length % n == 0)
+    shape = (rows, length // rows)
+    sides = tuple(max(1, min(n, round(n * math.sqrt(density)))) for n in shape)
+    return from_mask(f"neighborhood@{density:g}", length, neighborhood(shape, sides))
 
 
 def vertical_slash_of(density: float, s: Settings) -> Case:
@@ -82,12 +91,13 @@ _TOLD: dict[str, Callable[[float, Settings], Case]] = {
     "window": window_of,
     "documents": documents_of,
     "vertical-slash": vertical_slash_of,
+    "neighborhood": neighborhood_of,
 }
 
 
 def density_names() -> list[str]:
-    """The patterns of the speed targets: four kinds at 5, 10, 20 and 50 percent."""
-    kinds = ("window", "block-random", "documents", "vertical-slash")
+    """The patterns of the speed targets: five kinds at 5, 10, 20 and 50 percent."""
+    kinds = ("window", "block-random", "documents", "vertical-slash", "neighborhood")
     return [
         f"{kind}@{density:g}"
         for kind in kinds

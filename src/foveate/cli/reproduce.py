@@ -60,7 +60,7 @@ def reproduce(
     failed = False
     with ExitStack() as stack:
         if threads is not None:
-            stack.enter_context(_threads(threads))
+            stack.enter_context(Threads(threads))
         screen = stack.enter_context(Screen())
         chosen = [papers.load(key) for key in wanted]
         runs = [
@@ -80,7 +80,7 @@ def reproduce(
                 screen.console.print(Text.assemble(("error: ", "bold red"), str(error)))
                 failed = True
                 continue
-            _draw(result, run.folder, screen)
+            draw_result(result, run.folder, screen)
             if as_json:
                 sys.stdout.write(json.dumps(result.verdict, allow_nan=False) + "\n")
                 sys.stdout.flush()
@@ -107,7 +107,7 @@ def _wanted(keys: list[str], every: bool) -> list[str]:
     return list(known) if every else list(dict.fromkeys(keys))
 
 
-class _threads:
+class Threads:
     """Sets torch's threads, and puts them back."""
 
     def __init__(self, count: int) -> None:
@@ -127,7 +127,8 @@ class _threads:
         torch.set_num_threads(self.before)
 
 
-def _draw(result: Result, folder: Path, screen: Screen) -> None:
+def draw_result(result: Result, folder: Path, screen: Screen) -> None:
+    """Draw the figure beside the verdict, or say what it takes."""
     from foveate.papers.harness.figure import draw
 
     name = "figure.quick.png" if result.verdict["environment"]["quick"] else "figure.png"

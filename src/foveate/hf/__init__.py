@@ -14,6 +14,7 @@ from foveate.ops.errors import MissingPackageError
 if TYPE_CHECKING:
     from foveate.hf.assignment import Assignment
     from foveate.hf.cache import streaming_cache
+    from foveate.hf.doge import dynamic_mask
     from foveate.hf.errors import AssignmentError, InUseError, ModelError
     from foveate.hf.grid import TokenGrid, token_grid, use_on_grid
     from foveate.hf.places import Site, sites
@@ -29,6 +30,7 @@ _HOMES = {
     "Site": "places",
     "TokenGrid": "grid",
     "Use": "using",
+    "dynamic_mask": "doge",
     "late_alternating": "tree",
     "streaming_cache": "cache",
     "sites": "places",
@@ -47,6 +49,7 @@ __all__ = [
     "Site",
     "TokenGrid",
     "Use",
+    "dynamic_mask",
     "late_alternating",
     "sites",
     "streaming_cache",

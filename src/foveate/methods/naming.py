@@ -84,7 +84,19 @@ def make_attention(spec: str) -> Any:
             "trained with it, by foveate.Attention(dim, num_heads, projection=...) or foveate "
             "train. What can run in a model that is trained already is listed by: foveate methods."
         )
+    if not {"use", "compare"} & set(catalog.get(_key(spec)).jobs):
+        raise InputError(
+            f"{spec!r} computes something else than the softmax that a trained model was trained "
+            "with: train one with it, by foveate.Attention(dim, num_heads, attention=...) or "
+            "foveate train --attention. What can run in a model that is trained already is listed "
+            "by: foveate methods."
+        )
     return method
+
+
+def _key(spec: str) -> str:
+    """The catalog's key in a text that `make` has read."""
+    return spec.partition("(")[0].strip()
 
 
 def _listed(known: list[str]) -> str:

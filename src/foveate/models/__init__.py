@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     from foveate.models.config import FoveateConfig, FoveateEncoderConfig
     from foveate.models.dit import DiT
     from foveate.models.encoder import FoveateEncoder, FoveateForSequenceClassification
+    from foveate.models.gat import GAT
     from foveate.models.latent import to_tpla
     from foveate.models.layouts import config_from, load_layout, weights_from
+    from foveate.models.look import attention_maps
     from foveate.models.nat import NAT
+    from foveate.models.skip import without_layers
 
 _HOMES = {
     "CausalLMOutput": "causal_lm",
@@ -32,15 +35,18 @@ _HOMES = {
     "FoveateForSequenceClassification": "encoder",
     "FoveateModel": "causal_lm",
     "ModelCache": "cache",
+    "attention_maps": "look",
     "config_from": "layouts",
     "load_layout": "layouts",
     "to_tpla": "latent",
     "weights_from": "layouts",
+    "without_layers": "skip",
 }
 
-_PLAIN = {"DiT": "dit", "NAT": "nat"}
+_PLAIN = {"DiT": "dit", "GAT": "gat", "NAT": "nat"}
 
 __all__ = [
+    "GAT",
     "NAT",
     "CausalLMOutput",
     "DiT",
@@ -51,10 +57,12 @@ __all__ = [
     "FoveateForSequenceClassification",
     "FoveateModel",
     "ModelCache",
+    "attention_maps",
     "config_from",
     "load_layout",
     "to_tpla",
     "weights_from",
+    "without_layers",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from foveate.nn.attention import Attention
 from foveate.nn.block import Block
+from foveate.nn.ema import GatedEMA
 from foveate.nn.feedforward import GELU, SwiGLU
 from foveate.nn.mixer import MixerLayer
 from foveate.nn.moe import MoE, Router
@@ -17,6 +18,7 @@ __all__ = [
     "GELU",
     "Attention",
     "Block",
+    "GatedEMA",
     "LayerOutput",
     "MixerLayer",
     "MoE",

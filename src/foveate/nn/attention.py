@@ -127,13 +127,15 @@ class Attention(nn.Module):
             )
         past = 0 if cache is None else len(cache)
         known = self._context(x, mask, past, ctx)
-        known.hidden, known.cache = x, cache
+        known.hidden, known.cache = x if x_kv is x else None, cache
         where = _positions(known, x.shape[1], past, x_kv)
         p = self.projection
         q = p.query(x)
         raw_query = q
         tokens = cache if isinstance(cache, TokenCache) else None
         new = p.entries(x_kv, tokens, known.phase)
+        if isinstance(self.attention, Stateful):
+            known.raw_key = p.expand(new)[0]  # entries are plain heads there
         at = where
         if past and not p.rotates_on_read:
             at = where._replace(key=_tail(where.key, past, known))
@@ -248,6 +250,8 @@ def _attention(attention: Any, projection: Projection, dim: int, layer: int) -> 
     method = make(attention) if isinstance(attention, str) else attention
     if isinstance(method, AttentionRecipe):
         method = method.build(heads_of(projection, dim, layer))
+    elif isinstance(method, Method) and type(method).placed is not Method.placed:
+        method = method.placed(heads_of(projection, dim, layer))
     if not isinstance(method, Method):
         raise InputError(
             f"Attention(attention={attention!r}): that is {_kind(method)}, no attention; expected "

@@ -72,12 +72,11 @@ def attention(
     if backend in BACKENDS and BACKENDS[backend].composite:
         result = forced(inputs, backend).forward(inputs)
     else:
-        if backend != "auto":
-            forced(inputs, backend)
+        chosen = None if backend == "auto" else forced(inputs, backend)
         if _plain(inputs):
             if inputs.layout is not None:
                 inputs = replace(inputs, layout=inputs.layout.checked())
-            result = choose(inputs, backend).forward(inputs)
+            result = (chosen or choose(inputs, backend)).forward(inputs)
             return result if sink_logits is None else with_sinks(result, sink_logits)
         packed = library.pack(inputs.mask, inputs.layout)
         result = AttentionOutput(
@@ -172,10 +171,15 @@ def _checked(
     if sink_logits is not None:
         check_sinks(sink_logits, query)
     table, first = (None, None) if bias is None else check_bias(bias, query, key)
-    inputs = Inputs(query, key, value, mask, layout, table, scale, softcap, dropout)
-    tensors = [x for x in (query, key, value, table) if x is not None]
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return replace(inputs, needs_grad=needs_grad, bias_first=first)
+    needs_grad = torch.is_grad_enabled() and (
+        query.requires_grad
+        or key.requires_grad
+        or value.requires_grad
+        or (table is not None and table.requires_grad)
+    )
+    return Inputs(
+        query, key, value, mask, layout, table, scale, softcap, dropout, needs_grad, first
+    )  # fmt: skip
 
 
 def _check_fit(mask: Mask, query: Tensor, key: Tensor) -> None:

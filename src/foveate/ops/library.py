@@ -7,6 +7,7 @@ resolved when it runs. Kernels are looked up then, too.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -89,6 +90,19 @@ def _inputs(
             layout = Layout(*sizes, *lists)  # type: ignore[arg-type]
         layout = layout.checked()
     return Inputs(query, key, value, mask, layout, bias, scale, softcap, bias_first=bias_first)
+
+
+def pairs(*call: Any) -> float:
+    """Pairs that attend in a call of the operator, mean over batch entries and heads."""
+    inputs = _inputs(*call[:-1])
+    if inputs.layout is not None:
+        return inputs.layout.pairs
+    lengths = (inputs.query.shape[2], inputs.key.shape[2])
+    return (
+        float(lengths[0] * lengths[1])
+        if inputs.mask is None
+        else (inputs.mask.pairs(*lengths) / math.prod(inputs.mask.groups()))
+    )
 
 
 def _forward(*call: Any) -> tuple[Tensor, Tensor]:

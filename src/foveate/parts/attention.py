@@ -49,6 +49,13 @@ class Attention(ABC):
             there, so that a merge by it shows.
         """
 
+    def placed(self, heads: Heads) -> Attention:
+        """What a layer of these sizes runs in its place; mostly the same object.
+
+        For an attention that declares a state of these sizes, or holds another that is built.
+        """
+        return self
+
 
 @dataclass(frozen=True)
 class Heads:

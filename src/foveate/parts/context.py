@@ -36,7 +36,7 @@ class Context:
         bias: added to the scores, broadcastable to (B, Hq, Lq, Lkv).
         dropout: probability of dropping a weight.
         backend: backend of the core op, "auto" or a name.
-        hidden: (B, L, dim), input of the layer.
+        hidden: (B, L, dim), input of the layer; None where keys come from another one.
         embeddings: (B, L, dim), the tokens' embeddings, before any layer.
         input_norm: the norm that `hidden` has been through in its block.
         reference: queries and keys of the model's reference stream, for mixers that ask for one.

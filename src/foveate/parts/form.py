@@ -40,6 +40,26 @@ def is_causal_or_full(ctx: Context, tokens: Tokens) -> bool:
     return remember(ctx, (is_causal_or_full, mask, lengths), look)
 
 
+def sees_later(ctx: Context, tokens: Tokens) -> bool:
+    """Under a plain mask: whether a token sees later ones, so that the form isn't the causal one.
+
+    That is, whether the first real key's place sees the last one. A sequence of one key is both.
+    """
+    mask = ctx.mask
+    if mask is None or not tokens.causal:
+        return True
+
+    def look() -> bool:
+        for b in range(max(len(tokens.k_real), len(tokens.k_pos))):
+            at = tokens.k_pos[b if len(tokens.k_pos) > 1 else 0]
+            at = at[tokens.k_real[b if len(tokens.k_real) > 1 else 0]]
+            if len(at) > 1 and not bool(mask._element(at[:1], at[-1:], b, 0)):
+                return False
+        return True
+
+    return remember(ctx, (sees_later, mask, tokens.k_real.shape[1], tokens.k_real.device), look)
+
+
 def _plain(ctx: Context, tokens: Tokens, b: int, h: int) -> bool:
     assert ctx.mask is not None
     q, k, q_real, k_real = (

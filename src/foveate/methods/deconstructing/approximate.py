@@ -79,7 +79,7 @@ class Approximate(Stateful):
         if self.form != "joint_full":
             return torch.cat((one, x * scale**0.5, x.square() * (scale / math.sqrt(2))), -1)
         a, b = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
-        factor = torch.where(a == b, scale / math.sqrt(2), scale).to(x.dtype)
+        factor = scale / torch.where(a == b, 2.0, 1.0).to(x.dtype).sqrt()
         return torch.cat((one, x * scale**0.5, x[..., a] * x[..., b] * factor), -1)
 
     def weights(self, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, ...]:
@@ -113,6 +113,9 @@ class Approximate(Stateful):
             wide(v)[:, :, None],
             None if real is None else wide(real.float())[:, None, None].expand(batch, -1, -1, -1),
         )
+        if state is None and causal and q.shape[2] <= self.chunk:  # there is nothing to hand on
+            out = self._out(None, None, *rows, scale=scale, causal=True)
+            return without_lse(out.flatten(1, 2).to(v.dtype))
         sums = self._before(rows[1], rows[2], scale, state)
 
         def run(total: Tensor, norm: Tensor, *some: Tensor) -> tuple[Tensor, ...]:
@@ -156,12 +159,24 @@ class Approximate(Stateful):
         *, scale: float, causal: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """A chunk's output (B, Hkv, G, n, Dv), and the sums behind it."""
-        phi = self.features(q, scale)
+        out = self._out(total, norm, q, k, v, real, scale=scale, causal=causal)
+        if not causal:
+            return out, total, norm
+        return (out, *self._added(total, norm, k, v, real, scale))
+
+    def _out(
+        self, total: Tensor | None, norm: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
+        real: Tensor | None, *, scale: float, causal: bool,
+    ) -> Tensor:  # fmt: skip
+        """The output (B, Hkv, G, n, Dv) from the sums before, if any, and the chunk's own keys."""
+        phi = None if total is None else self.features(q, scale)
         forms = self.weights(q, k, scale) if causal else ()
         out = torch.zeros_like(v[..., :1, :])
         for number, part in enumerate(self._terms(q.shape[-1])):
-            above = phi[..., part] @ total[..., part, :]
-            below = (phi[..., part] @ norm[..., part, None]).squeeze(-1)
+            above, below = torch.zeros_like(v[..., :1, :]), torch.zeros_like(q[..., 0])
+            if phi is not None and total is not None and norm is not None:
+                above = phi[..., part] @ total[..., part, :]
+                below = (phi[..., part] @ norm[..., part, None]).squeeze(-1)
             if causal:
                 weight = forms[number].tril()
                 if real is not None:
@@ -169,6 +184,4 @@ class Approximate(Stateful):
                 above, below = above + weight @ v, below + weight.sum(-1)
             safe = torch.where(below < 0, below.clamp_max(-self.eps), below.clamp_min(self.eps))
             out = out + above / safe[..., None]
-        if not causal:
-            return out, total, norm
-        return (out, *self._added(total, norm, k, v, real, scale))
+        return out

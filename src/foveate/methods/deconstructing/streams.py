@@ -27,6 +27,7 @@ from torch.nn import functional
 from foveate.methods.full import Full
 from foveate.ops.errors import InputError, nearest
 from foveate.ops.masks.checks import whole
+from foveate.parts.attention import Attention
 from foveate.parts.cache import Field
 from foveate.parts.context import Context
 from foveate.parts.kv_cache import TokenCache, token_field
@@ -177,9 +178,10 @@ class _Heads(Mixer):
             )
         self.dim, self.width = sizes.dim, sizes.width
         self.rope_dim = self.width
-        self.query = nn.Linear(self.dim, self.heads * self.width, bias=False)
-        self.key = nn.Linear(self.dim, self.kv_heads * self.width, bias=False)
-        self.value = nn.Linear(self.dim, self.kv_heads * self.width, bias=False)
+        self.attention: Attention = Full()
+        self.q = nn.Linear(self.dim, self.heads * self.width, bias=False)
+        self.k = nn.Linear(self.dim, self.kv_heads * self.width, bias=False)
+        self.v = nn.Linear(self.dim, self.kv_heads * self.width, bias=False)
         self.out = nn.Linear(self.heads * self.width, self.dim, bias=False)
 
     def full(self, x: Tensor, ctx: Context) -> Tensor:
@@ -197,8 +199,8 @@ class _Heads(Mixer):
 
     def turned(self, source: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys of source (B, n, dim), rotated to positions `at`, (n,) or (B, n)."""
-        q = split_heads(self.query(source), self.heads)
-        k = split_heads(self.key(source), self.kv_heads)
+        q = split_heads(self.q(source), self.heads)
+        k = split_heads(self.k(source), self.kv_heads)
         if self.rope is None:
             return q, k
         return self.rope.rotate(q, at), self.rope.rotate(k, at)
@@ -227,10 +229,10 @@ class StaticMixer(_Heads):
         if at is None:
             at = torch.arange(past, past + new, device=x.device)
         q, k = self.turned(self._source(x, ctx), at)
-        held = {"k": k, "v": split_heads(self.value(x), self.kv_heads)}
+        held = {"k": k, "v": split_heads(self.v(x), self.kv_heads)}
         if state is not None:
             held = state.tokens.append(held)
-        out = Full()(q, held["k"], held["v"], ctx).out
+        out = self.attention(q, held["k"], held["v"], ctx).out
         return self.out(join_heads(out))
 
     def _source(self, x: Tensor, ctx: Context) -> Tensor:
@@ -276,11 +278,11 @@ class ReferenceMixer(_Heads):
                 f"layer {ctx.layer} takes its queries and keys from a reference stream, which "
                 "isn't in ctx.reference; use a model such as foveate.models.FoveateForCausalLM."
             )
-        v = split_heads(self.value(x), self.kv_heads)
+        v = split_heads(self.v(x), self.kv_heads)
         if maps.recording:
             q, k = self.turned(x, torch.arange(x.shape[1], device=x.device))
             maps.by_layer[ctx.layer] = (q, k)
-            return self.out(join_heads(Full()(q, k, v, ctx).out))
+            return self.out(join_heads(self.attention(q, k, v, ctx).out))
         if state is not None:
             v = state.tokens.append({"v": v})["v"]
         q, k = maps.of(ctx.layer, v.shape[2])
@@ -299,13 +301,13 @@ class ReferenceMixer(_Heads):
         )
         at = rows[..., length - new :] if ctx.q_positions is None else ctx.q_positions
         q, k = _at(q, at, len(v)), _at(k, rows, len(v))
-        return Full()(q, k, v, ctx).out
+        return self.attention(q, k, v, ctx).out
 
     def _wide(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
         """Attention whose weights (B' of 1) serve all sequences: their values side by side."""
         batch, width = len(v), v.shape[3]
         side = v.permute(1, 2, 0, 3).flatten(2)[None]
-        out = Full()(q, k, side, ctx).out
+        out = self.attention(q, k, side, ctx).out
         return out[0].unflatten(2, (batch, width)).permute(2, 0, 1, 3)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-_ROWS = 512  # of all sequences, at once: so many features stay in a core's cache
+_NUMBERS = 1 << 18  # features of all sequences, at once: so many stay in a core's cache
 
 
 @lru_cache(maxsize=32)
@@ -83,7 +83,7 @@ class _Rows:
         self.padded = functional.pad(z, (0, 0, self.back, self.ahead))
         self.start = start
         self.pairs = pair_index(z.shape[-1], z.device)
-        self.step = max(16, _ROWS // max(1, len(z)))
+        self.step = max(16, _NUMBERS // max(1, len(z) * len(self.pairs[0])))
 
     def span(self, low: int, high: int) -> slice:
         """Rows of the padded z that the tokens low ... high - 1 look at."""

@@ -91,9 +91,10 @@ def forward(
     Returns:
         out (B, Hq, Lq, Dv), lse (B, Hq, Lq) fp32 natural log; out 0 and lse -inf for empty rows.
     """
-    out = query.new_empty((*query.shape[:3], value.shape[3]))
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    if out.numel() == 0 and lse.numel() == 0:
+    rows = query.shape[:3]
+    out = query.new_empty((*rows, value.shape[3]))
+    lse = query.new_empty(rows, dtype=torch.float32)
+    if 0 in rows:
         return out, lse
     call, kept = _call(query, key, value, layout, scale, softcap, bias, bias_first)
     call.out = binding.rows(out)
@@ -176,15 +177,17 @@ def _call(
     """The call's description, and the tensors that must outlive it."""
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     kept = [query, key, value]
+    batch, heads, q_len, dim = query.shape
+    _, kv_heads, kv_len, value_dim = value.shape
     call = Call(
         binding.DTYPES[query.dtype],
-        query.shape[0],
-        query.shape[1],
-        key.shape[1],
-        query.shape[2],
-        key.shape[2],
-        query.shape[3],
-        value.shape[3],
+        batch,
+        heads,
+        kv_heads,
+        q_len,
+        kv_len,
+        dim,
+        value_dim,
         torch.get_num_threads(),
         scale,
         softcap or 0.0,

@@ -121,7 +121,7 @@ def run(name: str, call: Call) -> None:
 
 def rows(x: Tensor) -> Rows:
     """A (B, H, L, D) tensor whose last axis is contiguous."""
-    return Rows(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
+    return Rows(x.data_ptr(), *x.stride()[:3])
 
 
 def table(x: Tensor | None, lists: list[Tensor]) -> Table:

@@ -141,6 +141,10 @@ def sample(model: Any, task: ByteText, prompt: int = 48, tokens: int = 96) -> di
         The prompt and what followed; bytes that are no UTF-8 are shown as replaced.
     """
     batch = next(iter(task.held_out("test", 1)))
+    stream = model.model.reference
+    if stream is not None:  # no longer than the sequence beside the input
+        prompt = min(prompt, -(-stream.reference.length // 2))
+        tokens = min(tokens, stream.reference.length - prompt)
     ids = batch.inputs[:, :prompt].to(next(model.parameters()).device)
     out = model.generate(ids, max_new_tokens=tokens, do_sample=False)[0]
     parts = (out[: ids.shape[1]], out[ids.shape[1] :])

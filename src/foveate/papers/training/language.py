@@ -63,15 +63,15 @@ def language_model(
     """
     from foveate import models
 
+    positions = sizes.length if more.get("position") == "learned" else max(4096, sizes.length)
     config = models.FoveateConfig(
         vocab_size=sizes.vocab,
         hidden_size=sizes.dim,
         num_hidden_layers=sizes.layers,
         num_attention_heads=sizes.heads,
-        max_position_embeddings=max(4096, sizes.length),
         projection=projection,
         attention=attention,
-        **more,
+        **({"max_position_embeddings": positions} | more),
     )
     model = models.FoveateForCausalLM(config)
     for module in model.modules():

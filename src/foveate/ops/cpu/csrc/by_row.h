@@ -51,18 +51,26 @@ INLINE void take_values(const float* const* v, int j, int n, int at, int dim, vf
   UNROLL for (int m = 0; m < M; ++m) x[m] = load(v[j] + at + m * VL);
 }
 
+// The same elements of the rows ahead, line by line.
+template <class P, int M> INLINE void fetch_values(const char* const* ahead, int j, int at) {
+  UNROLL for (int i = 0; i < P::PAIR; ++i) {
+    const char* row = ahead[j * P::PAIR + i] + at * (4 / P::PAIR);
+    UNROLL for (int m = 0; m < M; m += P::PAIR) prefetch(row + m * VL * (4 / P::PAIR));
+  }
+}
+
 // M vectors of R rows of `values_by_row`. Few sums are kept apart by keys, so that none waits for itself.
 template <class P, int F, int R, int M>
 INLINE void values_by_row_of(const float* p, const float* const* v, int n, int at, int dim, float* o,
-                             int64_t stride, const float* alpha, bool first, Drip* ahead) {
+                             int64_t stride, const float* alpha, bool first, const char* const* ahead) {
   using W = Weights<P, F>;
   constexpr int APART = R * M >= 8 ? 1 : 8 / (R * M);
   vf acc[APART][R][M];
   UNROLL for (int i = 0; i < APART; ++i)
     UNROLL for (int r = 0; r < R; ++r) UNROLL for (int m = 0; m < M; ++m) acc[i][r][m] = vf{};
   auto add = [&](int j, int i) __attribute__((always_inline)) {
-    if (ahead) ahead->turn();
-    const float* weight = p + j / W::EACH * W::GROUP + j % W::EACH;
+    if (ahead) fetch_values<P, M>(ahead, j, at);
+    const float* weight = p + (unsigned)j / W::EACH * W::GROUP + (unsigned)j % W::EACH;
     vf x[M];
     take_values<P, M>(v, j, n, at, dim, x);
     UNROLL for (int r = 0; r < R; ++r) {
@@ -98,14 +106,11 @@ void values_by_row(const float* p, const float* const* v, int n, int dim, float*
   constexpr int M = R == 8 ? 1 : R == 4 ? 2 : 4;
 #endif
   constexpr int HALF = M / 2 > LEAST ? M / 2 : LEAST;
-  int passes = dim / (M * VL), rest = dim % (M * VL);
-  passes += rest / (HALF * VL) + (rest % (HALF * VL) + LEAST * VL - 1) / (LEAST * VL);
-  auto drip = Drip::start(ahead.row, n, ahead.bytes, passes * ((n + LEAST - 1) / LEAST) * (ALL / R));
   for (int r = 0; r < ALL; r += R) {
     auto run = [&](int at, auto size) __attribute__((always_inline)) {
       constexpr int N = decltype(size)::value;
       values_by_row_of<P, F, R, N>(p + r * W::ROW, v, n, at, dim, o + r * stride, stride, alpha + r * F,
-                                   first, ahead.row ? &drip : nullptr);
+                                   first, r ? nullptr : ahead.row);
     };
     int at = 0;
     for (; at + M * VL <= dim; at += M * VL) run(at, Size<M>{});

@@ -73,19 +73,24 @@ template <int F> INLINE uint32_t lanes_seen(const uint64_t* word, int words) {
   return lanes;
 }
 
+// KN keys of `scores_folded`. With every line that is read goes the same one of a row ahead.
 template <class P, int F, int KN>
 INLINE void scores_folded_of(const float* q, const float* const* k, int left, int n, float* s,
-                             const char* const* ahead, int bytes) {
+                             const char* const* ahead) {
+  constexpr int LINE = 16 / F > 0 ? 16 / F : 1;  // vectors of q that meet one line of a key
   vf acc[KN];
   const float* row[KN];
+  const char* next[KN];
   UNROLL for (int j = 0; j < KN; ++j) {
+    int i = j < left ? j : left - 1;
     acc[j] = vf{};
-    row[j] = k[j < left ? j : left - 1];
+    row[j] = k[i];
+    next[j] = ahead ? ahead[i] : (const char*)k[i];
   }
   if (F >= 8) {  // memory is the limit: key by key, in the order in which they lie
     UNROLL for (int j = 0; j < KN; ++j) {
-      for (int l = 0; ahead && j < left && l < bytes; l += 64) prefetch(ahead[j] + l);
       auto add = [&](int t) __attribute__((always_inline)) {
+        if (t % LINE == 0) prefetch(next[j] + t * F * 4);
         acc[j] = P::fma(acc[j], load(q + t * VL), load_group<F>(row[j] + t * F));
       };
       int t = 0;
@@ -93,12 +98,16 @@ INLINE void scores_folded_of(const float* q, const float* const* k, int left, in
       for (; t < n; ++t) add(t);
     }
   } else {
-    auto drip = Drip::start(ahead, left < KN ? left : KN, bytes, n);
-    for (int t = 0; t < n; ++t) {
-      if (ahead) drip.turn();
+    auto add = [&](int t) __attribute__((always_inline)) {
       vf x = load(q + t * VL);
       UNROLL for (int j = 0; j < KN; ++j) acc[j] = P::fma(acc[j], x, load_group<F>(row[j] + t * F));
+    };
+    int t = 0;
+    for (; t + LINE <= n; t += LINE) {
+      UNROLL for (int j = 0; j < KN; ++j) prefetch(next[j] + t * F * 4);
+      UNROLL for (int u = 0; u < LINE; ++u) add(t + u);
     }
+    for (; t < n; ++t) add(t);
   }
   UNROLL for (int j = 0; j < KN; j += F) store(s + j / F * VL, sum_groups<F>(acc + j));
 }
@@ -109,8 +118,7 @@ template <class P, int F>
 void scores_folded(const float* q, const float* const* k, int keys, int n, float* s, Ahead ahead) {
   constexpr int KN = F > 8 ? F : 8;
   for (int j = 0; j < keys; j += KN)
-    scores_folded_of<P, F, KN>(q, k + j, keys - j, n, s + j / F * VL, ahead.row ? ahead.row + j : nullptr,
-                               ahead.bytes);
+    scores_folded_of<P, F, KN>(q, k + j, keys - j, n, s + j / F * VL, ahead.row ? ahead.row + j : nullptr);
 }
 
 // Scores made ready for the softmax: c, cap and bias as in `adjust`, if so wanted; -inf where hidden;

@@ -45,25 +45,6 @@ struct Ahead {
   int bytes;  // of a row
 };
 
-// Fetches rows of `each` lines one after the other, a little in each of `turns` turns.
-struct Drip {
-  const char* const* row;
-  int lines, turns, each, credit = 0, line = 0;
-  INLINE Drip start(const char* const* row, int rows, int bytes, int turns) {
-    int each = (bytes + 63) / 64;
-    return {row, rows * each, turns, each};
-  }
-  __attribute__((always_inline)) void turn() {
-    for (credit += lines; credit >= turns; credit -= turns) {
-      prefetch(*row + line * 64);
-      if (++line == each) {
-        ++row;
-        line = 0;
-      }
-    }
-  }
-};
-
 // Pairs of bf16 lie at any even address.
 INLINE float scalar(const float* p) { float x; memcpy(&x, p, 4); return x; }
 

@@ -1,0 +1,174 @@
+"""Superlinear attention: routing that is learnt end to end finds what a window can't reach.
+
+Recall among filler: four pairs stand in the first 176 of 256 tokens, and the last eight ask for all
+of them. Models of two blocks: a gated moving average (the recurrent layer in front that the search
+needs), attention without rotary positions, a feed-forward layer. Dense attention; superlinear with
+2 spans and a window of 3, which at the end of a sequence sees 69 of 256 keys; a window of 69 keys;
+and superlinear with random routing, whose queries stay as they were drawn and through whose choice
+no gradient passes. Learning rate, data and their order are the same for all arms.
+
+"pairs" counts, without training: pairs of query and key at the paper's defaults from 4k to 64k
+tokens, the exponent that fits them, and what a step of decoding reads at a million.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+from torch import Tensor, nn
+from typing_extensions import override
+
+from foveate.methods.superlinear import MultiStep, Superlinear
+from foveate.methods.superlinear.powers import counted, read
+from foveate.nn import Attention, GatedEMA, SwiGLU
+from foveate.ops import causal
+from foveate.papers.harness import Check, Found, Paper, Trial, at_least, at_most
+from foveate.papers.tasks import FillerRecall
+from foveate.papers.training import Regime, evaluate, train
+from foveate.parts import Heads
+from foveate.parts.growth import exponent
+from foveate.parts.norm import RMSNorm
+
+ROUTED = Superlinear(spans=2, index=1)
+STEPS = 1500
+LENGTH, REACH = 256, 176
+KEYS = 69  # 2 spans of ceil(2 sqrt(256)) + 1, and the window
+LENGTHS = (4096, 8192, 16384, 32768, 65536)
+
+
+class RandomRouting(MultiStep):
+    """Superlinear attention whose routing queries nobody trains."""
+
+    @override
+    def scores(self, routing: Tensor, k: Tensor, anchors: Tensor) -> Tensor:
+        return super().scores(routing, k, anchors).detach()
+
+
+def random_routing() -> Any:
+    """Of the miniature's sizes."""
+    made = RandomRouting(Heads(64, 2, 2, 32, 32), ROUTED)
+    made.routing.requires_grad_(False)
+    return made
+
+
+ARMS: dict[str, Any] = {
+    "dense": lambda: "full",
+    "window": lambda: f"sink-window(sinks=0, window={KEYS})",
+    "random routing": random_routing,
+    "superlinear": lambda: ROUTED,
+}
+
+
+class Hybrid(nn.Module):
+    """Blocks of a recurrent layer, attention and a feed-forward layer, each beside a residual.
+
+    Args:
+        vocab: tokens.
+        arm: of `ARMS`.
+        dim: width.
+        layers: blocks.
+        memory: tokens that the longest memories reach back at the start, about as far as the
+            anchors are apart.
+    """
+
+    def __init__(
+        self, vocab: int, arm: str, dim: int = 64, layers: int = 2, memory: float = 32.0
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocab, dim)
+        self.layers = nn.ModuleList()
+        for i in range(layers):
+            attention = Attention(dim, 2, "mha", ARMS[arm](), "none", layer=i)
+            parts = (GatedEMA(dim, longest=memory), attention, SwiGLU(dim, 2 * dim))
+            norms = (RMSNorm(dim) for _ in parts)
+            self.layers.append(nn.ModuleList([*parts, *norms]))
+        self.norm = RMSNorm(dim)
+        self.head = nn.Linear(dim, vocab, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (B, L, vocab) of tokens (B, L)."""
+        x = self.embed(tokens)
+        for layer in self.layers:
+            ema, attention, feedforward, *norms = cast(nn.ModuleList, layer)
+            x = x + ema(norms[0](x))[0]
+            x = x + attention(norms[1](x), mask=causal()).y
+            x = x + feedforward(norms[2](x))
+        return self.head(self.norm(x))
+
+
+def task(held: int = 512) -> FillerRecall:
+    """What all arms are trained on."""
+    return FillerRecall(
+        length=LENGTH, pairs=4, spread=REACH, keys=8, values=8, filler=14, held=held
+    )
+
+
+def run(trial: Trial) -> Found:
+    """Train one arm, or count pairs."""
+    if trial.cell == "pairs":
+        return counts()
+    given = task(32 if trial.quick else 512)
+    model = Hybrid(given.vocab, trial.cell).to(trial.device)
+    steps = 4 if trial.quick else STEPS
+    regime = Regime(steps=steps, batch=16, lr=3e-3, every=max(2, steps // 10), seed=trial.seed)
+    done = train(model, given, regime, folder=trial.folder, tell=trial.tell)
+    found = evaluate(model, given, "test", 32)
+    return {trial.cell: {"accuracy": found["accuracy"], "loss": found["loss"], "curve": done.curve}}
+
+
+def counts() -> Found:
+    """Exponents of the counted pairs, and the share of the cache that a step of decoding reads."""
+    million = 1_000_000
+    searched, attended = read(million - 1)
+    return {
+        "pairs": {
+            "exponent": exponent(LENGTHS, [counted(n).total for n in LENGTHS]),
+            "exponent, upscaled": exponent(
+                LENGTHS, [counted(n, power=0.54, span_power=0.54).total for n in LENGTHS]
+            ),
+            "share at 64k": counted(LENGTHS[-1]).total / (LENGTHS[-1] * (LENGTHS[-1] + 1) / 2),
+            "read at 1M": (searched + 2 * attended) / (2 * million),
+        }
+    }
+
+
+def _recall(arm: str) -> Any:
+    return lambda at: at[arm]["accuracy"]
+
+
+def _near(name: str, wanted: float) -> Check:
+    return at_most(
+        f"|{name} - {wanted:g}|",
+        lambda at: abs(at["pairs"][name] - wanted),
+        0.02,
+        exact=True,
+    )
+
+
+PAPER = Paper(
+    key="superlinear",
+    claim="Routing that is trained through the mixture of spans finds what was told long ago, with "
+    "pairs that grow as the length to three halves.",
+    metric="accuracy of recall on the test split; counted pairs of query and key",
+    cells=(*ARMS, "pairs"),
+    run=run,
+    baseline=("dense", "window", "random routing"),
+    ours=("superlinear",),
+    checks=(
+        at_least("recall: superlinear", _recall("superlinear"), 0.9, refuted=0.5),
+        at_most("recall: window", _recall("window"), 0.5, refuted=math.inf),
+        at_most("recall: random routing", _recall("random routing"), 0.5, refuted=math.inf),
+        at_least(
+            "recall: superlinear - random routing",
+            lambda at: at["superlinear"]["accuracy"] - at["random routing"]["accuracy"],
+            0.4,
+            refuted=0.0,
+        ),
+        _near("exponent", 1.5),
+        _near("exponent, upscaled", 1.54),
+        at_most("read at 1M", lambda at: at["pairs"]["read at 1M"], 0.007, exact=True),
+    ),
+    needs=(at_least("recall: dense", _recall("dense"), 0.9),),
+    data=lambda: task().describe(),
+)

@@ -1,0 +1,93 @@
+"""Combiner's counted work: against explicit lists, against its layouts, and its growth."""
+
+from __future__ import annotations
+
+import combiner_reference as by
+import pytest
+import torch
+
+from foveate import Context, causal
+from foveate.methods.combiner import Combiner
+from foveate.methods.combiner.counts import coverage, items, near_root
+from foveate.methods.combiner.fixed import span_layout
+from foveate.methods.combiner.logsparse import span_layout as log_layout
+from foveate.ops.errors import InputError
+from foveate.parts import Heads
+from foveate.parts.growth import exponent
+
+LENGTHS = tuple(1024 << n for n in range(7))  # 1k to 64k
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 25, 38, 64, 97])
+@pytest.mark.parametrize("name", ["fixed", "logsparse", "vertical", "horizontal"])
+def test_items_are_those_of_the_explicit_lists(name, length):
+    lists = {
+        "fixed": by.blocks(5),
+        "logsparse": by.logsparse,
+        "vertical": by.vertical(5),
+        "horizontal": by.horizontal(5),
+    }[name]
+    found = [lists(i, length, True) for i in range(length)]
+    counted = items(Combiner(name, size=5), length)
+    assert counted.direct == sum(len(direct) for direct, _ in found)
+    assert counted.spans == sum(len(spans) for _, spans in found)
+
+
+def test_items_of_the_sheets_example():
+    # Half of each own block, half of the blocks: the sheet counts them whole.
+    counted = items(Combiner(size=64), 4096)
+    assert counted.direct == 64 * 64 * 65 // 2
+    assert counted.spans == 64 * 64 * 63 // 2
+    assert counted.summaries == 4096
+    assert counted.total < 786_432
+
+
+def test_layouts_visit_few_more_elements_than_items():
+    for length in (1000, 4096):
+        counted = items(Combiner(size=64), length)
+        layout = span_layout(length, 64, -(-length // 64), True, "cpu")
+        assert layout.pairs == counted.spans
+        assert layout.tile_area < 1.3 * counted.spans + 16 * length
+        logs = log_layout(length)
+        assert logs.pairs == items(Combiner("logsparse"), length).spans
+        assert logs.tile_area <= 64 * length
+
+
+def test_counted_work_grows_as_the_sheet_says():
+    def growth(name, **fields):
+        work = [
+            items(Combiner(name, size=near_root(n), clusters=near_root(n), **fields), n).total
+            for n in LENGTHS
+        ]
+        return exponent(LENGTHS, work)
+
+    for name in ("fixed", "vertical", "horizontal", "rowmajor", "learnable", "mixture"):
+        assert growth(name) == pytest.approx(1.5, abs=0.05), name
+    # L log L: between 1k and 64k its slope is that of n (1 + log2 n).
+    assert 1.0 < growth("logsparse") < 1.15
+    dense = [n * (n + 1) // 2 for n in LENGTHS]
+    assert exponent(LENGTHS, dense) == pytest.approx(2, abs=0.01)
+
+
+def test_coverage_is_whole_and_the_sparse_patterns_is_not():
+    length, size = 1024, 32
+    seen = 0
+    for i in range(length):
+        seen += i % size + 1 + i // size
+    assert coverage(None, length, size) == pytest.approx(seen / (length * (length + 1) / 2))
+    assert coverage(None, length, size) == pytest.approx(
+        (size / 2 + length / 2 / size) / (length / 2), rel=0.05
+    )
+    q, k = torch.randn(2, 1, 1, 96, 8, dtype=torch.float64)
+    eye = torch.eye(96, dtype=q.dtype)[None, None]
+    method = Combiner(size=8).build(Heads(8, 1, 1, 8, 96)).double()
+    p = method(q, k, eye, Context(mask=causal())).out[0, 0]
+    assert (p > 0).sum() / (96 * 97 / 2) == coverage(Combiner(size=8), 96, 8)
+
+
+def test_an_exponent_is_the_slope():
+    assert exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+    with pytest.raises(InputError, match="two or more"):
+        exponent([4, 4], [1, 2])
+    with pytest.raises(InputError, match="above 0"):
+        exponent([1, 2], [0, 2])

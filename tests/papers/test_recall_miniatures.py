@@ -1,0 +1,94 @@
+"""The miniatures of dma and superlinear: what they count, their arms, and what isn't trained."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from foveate import papers
+from foveate.papers.harness import Trial
+from foveate.papers.harness.statistics import Verdict
+from foveate.papers.training import Regime, train
+
+
+def cell(key, name, tmp_path):
+    made = papers.load(key)
+    torch.manual_seed(0)
+    return made, made.run(Trial(name, 1, quick=True, folder=tmp_path / "checkpoints"))
+
+
+def exact(made, found):
+    return {c.verdict([found]) for c in made.checks if c.exact}
+
+
+def test_dma_counts_tiles_and_what_decoding_reads(tmp_path):
+    made, found = cell("dma", "tiles", tmp_path)
+    assert exact(made, found) == {Verdict.HOLDS}
+    figures = found["tiles"]
+    assert figures["kept"] == 64 / 512
+    assert figures["read"] == (64 * 64 * 2 + 64) / (512 * 64 * 2)
+    assert figures["active, smoothed"] < figures["active"] <= 1
+
+
+@pytest.mark.parametrize("arm", ["DMA", "window", "dense, blended"])
+def test_dma_trains_an_arm(arm, tmp_path):
+    pytest.importorskip("transformers")
+    _, found = cell("dma", arm, tmp_path)
+    assert 0 <= found[arm]["accuracy"] <= 1
+    assert found[arm]["curve"][-1][0] == 4
+
+
+def test_dmas_arms_see_as_many_keys():
+    from foveate.methods import make
+    from foveate.papers.dma import ARMS, STEPS, task
+
+    assert STEPS <= 2500
+    assert make(ARMS["DMA"]).window == make(ARMS["window"]).window == 16
+    assert make(ARMS["DMA"]).pairs(64) == make(ARMS["DMA, blended"]).pairs(64)
+    assert task("DMA, blended").blended
+    assert not task("DMA").blended
+
+
+def test_superlinear_counts_the_papers_exponents(tmp_path):
+    made, found = cell("superlinear", "pairs", tmp_path)
+    assert exact(made, found) == {Verdict.HOLDS}
+    assert found["pairs"]["share at 64k"] == pytest.approx(0.0366, abs=1e-4)
+
+
+def test_superlinears_window_sees_as_many_keys_at_the_end_of_a_sequence():
+    from foveate.methods.superlinear.powers import read
+    from foveate.papers.superlinear import KEYS, LENGTH, REACH, ROUTED, STEPS
+
+    assert read(LENGTH - 1, spans=ROUTED.spans, index=ROUTED.index)[1] == KEYS
+    assert LENGTH - KEYS > REACH  # what is asked for lies outside it
+    assert STEPS <= 2500
+
+
+@pytest.mark.parametrize("arm", ["dense", "window", "random routing", "superlinear"])
+def test_superlinear_trains_an_arm(arm, tmp_path):
+    _, found = cell("superlinear", arm, tmp_path)
+    assert 0 <= found[arm]["accuracy"] <= 1
+    assert found[arm]["curve"][-1][0] == 4
+
+
+def test_nothing_teaches_random_routing():
+    from foveate.papers.superlinear import Hybrid, task
+
+    given = task(8)
+    for arm, taught in (("superlinear", True), ("random routing", False)):
+        torch.manual_seed(0)
+        model = Hybrid(given.vocab, arm)
+        routing = model.layers[0][1].attention.routing.weight
+        before = routing.detach().clone()
+        train(model, given, Regime(steps=2, batch=4, every=2))
+        assert torch.equal(routing, before) is not taught
+
+
+def test_a_hybrid_is_causal():
+    from foveate.papers.superlinear import Hybrid
+
+    model = Hybrid(32, "superlinear").eval()
+    tokens = torch.randint(32, (1, 120))
+    other = torch.cat((tokens[:, :90], torch.randint(32, (1, 30))), 1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens)[:, :90], model(other)[:, :90])
