@@ -119,7 +119,7 @@ def segments(trial: Trial) -> Found:
 def predicted(trial: Trial) -> Found:
     """Train the predictor on segments, then cut other ones where it says."""
     dim, sigma, look = 64, 0.5, 4
-    steps, n = (4, 256) if trial.quick else (400, 1024)
+    steps, n = (4, 256) if trial.quick else (1000, 1024)
     predictor = BoundaryPredictor(dim, look)
     optimizer = torch.optim.Adam(predictor.parameters(), lr=1e-3)
     for step in range(steps):

@@ -104,7 +104,7 @@ def fit(trial: Trial, model: Any, method: Flux, routers: Routers, task: Mixed) -
     multipliers = Multipliers(torch.Generator().manual_seed(trial.seed)).to(trial.device)
     optimizer = optimizer_of(routers, multipliers, 1e-3, 1e-2)
     rates = [group["lr"] for group in optimizer.param_groups]
-    began = float(multipliers.values[0, 0])
+    began = float(multipliers.values[0, 0].detach())
     length = task.far.length
     kinds = (CLASSES[0],) * (size - size // 4) + (CLASSES[1],) * (size // 4)
     for step in range(steps):
@@ -122,7 +122,7 @@ def fit(trial: Trial, model: Any, method: Flux, routers: Routers, task: Mixed) -
         if step % 10 == 0:
             trial.tell(0.8 + 0.2 * step / steps, "routers")
     put(model, {})
-    return float(multipliers.values[0, 0]) - began
+    return float(multipliers.values[0, 0].detach()) - began
 
 
 # -- figures --------------------------------------------------------------------------------------
