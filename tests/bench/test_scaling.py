@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import foveate
-from foveate import attention, causal
+from foveate import attention, catalog, causal
 from foveate.bench import scaling as job
 from foveate.cli import main
 from foveate.ops.backends.cpu import Cpu
 from foveate.ops.errors import InputError
-from foveate.runs.growth import at_length
+from foveate.runs.growth import SETTINGS, at_length
 from foveate.runs.work import Work
 
 
@@ -65,9 +65,11 @@ def test_exponents_of_dense_and_clustered_attention(pace):
     assert all(one["values"]["seconds"]["median"] > 0 for one in found)
 
 
-def test_a_mixer_is_a_layer_of_its_own(pace):
-    (one,) = job.run(job.Options(("grassmann",), (64,), dim=16, heads=1, pace=pace, check=32))
-    assert one["values"]["flops"] > 0, one
+@pytest.mark.parametrize("key", [key for key in SETTINGS if key in catalog.keys()])  # noqa: SIM118
+def test_every_method_with_a_setting_is_measured(pace, key):
+    (one,) = job.run(job.Options((key,), (96,), dim=32, heads=2, pace=pace, check=48))
+    assert "failed" not in one["values"], one["values"]
+    assert one["values"]["flops"] + one["values"]["numbers"] > 0
 
 
 def test_a_wrong_method_gets_no_figure(pace, monkeypatch):

@@ -92,7 +92,9 @@ def test_a_sweep_scales_the_budget_and_nothing_else():
         assert len(entries) == len(FACTORS)
         for entry, factor in zip(entries, FACTORS):
             for name, value in entry.parameters.items():
-                assert value == (round(base[name] * factor) if name in fields else base[name])
+                whole = isinstance(base[name], int) and not isinstance(base[name], bool)
+                scaled = base[name] if name not in fields else base[name] * factor
+                assert value == (round(scaled) if whole else scaled)
     shares = [
         e.parameters["fraction"] for e in entries_of(["block-sparse(fraction=0.4)"], sweep=True)
     ]

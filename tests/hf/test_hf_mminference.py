@@ -10,7 +10,8 @@ from tiny_models import tiny
 
 import foveate
 from foveate.hf import Assignment
-from foveate.hf.mminference import fingerprint, search
+from foveate.hf.fit.artefacts import fingerprint
+from foveate.hf.mminference import search
 from foveate.methods.mminference import QBoundary
 
 IMAGE = 90

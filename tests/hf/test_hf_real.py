@@ -66,6 +66,41 @@ def test_greedy_generation_is_identical(smollm: tuple[Any, Any, Tensor]) -> None
     assert eager.shape[1] == batch.input_ids.shape[1] + 64
 
 
+FULL_BUDGETS = (
+    "snapkv(budget=400)",
+    "h2o(heavy=200, recent=200)",
+    "a-shape(local=400)",
+    "vertical-slash(verticals=400)",
+    "block-sparse(blocks=100)",
+    "grid(stride=1)",
+    "q-boundary(patterns=['vertical-slash', 'grid(stride=1)'])",
+    "2d-boundary(patterns=[['full', 'grid(stride=1)'], ['tri-shape']])",
+    "hyperattention(block_size=400, sample_size=0, min_seq_len=64)",
+    "dhsa(budget=512, chunk=32)",
+    "flux(route='full')",
+)
+
+
+def test_full_budgets_are_dense(smollm: tuple[Any, Any, Tensor]) -> None:
+    """Prompt and four steps of decoding, of each method that keeps everything."""
+    model, _, ids = smollm
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            out = model(input_ids=ids[:, :380], use_cache=True)
+            found = [out.logits]
+            for at in range(380, 384):
+                out = model(input_ids=ids[:, at : at + 1], past_key_values=out.past_key_values)
+                found.append(out.logits)
+        return torch.cat(found, 1)
+
+    dense = run()
+    most = 1e-4 * float(dense.abs().max())
+    for text in FULL_BUDGETS:
+        with foveate.use(model, text):
+            assert float((run() - dense).abs().max()) <= most, text
+
+
 def test_streaming_in_bounded_memory(smollm: tuple[Any, Any, Tensor]) -> None:
     """Of caches of 256 tokens the one with sinks is far better (miniature 2 of the sheet).
 

@@ -263,6 +263,14 @@ def test_padding_is_never_read(key, side, both_ways):
 
 
 @pytest.mark.parametrize("key", BOTH)
+def test_no_tokens_give_no_output(key):
+    given = [x[:, :, :0] for x in heads()]
+    assert make(key)(*given, ahead()).out.shape == (B, 4, 0, DV)
+    none = [x[:0] for x in heads()]
+    assert make(key)(*none, ahead()).out.shape == (0, 4, L, DV)
+
+
+@pytest.mark.parametrize("key", BOTH)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_low_precision(key, dtype):
     method, given = make(key), heads()

@@ -326,6 +326,35 @@ def test_a_grid_is_found_in_its_modalitys_own_numbers(seed):
     assert (int(whole.stride[0]), int(whole.phase[0])) != (stride, phase)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_slash_is_counted_in_its_modalitys_own_numbers(seed):
+    """Text between two images moves their tokens apart; the diagonals go on as if it weren't there.
+
+    Both ways of finding one: alone, by stride and phase; and beside columns, whose stride it has.
+    """
+    torch.manual_seed(seed)
+    kinds = []
+    for _ in range(4):
+        kinds += [0] * int(torch.randint(40, 120, ())) + [1] * 400
+    kinds = torch.tensor(kinds + [0] * 80)
+    n, dim, stride = len(kinds), 64, 20
+    diagonal = int(torch.randint(1, stride, ()))
+    sight = kinds == 1
+    number = (sight.cumsum(0) - 1)[sight]
+    kind = torch.nn.functional.normalize(torch.randn(stride, dim), dim=1)
+    q, k, _ = torch.randn(3, 1, 1, n, dim)
+    k[0, 0, sight] += 6 * kind[number % stride]
+    q[0, 0, sight] += 6 * kind[(number - diagonal) % stride]
+    ctx = Context(mask=causal(), modality=kinds)
+    for problem in (
+        dict(problems_by_query(q, k, ctx, 64, "q")[0])[1],
+        {(a, b): p for a, b, p in problems_by_pair(q, k, ctx, 64, "2d")[0]}[1, 1],
+    ):
+        alone = Grid(max_stride=64, vertical=False, horizontal=False, slash=True).find(problem)
+        assert (int(alone.stride[0]), int(alone.phase[0])) == (stride, diagonal)
+        assert Grid(stride=stride, slash=True)._diagonal(problem, 0, stride) == diagonal
+
+
 def test_names_go_both_ways():
     for method in (QBoundary(PATTERNS[1:3]), TwoDBoundary((PATTERNS[:2], PATTERNS[5:])), Grid(3)):
         assert make(spec(method)) == method
@@ -360,3 +389,30 @@ def test_layouts_go_with_the_engine():
     for method in (Grid(max_stride=9), QBoundary(PATTERNS[1:]), TwoDBoundary((PATTERNS[3:],))):
         layout: Layout = method.layout(q, k, v, ctx)
         close(method(q, k, v, ctx), over(layout.dense(), q, k, v), 1e-5)
+
+
+def test_all_strides_at_once_are_the_z_scores_of_each():
+    x = torch.randn(5, 777).exp()
+    strides = list(range(2, 200))
+    best = search_stride(x, strides)
+    for h in range(5):
+        z = {s: z_scores(x[h : h + 1], s)[0] for s in strides}
+        top = max(strides, key=lambda s: float(z[s].max()))
+        assert int(best.stride[h]) == top
+        assert int(best.phase[h]) == int(z[top].argmax())
+        torch.testing.assert_close(best.z[h], z[top].max())
+
+
+@pytest.mark.parametrize("steady", [True, False])
+def test_tiles_alike_by_distance_are_those_made_one_by_one(steady):
+    from foveate.methods.mminference.distances import Distances
+    from foveate.methods.mminference.lines import _each, seen_of
+
+    at = torch.arange(640)
+    # Two kinds of tokens side by side: some tiles stand in a row, some don't.
+    order = at if steady else torch.cat((at[:250], at[400:], at[250:400:3]))
+    tiles = order[: len(order) // 64 * 64].view(-1, 64)
+    r, c = torch.ones(len(tiles), len(tiles)).nonzero(as_tuple=True)
+    for mask in (None, Distances(torch.rand(640) < 0.3)):
+        given = (tiles, tiles, tiles, tiles, mask, r, c)
+        assert torch.equal(seen_of(*given), _each(*given))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from foveate import Context, attention, causal, padding
 from foveate.methods import make
+from foveate.methods.routing_transformer import clusters
 from foveate.methods.routing_transformer.centroids import Centroids, layer_norm
 from foveate.methods.routing_transformer.members import best, streamed
 from foveate.parts import Heads
@@ -155,6 +156,24 @@ def test_oracle_2_with_grouped_heads_padding_and_own_keys(form, shared):
     assert not got[1, :, 23:].any()
     torch.testing.assert_close(got.double()[0], want[0], atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(got.double()[1, :, :23], want[1, :, :23], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("memory", [0, 1])
+def test_long_prefixes_are_cut_into_pieces_with_their_own_keys(monkeypatch, shared, memory):
+    spec = {"clusters": 3, "window": 9, "shared": shared, "form": "prefix", "memory": memory}
+    q, k, v = tensors(90)
+    made = build(**spec)
+    whole = call(made, q, k, v, "prefix")
+    pieces = []
+    cut = clusters.by_rows
+    monkeypatch.setattr(clusters, "_TILE", 8)
+    monkeypatch.setattr(clusters, "by_rows", lambda *x: pieces.append(1) or cut(*x))
+    torch.testing.assert_close(call(made, q, k, v, "prefix"), whole)
+    assert pieces
+    if not memory:
+        want = expected(made, q, k, v, form="prefix")
+        torch.testing.assert_close(whole.double(), want, atol=1e-6, rtol=1e-5)
 
 
 def test_oracle_2_cross_attention():

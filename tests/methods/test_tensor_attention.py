@@ -23,6 +23,7 @@ from foveate.methods.tensor_attention import (
 )
 from foveate.methods.tensor_attention import exact as engine
 from foveate.methods.tensor_attention import features as feature_file
+from foveate.methods.tensor_attention import method as method_file
 from foveate.ops.errors import InputError
 
 TIGHT = {"atol": 1e-12, "rtol": 1e-12}
@@ -274,6 +275,25 @@ def test_equal_factors_run_half_of_the_tuples(mask):
     given = [x.requires_grad_() for x in (q, k, v)]
     found = tensor_attention(q, (k, k), (v, v), mask, form=EXACT)
     same(found, by_definition(q, (k, k), (v, v), mask), given)
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=lambda mask: str(mask)[:30])
+def test_long_sequences_keep_no_blocks(mask, monkeypatch):
+    made = []
+
+    class Watched(engine.Grounds):
+        def __post_init__(self):
+            made.append(self)
+
+    monkeypatch.setattr(method_file, "KEPT", 0)
+    monkeypatch.setattr(method_file, "Grounds", Watched)
+    q, keys, values = drawn()
+    given = [x.requires_grad_() for x in (q, *keys, *values)]
+    found = tensor_attention(q, keys, values, mask, form=EXACT)
+    same(found, by_definition(q, keys, values, mask), given)
+    assert [grounds.keep for grounds in made] == [False]
+    assert not made[0]._blocks
+    assert not made[0]._layouts
 
 
 def test_equal_factors_visit_half_of_the_area(monkeypatch):

@@ -213,6 +213,20 @@ def test_decoding_equals_the_full_forward(variant, ratio):
     torch.testing.assert_close(torch.cat(parts, 1), want)
 
 
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "standard"])
+def test_left_padding_and_beams(variant):
+    lm = model(variant, "even")
+    given = ids(length=14)
+    mask = torch.ones_like(given)
+    mask[1, :5] = 0
+    plain = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    out = lm.generate(given, attention_mask=mask, **plain)
+    alone = lm.generate(given[1:, 5:], **plain)
+    assert torch.equal(out[1:, 5:], alone)
+    beams = lm.generate(given, num_beams=2, **plain)
+    assert torch.equal(beams, lm.generate(given, num_beams=2, use_cache=False, **plain))
+
+
 def test_maps_are_kept_until_a_weight_changes():
     lm = model("rnd-emb-qk")
     runs = [0]

@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+from foveate import catalog
 from foveate.cli import main
 from foveate.ops.errors import InputError
 from foveate.papers.contest import job
@@ -51,6 +52,16 @@ def test_arms_and_checks():
     assert set(paper.baseline) | set(paper.ours) == set(paper.cells)
 
 
+@pytest.mark.parametrize("key", [key for key in job.SMALL if key in catalog.keys()])  # noqa: SIM118
+def test_every_method_trains_a_step(key, tmp_path):
+    contest = job.Contest(methods=(key,), tasks=("recall",), steps=1, layers=1, dim=32, batch=2)
+    assert job.cost(contest.text(key), 32, 2) > 0
+    trial = Trial(f"recall: {key}", 0, quick=True, tuned=1e-3, folder=tmp_path)
+    found = job.Runner(contest)(trial)[f"recall: {key}"]
+    assert 0 <= found["accuracy"] <= 1
+    assert found["MFLOP"] > 0
+
+
 def test_another_budget_is_another_figure():
     one, two = (job.Contest(methods=("full",), steps=n) for n in (100, 200))
     assert job.paper_of(one).data() != job.paper_of(two).data()
@@ -88,12 +99,12 @@ def test_what_is_refused(given):
 
 def test_command_runs_and_goes_on(tmp_path, capsys):
     given = [
-        "recall", "--methods", ROUTING, "--tasks", "needle", "--quick", "--rates", "0.001",
+        "recall", "--methods", "full", "--tasks", "needle", "--quick", "--rates", "0.001",
         "--json", "--out", str(tmp_path),
     ]  # fmt: skip
     assert main(given) == 0
     first = json.loads(capsys.readouterr().out)
-    assert set(first["ours"]) == {f"needle: {ROUTING}"}
+    assert set(first["ours"]) == {"needle: full"}
     assert first["verdict"] == "inconclusive"
     torch.manual_seed(5)
     assert main(given) == 0

@@ -9,7 +9,6 @@ from foveate import papers
 from foveate.papers.harness import Trial
 from foveate.papers.tasks.base import split_of
 from foveate.papers.tasks.entailment import CONTRADICTED, ENTAILED, NEUTRAL, Entailment
-from foveate.papers.training.growth import exponent
 
 pytest.importorskip("transformers")
 
@@ -52,11 +51,6 @@ def test_labels_are_told_by_nothing_but_the_relation():
         for place in (0, 2, 4, 5):
             counts = rows[:, place].bincount(minlength=10)[2:].float()
             assert (counts / len(rows) - 1 / 8).abs().max() < 0.02
-
-
-def test_an_exponent_is_a_slope():
-    assert exponent((256, 512, 1024), (1.0, 4.0, 16.0)) == pytest.approx(2)
-    assert exponent((256, 1024), (3.0, 12.0)) == pytest.approx(1)
 
 
 def test_grassmann_counts():

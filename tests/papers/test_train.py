@@ -160,6 +160,21 @@ def test_mixers_in_attentions_place(run, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "args",
+    [
+        ("--projection", "mha", "--attention", "flowformer(clamp=5)"),
+        ("--mixer", "gaam"),
+        ("--mixer", "gaam(axis='tokens', form='density', heads=1)"),
+    ],
+)
+def test_other_formulas_train_and_decode_from_their_state(run, tmp_path, args):
+    code, _, err = run(*SMALL, *args)
+    assert code == 0, err
+    facts = json.loads((tmp_path / "model" / "training.json").read_text())
+    assert len(facts["sample"]["followed"]) > 0  # by generate, with the state
+
+
+@pytest.mark.parametrize(
     ("args", "said"),
     [
         (("--mixer", "grassman"), "did you mean 'grassmann'"),

@@ -26,6 +26,7 @@ from foveate.ops import AttentionOutput, causal
 from foveate.ops.errors import InputError
 from foveate.parts import Attention as Method
 from foveate.parts import Context
+from foveate.parts.growth import exponent
 from foveate.parts.mixer import MixerRecipe
 from foveate.runs.growth import TRAINED, at_length, setting_of
 from foveate.runs.records import Records
@@ -319,9 +320,7 @@ def fits(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def slope(lengths: Sequence[int], costs: Sequence[float]) -> float | None:
-    """The a of cost ~ n^a, by least squares on the logarithms; None with fewer than two points."""
+    """The a of cost ~ n^a; None with fewer than two points, or where nothing was counted."""
     if len(lengths) < 2 or min(costs) <= 0:
         return None
-    x, y = (torch.tensor(values, dtype=torch.float64).log() for values in (lengths, costs))
-    x = x - x.mean()
-    return float((x * (y - y.mean())).sum() / x.square().sum())
+    return exponent(lengths, costs)

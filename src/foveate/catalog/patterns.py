@@ -208,6 +208,19 @@ ROWS: tuple[Row, ...] = (
         ),
     ),
     Row(
+        key="mminference",
+        kind="attention",
+        path="foveate.methods.mminference.MMInference",
+        title="MMInference's search",
+        summary="Each head runs the pattern and budget that a search on the model found for it.",
+        papers=(MINFERENCE, MMINFERENCE),
+        sheet="mminference",
+        capabilities=Capabilities(
+            decode=DENSE_DECODE, bidirectional=CAUSAL_ONLY, causal_routing=LAST_QUERIES
+        ),
+        jobs=FITTED,
+    ),
+    Row(
         key="hyperattention",
         kind="attention",
         path="foveate.methods.hyperattention.HyperAttention",

@@ -21,6 +21,7 @@ from foveate.hf import use
 from foveate.ops import AttentionOutput, Layout
 from foveate.parts import Attention, Context
 from foveate.parts.attention import mask_layout
+from foveate.parts.context import Work
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Sample:
     out: Tensor
     layout: Layout | None
     ctx: Context
+    method: Any = None
 
 
 @dataclass
@@ -50,48 +52,90 @@ class Log:
     keep: frozenset[int] = frozenset()
     samples: list[Sample] = field(default_factory=list)
 
+    def count(self, layer: int, share: float, work: Layout | Work, whole: Layout) -> None:
+        """Add what was visited by a share of a layer's heads, and what the mask allows."""
+        for table, value in (
+            (self.pairs, work.pairs),
+            (self.area, work.tile_area),
+            (self.mask_pairs, whole.pairs),
+            (self.mask_area, whole.tile_area),
+        ):
+            table[layer] = table.get(layer, 0.0) + share * value
+
 
 class Recorder(Attention):
-    """A method that tells a log about each call; what it computes stays the same."""
+    """A method that tells a log about each call; what it computes stays the same.
 
-    def __init__(self, method: Any, log: Log, synchronise: bool) -> None:
+    Args:
+        method: the attention.
+        log: what hears of its calls.
+        synchronise: whether to wait for the device at each time.
+        heads: how many query heads of a layer it runs; None is all.
+    """
+
+    def __init__(
+        self, method: Any, log: Log, synchronise: bool, heads: tuple[int, int] | None = None
+    ) -> None:
         self.method = method
         self.log = log
+        self._synchronise = synchronise
         self._clock = Watch(synchronise)
+        self._share = 1.0 if heads is None else heads[0] / heads[1]
+
+    # What a model in use asks of its method.
+    @property
+    def wants_query_rope(self) -> bool:  # type: ignore[override]
+        """As the method."""
+        return bool(self.method.wants_query_rope)
+
+    @property
+    def evicts(self) -> bool:  # type: ignore[override]
+        """As the method."""
+        return bool(self.method.evicts)
+
+    def split(self, layer: int) -> list[tuple[tuple[int, ...] | None, Attention]] | None:
+        """As the method, each part recorded."""
+        parts = self.method.split(layer)
+        if parts is None:
+            return None
+        total = sum(len(heads) for heads, _ in parts if heads is not None)
+        return [
+            (heads, Recorder(
+                part, self.log, self._synchronise, None if heads is None else (len(heads), total)
+            ))
+            for heads, part in parts
+        ]  # fmt: skip
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Context | None = None
     ) -> AttentionOutput:
         """Run the method; shapes as in `Attention`."""
         ctx = Context() if ctx is None else ctx
-        told: list[Layout] = []
+        told: list[Layout | Work] = []
         outside = self.log.outside_seconds
 
         def stats(
-            *, layer: int, layout: Layout, build_seconds: float, attend_seconds: float
+            *, layer: int, layout: Layout | Work, build_seconds: float, attend_seconds: float
         ) -> None:
             start = self._clock.now()
             self.log.build_seconds += build_seconds
             self.log.attend_seconds += attend_seconds
-            self.log.pairs[layer] = layout.pairs
-            self.log.area[layer] = layout.tile_area
-            whole = mask_layout(ctx.mask, q, k, ctx)
-            self.log.mask_pairs[layer] = whole.pairs
-            self.log.mask_area[layer] = whole.tile_area
-            if layer in self.log.keep:
-                told.append(layout)
+            self.log.count(layer, self._share, layout, mask_layout(ctx.mask, q, k, ctx))
+            told.append(layout)
             self.log.outside_seconds += self._clock.now() - start
 
         start = self._clock.now()
         result: AttentionOutput = self.method(q, k, v, replace(ctx, stats=stats))
-        if ctx.layer not in self.log.pairs:
-            # Not a pattern: it has no layout, so all of its time is attention.
+        if not told:
+            # It tells of no layout, so all of its time is attention.
             spent = self._clock.now() - start - (self.log.outside_seconds - outside)
             self.log.attend_seconds += spent
         if ctx.layer in self.log.keep:
-            layout = told[-1] if told else None
-            kept = replace(ctx, stats=None, store={})
-            self.log.samples.append(Sample(ctx.layer, q, k, v, result.out, layout, kept))
+            layout = told[-1] if told and isinstance(told[-1], Layout) else None
+            kept = replace(ctx, stats=None, store={}, cache=None)
+            self.log.samples.append(
+                Sample(ctx.layer, q, k, v, result.out, layout, kept, self.method)
+            )
         return result
 
 
@@ -213,6 +257,26 @@ class Machine:
             self.model(input_ids=tokens[:, None], past_key_values=cache, use_cache=True)
         return log.samples
 
+    @torch.inference_mode()
+    def follow(self, method: Any, inputs: Tensor, count: int) -> Tensor:
+        """Hidden states (B, L, dim) of a text whose last `count` tokens are read one by one.
+
+        So they see what a method that drops keys has kept of those before, as in decoding.
+        """
+        inputs = inputs.to(self.device)
+        caught: list[Tensor] = []
+        handle = self._catch(caught)
+        try:
+            with self._running(method, None, None):
+                more: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1}
+                out = self.model(input_ids=inputs[:, :-count], **more)
+                for at in range(inputs.shape[1] - count, inputs.shape[1]):
+                    more["past_key_values"] = out.past_key_values
+                    out = self.model(input_ids=inputs[:, at : at + 1], **more)
+        finally:
+            handle.remove()
+        return torch.cat(caught, 1)
+
     @contextmanager
     def _running(self, method: Any | None, log: Log | None, watch: Watch | None) -> Iterator[None]:
         if method is None:
@@ -228,22 +292,30 @@ class Machine:
         if self.kind == "encoder":
             return self.model(input_ids=inputs).last_hidden_state, None, None
         caught: list[Tensor] = []
-
-        def catch(module: Any, args: Any, output: Any) -> None:
-            caught.append(output[0])
-
-        handle = self.model.base_model.register_forward_hook(catch)
+        handle = self._catch(caught)
         try:
             out = self.model(input_ids=inputs, use_cache=True, logits_to_keep=1)
         finally:
             handle.remove()
         return caught[-1], out.logits[:, -1], out.past_key_values
 
+    def _catch(self, caught: list[Tensor]) -> Any:
+        """Keep what the model's head is given, until the handle is removed."""
+
+        def catch(module: Any, args: Any, output: Any) -> None:
+            caught.append(output[0])
+
+        return self.model.base_model.register_forward_hook(catch)
+
 
 def cache_bytes(cache: Any) -> int:
     """Bytes of all keys, values and states that a transformers cache holds."""
     total = 0
     for layer in getattr(cache, "layers", ()):
+        told = getattr(layer, "bytes", None)
+        if told is not None:
+            total += told()
+            continue
         for value in vars(layer).values():
             if isinstance(value, Tensor):
                 total += value.numel() * value.element_size()

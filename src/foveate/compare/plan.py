@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from foveate import catalog
 from foveate.methods import make, make_attention, spec
+from foveate.ops.errors import InputError
 from foveate.runs.records import digest
 
 DEFAULT_METHODS = (
@@ -35,8 +37,13 @@ BUDGETS = {
     "hyperattention": ("block_size", "sample_size"),
     "dhsa": ("budget",),
     "flux": ("local",),
+    "mminference": ("budget",),
+    "snapkv": ("budget",),
+    "h2o": ("heavy", "recent"),
 }
 FACTORS = (0.25, 0.5, 1.0, 2.0)
+# Last tokens of a text that are read one by one, for methods that drop keys from the cache.
+FOLLOWED = 128
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,16 @@ class Entry:
     def method(self) -> Any:
         """A new instance."""
         return make(self.name)
+
+    @property
+    def evicts(self) -> bool:
+        """Whether it drops keys from the cache, so that decoding is what it changes."""
+        return bool(getattr(catalog.get(self.key).load(), "evicts", False))
+
+    @property
+    def fitted(self) -> bool:
+        """Whether it runs what a fit has made."""
+        return bool(getattr(self.method(), "needs_fit", False))
 
 
 @dataclass(frozen=True)
@@ -196,6 +213,7 @@ def reserved(key: str, parameters: dict[str, Any], method: Any) -> str:
 
 
 def _budgets(method: Any) -> list[Any]:
+    """A method at each factor of its budget; those below what it must keep are left out."""
     key = spec(method).partition("(")[0]
     share = getattr(method, "fraction", None)
     made = []
@@ -204,6 +222,15 @@ def _budgets(method: Any) -> list[Any]:
         if share is not None:
             values = {"fraction": min(1.0, share * factor)}
         else:
-            values = {n: max(1, round(getattr(method, n) * factor)) for n in BUDGETS.get(key, ())}
-        made.append(dataclasses.replace(method, **values))
+            values = {n: _times(getattr(method, n), factor) for n in BUDGETS.get(key, ())}
+        try:
+            made.append(dataclasses.replace(method, **values))
+        except InputError:
+            if factor >= 1:
+                raise
     return made
+
+
+def _times(budget: int | float, factor: float) -> int | float:
+    """A budget in tokens stays a whole number."""
+    return budget * factor if isinstance(budget, float) else max(1, round(budget * factor))

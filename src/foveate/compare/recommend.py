@@ -61,6 +61,19 @@ class Recommendation:
 
 def faults(row: Row, max_loss: float, max_needle_loss: float) -> list[str]:
     """Why a row can't be recommended; empty if it can."""
+    found = _costs(row, max_loss, max_needle_loss)
+    if not row.passed:
+        return found
+    if row.passes < LEAST_PAIRS:
+        found.append(f"{row.passes} pairs are too few to tell a speed (at least {LEAST_PAIRS})")
+    elif not _faster(row):
+        speed = "unknown" if row.prefill is None else _times(row)
+        found.append(f"not clearly faster than dense (prefill {speed})")
+    return found
+
+
+def _costs(row: Row, max_loss: float, max_needle_loss: float) -> list[str]:
+    """What a row loses beyond the limits, speed apart; empty if nothing."""
     if not row.passed:
         return [f"its check failed ({row.said})"]
     found: list[str] = []
@@ -72,11 +85,6 @@ def faults(row: Row, max_loss: float, max_needle_loss: float) -> list[str]:
         lost = (row.dense_found - row.found) / row.hidden
         if lost > max_needle_loss + 1e-9:
             found.append(f"finds {row.found} of {row.hidden} keys (dense {row.dense_found})")
-    if row.passes < LEAST_PAIRS:
-        found.append(f"{row.passes} pairs are too few to tell a speed (at least {LEAST_PAIRS})")
-    elif not _faster(row):
-        speed = "unknown" if row.prefill is None else _times(row)
-        found.append(f"not clearly faster than dense (prefill {speed})")
     return found
 
 
@@ -112,12 +120,15 @@ def recommend(
             else f", at most {_percent(max_needle_loss, sign=False)} fewer keys found than dense"
         )
     limits += f", prefill faster than dense in every pair and by {LEAST_GAIN - 1:.0%} at least"
-    return Recommendation(
-        last.use, tuple(verdicts), _sentence(verdicts, rows), _code(last, loading), limits
+    sentence = _sentence(verdicts, rows)
+    sentence += _smaller(
+        [row for row in rows if row.length == last.length], max_loss, max_needle_loss
     )
+    return Recommendation(last.use, tuple(verdicts), sentence, _code(last, loading), limits)
 
 
 def _at(rows: list[Row], length: int, max_loss: float, max_needle_loss: float) -> Verdict:
+    rows = [row for row in rows if not row.entry.evicts]  # their prefill is dense
     good = [row for row in rows if not faults(row, max_loss, max_needle_loss)]
     if good:
         best = max(good, key=lambda row: row.prefill.middle if row.prefill else 0.0)
@@ -168,6 +179,23 @@ def _sentence(verdicts: list[Verdict], rows: list[Row]) -> str:
         )
         text += f" It differs by length: {told}."
     return text
+
+
+def _smaller(rows: list[Row], max_loss: float, max_needle_loss: float) -> str:
+    """Which method holds the smallest cache within the limits, as a sentence; or nothing."""
+    cut = [row for row in rows if row.entry.evicts and row.cache is not None]
+    if not cut:
+        return ""
+    within = [row for row in cut if not _costs(row, max_loss, max_needle_loss)]
+    small = [row for row in within if (row.cache or 1.0) < 1]
+    if not small:
+        return " No method that drops keys from the cache stays within the limits."
+    best = min(small, key=lambda row: row.cache or 1.0)
+    speed = "" if best.decode is None else f"decoding {best.decode.middle:.2f}x, "
+    return (
+        f" For a smaller cache, {best.entry.name} holds {100 * (best.cache or 1.0):.0f}% of "
+        f"dense's after the prompt: {speed}perplexity {_percent(best.loss)} on what is decoded."
+    )
 
 
 def _code(last: Verdict, loading: str) -> str:

@@ -13,7 +13,7 @@ from foveate.compare import audio, picture, quality, verify
 from foveate.compare.dense import baseline
 from foveate.compare.measure import Machine, Pass, Sample, cache_bytes
 from foveate.compare.needle import Prompts, found
-from foveate.compare.plan import Cell, Round
+from foveate.compare.plan import FOLLOWED, Cell, Round
 from foveate.compare.validate import Job
 from foveate.hf.fit.artefacts import Shelf
 from foveate.ops.errors import FoveateError, InputError
@@ -139,8 +139,11 @@ class Bench:
         if prompts is None or done.logits is None:
             values["states"] = quality.compare_states(dense.hidden, done.hidden)
         else:
+            hidden, scored = done.hidden, prompts.scored
+            if cell.entry.evicts:
+                hidden, scored = self._followed(cell, inputs, scored)
             values["quality"] = quality.score(
-                self.machine.model, dense.hidden, done.hidden, prompts.ids, prompts.scored
+                self.machine.model, dense.hidden, hidden, prompts.ids, scored
             )
         if cell.number == 0:
             method = self._methods[cell.entry.name]
@@ -150,6 +153,17 @@ class Bench:
             values["picture"] = picture.choose(prefill or log.samples)
         log.samples.clear()
         return values
+
+    def _followed(self, cell: Cell, inputs: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
+        """For a method that drops keys: hidden states of decoding a text's end, and what counts.
+
+        Its prefill is dense: only tokens behind the first cut of the cache tell what that costs.
+        """
+        count = min(FOLLOWED, inputs.shape[1] // 2)
+        hidden = self.machine.follow(self._methods[cell.entry.name], inputs, count)
+        behind = scored.clone()
+        behind[:, : inputs.shape[1] - count + 1] = False
+        return hidden, behind
 
     def _decode(
         self, round_: Round, dense: Pass, passes: dict[Cell, Pass]

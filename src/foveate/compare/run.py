@@ -22,6 +22,7 @@ from foveate.compare.rounds import Bench
 from foveate.compare.summary import Row, summarise
 from foveate.compare.validate import Job, validate
 from foveate.hf.demo_models import DEMOS
+from foveate.hf.fit.artefacts import Shelf, contents
 from foveate.hf.load import load_weights
 from foveate.runs.records import Records
 
@@ -88,7 +89,8 @@ def _compare(options: Options, listener: Listener) -> Result:
     need_matplotlib()
     job = validate(options, listener.say)
     where = environment(job.device) | {"threads": torch.get_num_threads()}
-    plan = Plan(job.entries, job.lengths, job.passes, fingerprint(job, where))
+    model, made = _fitted(job, listener)
+    plan = Plan(job.entries, job.lengths, job.passes, fingerprint(job, where) | made)
     with Records(options.folder, fresh=options.fresh) as records:
         for note in records.notes:
             listener.say(note)
@@ -103,8 +105,9 @@ def _compare(options: Options, listener: Listener) -> Result:
         for entry, length in _complete(plan, done):
             listener.row(_row(job, plan, records, entry, length))
         if len(done) < len(cells):
-            listener.say(f"Loading {job.info.name}")
-            model = load_weights(job.info, dtype=job.dtype, device=job.device)
+            if model is None:
+                listener.say(f"Loading {job.info.name}")
+                model = load_weights(job.info, dtype=job.dtype, device=job.device)
             job = replace(job, info=replace(job.info, parameters=_count(model)))
             listener.begin(total, had)
             _measure(job, plan, records, Bench(job, model), done, listener)
@@ -126,6 +129,25 @@ def _compare(options: Options, listener: Listener) -> Result:
     result = Result(job, plan, rows, answer, where, len(cells) - found, found, files, raw)
     files |= write(result)
     return result
+
+
+def _fitted(job: Job, listener: Listener) -> tuple[Any, dict[str, Any]]:
+    """The model and what was fitted on it, where a method asks for that; else None and nothing.
+
+    Figures depend on it, so that it is looked at before asking what was measured already.
+
+    Raises:
+        InputError: a method wasn't fitted on this model yet; says how to.
+    """
+    entries = [entry for entry in job.entries if entry.fitted]
+    if not entries:
+        return None, {}
+    listener.say(f"Loading {job.info.name}")
+    model = load_weights(job.info, dtype=job.dtype, device=job.device)
+    shelf = Shelf(model)
+    for entry in entries:
+        shelf.bind(entry.key, entry.method())
+    return model, {"fitted": {key: contents(one) for key, (one, _) in shelf.taken.items()}}
 
 
 def _measure(

@@ -4,7 +4,7 @@ A speed is the median of paired ratios, dense time over method time within one r
 smallest and the largest of them; it is None where the outputs failed their check.
 
     ideal attention = dense attention time * visited tile area / tile area of the model's own mask
-    realised share  = ideal attention / attention time
+    realised share  = ideal attention / attention time, layouts apart; counted: with them
     ideal prefill   = dense prefill - dense attention + ideal attention
 """
 
@@ -56,6 +56,8 @@ class Row:
         ideal_attention, ideal_prefill: what these ratios would be at dense's speed per tile area.
         realised: attained share of the ideal, in attention; realised_prefill: end to end, with
             layout building.
+        attention_counted, realised_counted: as attention and realised, with the time of estimating
+            and of building layouts.
         build_seconds: of the layouts in a pass, median; build_first: in the first pass.
         area, pairs: visited share of the tile area, and of the pairs, of the model's own mask.
         peak_bytes, cache_bytes (and dense_): memory of the pass beyond the weights, and the cache.
@@ -83,6 +85,8 @@ class Row:
     ideal_prefill: float | None = None
     realised: Spread | None = None
     realised_prefill: Spread | None = None
+    attention_counted: Spread | None = None
+    realised_counted: Spread | None = None
     build_seconds: float | None = None
     build_first: float | None = None
     area: float | None = None
@@ -104,6 +108,13 @@ class Row:
     dense_found: int | None = None
     hidden: int = 0
     picture: dict[str, Any] | None = field(default=None, repr=False)
+
+    @property
+    def cache(self) -> float | None:
+        """Share of dense's cache that is held."""
+        if not self.cache_bytes or not self.dense_cache_bytes:
+            return None
+        return self.cache_bytes / self.dense_cache_bytes
 
     @property
     def quality_loss(self) -> float | None:
@@ -180,6 +191,9 @@ def _speeds(found: list[dict[str, Any]]) -> dict[str, Any]:
     inside = [v for v in found if v.get("attention_seconds") and v.get("dense_attention_seconds")]
     ratios = [v["dense_attention_seconds"] / v["attention_seconds"] for v in inside]
     values["attention"] = Spread.of(ratios)
+    values["attention_counted"] = Spread.of(
+        [v["dense_attention_seconds"] / _counted(v) for v in inside]
+    )
     for name in ("attention_seconds", "dense_attention_seconds") if inside else ():
         values[name] = median(v[name] for v in inside)
     tiled = [v for v in inside if v.get("mask_area")]
@@ -194,8 +208,14 @@ def _speeds(found: list[dict[str, Any]]) -> dict[str, Any]:
         )
         values["ideal_prefill"] = median(v["dense_seconds"] / w for v, w in zip(tiled, wholes))
         values["realised"] = Spread.of([i / v["attention_seconds"] for v, i in zip(tiled, ideals)])
+        values["realised_counted"] = Spread.of([i / _counted(v) for v, i in zip(tiled, ideals)])
         values["realised_prefill"] = Spread.of([w / v["seconds"] for v, w in zip(tiled, wholes)])
     return values
+
+
+def _counted(values: dict[str, Any]) -> float:
+    """Seconds of attention with all that was done to choose."""
+    return float(values["attention_seconds"] + values["build_seconds"])
 
 
 def _memory(found: list[dict[str, Any]]) -> dict[str, Any]:

@@ -37,8 +37,14 @@ COLUMNS = {
     ),
     "realised": Column(
         "realised",
-        "attained share of that ideal in attention alone, layouts apart; median. Above 100% "
+        "attained share of that ideal in attention alone, layouts apart (with the time of choosing "
+        "and building them); medians. Above 100% "
         "attention is faster per tile than dense's",
+    ),
+    "attention": Column(
+        "attention ×",
+        "time of dense's attention over the method's, choosing and building layouts counted",
+        True,
     ),
     "layouts": Column(
         "layouts", "time for building layouts in a pass, all layers: median (first pass)"
@@ -65,12 +71,12 @@ COLUMNS = {
     "check": Column("check", "of the outputs in this run; without it no speed is shown"),
 }
 LANGUAGE = (
-    "length", "method", "prefill", "ideal", "realised", "layouts", "decode", "memory", "cache",
-    "visited", "pairs", "kl", "agreement", "loss", "needle", "check",
+    "length", "method", "prefill", "attention", "ideal", "realised", "layouts", "decode", "memory",
+    "cache", "visited", "pairs", "kl", "agreement", "loss", "needle", "check",
 )  # fmt: skip
 ENCODER = (
-    "length", "method", "prefill", "ideal", "realised", "layouts", "memory", "visited", "pairs",
-    "cosine", "error", "check",
+    "length", "method", "prefill", "attention", "ideal", "realised", "layouts", "memory", "visited",
+    "pairs", "cosine", "error", "check",
 )  # fmt: skip
 
 
@@ -80,6 +86,8 @@ def columns_for(rows: list[Row], full: bool) -> list[str]:
     kept = [name for name in names if full or not COLUMNS[name].extra]
     if not any(row.hidden for row in rows) and "needle" in kept:
         kept.remove("needle")
+    if any(row.cache is not None and row.cache < 0.95 for row in rows) and "cache" not in kept:
+        kept.insert(kept.index("memory") + 1, "cache")
     if not any(row.decode for row in rows) and "decode" in kept:
         kept.remove("decode")
     return kept
@@ -92,7 +100,8 @@ def cells(row: Row, names: list[str]) -> list[str]:
         "method": row.entry.name,
         "prefill": times(row.prefill),
         "ideal": NONE if row.ideal_prefill is None else f"{row.ideal_prefill:.2f}",
-        "realised": NONE if row.realised is None else f"{100 * row.realised.middle:.0f}%",
+        "attention": times(row.attention_counted),
+        "realised": _pair(_share(row.realised), _share(row.realised_counted)),
         "layouts": _pair(_duration(row.build_seconds), _duration(row.build_first)),
         "decode": times(row.decode),
         "memory": _pair(_mega(row.peak_bytes), _mega(row.dense_peak_bytes)),
@@ -189,6 +198,10 @@ def _loss(row: Row) -> str:
 
 def _pair(value: str, other: str) -> str:
     return NONE if value == NONE else f"{value} ({other})"
+
+
+def _share(spread: Spread | None) -> str:
+    return NONE if spread is None else f"{100 * spread.middle:.0f}%"
 
 
 def _mega(count: int | None) -> str:

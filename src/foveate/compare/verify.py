@@ -63,7 +63,7 @@ def worst_error(samples: list[Sample], method: Any) -> tuple[float, list[str]]:
     worst, problems = 0.0, []
     for sample in samples:
         if sample.layout is None:
-            worst = max(worst, _recomputed(sample, method))
+            worst = max(worst, _recomputed(sample, sample.method or method))
             continue
         heads = sample.q.shape[1]
         for head in sorted({0, heads // 2, heads - 1} if heads > HEADS else range(heads)):

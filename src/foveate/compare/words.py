@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from foveate import catalog
 from foveate.compare.memory import how
-from foveate.compare.plan import Entry
+from foveate.compare.plan import FOLLOWED, Entry
 
 if TYPE_CHECKING:
     from foveate.compare.run import Result
@@ -69,6 +69,12 @@ def how_taken(result: Result) -> list[str]:
                 f"it. {run['decode_tokens']} greedy tokens follow; the key is found if they "
                 "contain it. Perplexity, KL and agreement are over the real text's tokens of the "
                 "very same passes, the sentence and the question left out."
+            )
+        if any(entry.evicts for entry in result.plan.entries):
+            lines.append(
+                "Methods that drop keys from the cache prefill as dense does. Their perplexity, KL "
+                f"and agreement are those of the last {FOLLOWED} tokens of each text, read one by "
+                "one after the cache was cut."
             )
         if run["decode_tokens"]:
             lines.append(

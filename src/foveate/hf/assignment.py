@@ -308,3 +308,35 @@ def plan_of(
         module: [HeadGroup(None, one() if cross or not site.cross else make("full"))]
         for module, site in found.items()
     }
+
+
+def by_heads(
+    plan: dict[nn.Module, list[HeadGroup]], found: Mapping[nn.Module, Site]
+) -> dict[nn.Module, list[HeadGroup]]:
+    """The same plan, with methods that run each head by its own pattern told apart by heads.
+
+    Raises:
+        AssignmentError: such a method for some heads of a layer only, or for more than there are.
+    """
+    made: dict[nn.Module, list[HeadGroup]] = {}
+    for module, groups in plan.items():
+        site = found[module]
+        made[module] = []
+        for group in groups:
+            parts = group.method.split(site.layer)
+            if parts is None:
+                made[module].append(group)
+                continue
+            if group.heads is not None:
+                raise AssignmentError(
+                    f"{site.name}: {spec(group.method)} knows a pattern for each head, so it is "
+                    "for whole layers."
+                )
+            most = max((max(heads) for heads, _ in parts if heads), default=0)
+            if site.heads is not None and most >= site.heads:
+                raise AssignmentError(
+                    f"{site.name} has heads 0 to {site.heads - 1}, but what was found names {most}."
+                )
+            one = len(parts) == 1
+            made[module] += [HeadGroup(None if one else heads, part) for heads, part in parts]
+    return made

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from foveate.hf.assignment import HeadGroup
 from foveate.hf.errors import ModelError
+from foveate.hf.masks import InCacheOffset, LazyMask
 from foveate.hf.places import Site
 from foveate.hf.view import View, view_of
 from foveate.methods import make
 from foveate.ops import AttentionOutput, documents
 from foveate.parts import Attention, Context, Pattern, Rope
 from foveate.parts.context import Phase
+from foveate.parts.eviction import EvictingCache
 from foveate.parts.tree import Tree
 
 # Arguments of a layer that change the result and that nothing here knows how to honour.
@@ -42,6 +44,7 @@ class Running:
         store: what the layers of one forward share; a new dict for each forward.
         last: order of the module that ran last.
         modality: (B, L) of the tokens so far; None where the model has text alone.
+        caches: of the modules that run now, the caches that drop keys.
         tree: over the tokens of the forward that runs; None where no method asked for one.
     """
 
@@ -50,6 +53,7 @@ class Running:
     store: dict[Any, Any] = field(default_factory=dict)
     last: int = -1
     modality: Tensor | None = None
+    caches: WeakKeyDictionary[nn.Module, EvictingCache] = field(default_factory=WeakKeyDictionary)
     tree: Tree | None = None
 
     def modality_of(self, kv_len: int) -> Tensor | None:
@@ -120,8 +124,11 @@ def attend(
         query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
     causally = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     q_len = query.shape[2]
+    seat = _seat(module)
+    running = Running() if seat is None else seat.running
+    cache = running.caches.pop(module, None)
     view = view_of(
-        attention_mask,
+        _own_mask(attention_mask, cache, key.shape[2]),
         q_len=q_len,
         kv_len=key.shape[2],
         is_causal=bool(causally),
@@ -136,8 +143,6 @@ def attend(
     if view.bias is not None:
         view = replace(view, bias=view.bias.expand(-1, -1, q_len, view.kv_len))
 
-    seat = _seat(module)
-    running = Running() if seat is None else seat.running
     groups = [HeadGroup(None, make("full"))] if seat is None else seat.groups
     context = Context(
         mask=view.mask,
@@ -154,11 +159,28 @@ def attend(
         store=running.enter(seat.site.order) if seat is not None else {},
         stats=running.stats,
         modality=running.modality_of(view.kv_len),
+        cache=cache,
         tree=running.tree,
         query_rope=_query_rope(seat, kwargs.get("position_ids"), q_len, view.kv_len, query.device),
     )
     out = _by_head(groups, query, key, value, view, context)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _own_mask(given: Tensor | None, cache: EvictingCache | None, kv_len: int) -> Tensor | None:
+    """The mask for the keys that this layer has, where one of another layer was made for all."""
+    if not isinstance(given, LazyMask) or given.request is None or given.contents is not None:
+        return given
+    request = given.request
+    if cache is not None:
+        offset = InCacheOffset(cache.seen - kv_len)
+    elif isinstance(request.kv_offset, InCacheOffset) and (
+        kv_len == request.q_offset + request.q_len
+    ):
+        offset = InCacheOffset(0)  # nothing was dropped here
+    else:
+        return given
+    return given.for_keys(kv_len, offset)
 
 
 def _query_rope(

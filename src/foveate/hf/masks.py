@@ -88,6 +88,7 @@ class LazyMask(Tensor):
     request: Request | None
     contents: Tensor | None
     view: Any
+    others: dict[tuple[int, int], LazyMask]
 
     @staticmethod
     def __new__(cls, request: Request) -> LazyMask:
@@ -128,6 +129,17 @@ class LazyMask(Tensor):
             LazyMask, request, None if contents is None else contents.to(device, copy=True)
         )
 
+    def for_keys(self, kv_len: int, kv_offset: int) -> LazyMask:
+        """The same question about other keys; asked again it is the same mask."""
+        request = self.request
+        assert request is not None
+        if (kv_len, kv_offset) == (request.kv_len, request.kv_offset):
+            return self
+        if (kv_len, kv_offset) not in self.others:
+            other = replace(request, kv_len=kv_len, kv_offset=kv_offset)
+            self.others[kv_len, kv_offset] = _wrap(LazyMask, other, None)
+        return self.others[kv_len, kv_offset]
+
     def opened(self) -> Tensor:
         """The mask as a plain tensor, which from now on is what counts."""
         if self.contents is None:
@@ -165,7 +177,7 @@ def _wrap(cls: type[LazyMask], request: Request | None, dense: Tensor | None) ->
         assert dense is not None
         shape, device = tuple(dense.shape), dense.device  # type: ignore[assignment]
     mask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
-    mask.request, mask.contents, mask.view = request, dense, None
+    mask.request, mask.contents, mask.view, mask.others = request, dense, None, {}
     return mask
 
 

@@ -2,13 +2,12 @@
 
 The model runs as it is, on dense attention; every head of every layer tries the candidates on the
 queries, keys and values that it is given (`foveate.methods.mminference.search`). What comes out is
-plain data: an assignment that `foveate.use` takes, with the fingerprint of the model.
+plain data: an assignment that `foveate.use` takes, with the fingerprint of the model. This is for
+prompts of any kind, with images too; `foveate fit --method mminference` runs the same on text.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,22 +15,11 @@ import torch
 from torch import nn
 
 from foveate.hf.errors import ModelError
+from foveate.hf.fit.artefacts import fingerprint
 from foveate.hf.modality import placeholders
 from foveate.hf.places import sites
 from foveate.hf.using import use
-from foveate.methods.mminference.search import Searcher, space
-
-_SAMPLE = 64
-
-
-def fingerprint(model: Any) -> str:
-    """Hex digest of a model's kind, of its parameters' names and shapes, and of some values."""
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for name, weight in sorted(model.named_parameters()):
-        flat = weight.detach().flatten()
-        some = flat[:: max(1, len(flat) // _SAMPLE)][:_SAMPLE].double().cpu().tolist()
-        digest.update(json.dumps([name, list(weight.shape), some]).encode())
-    return digest.hexdigest()
+from foveate.methods.mminference.search import Searcher, chosen, space
 
 
 @torch.no_grad()
@@ -81,12 +69,13 @@ def search(
             inputs = prompt if isinstance(prompt, dict) else {"input_ids": prompt}
             model(**inputs, use_cache=False)
     single = len({s.stack for s in sites(model).values() if not s.cross}) == 1
-    plan: dict[str, dict[str, list[int]]] = {}
+    plan = {
+        str(layer) if single else f"{stack}.{layer}": heads
+        for layer, heads in chosen(searcher.found).items()
+    }
     details: dict[str, dict[str, Any]] = {}
     for (layer, head), found in sorted(searcher.found.items()):
-        name = str(layer) if single else f"{stack}.{layer}"
-        best = found.best
-        plan.setdefault(name, {}).setdefault(best.pattern, []).append(head)
+        name, best = str(layer) if single else f"{stack}.{layer}", found.best
         details.setdefault(name, {})[str(head)] = {
             "pattern": best.pattern, "error": best.error, "area": best.area, "target": found.target,
         }  # fmt: skip

@@ -23,11 +23,11 @@ def placeholders(config: Any) -> list[int]:
     return sorted({i for i in found if isinstance(i, int)})
 
 
-def watch_modality(model: nn.Module, running: Running) -> RemovableHandle | None:
-    """Keep `running.modality` (B, L) up to date: 0 text, 1 vision; None if there is no vision."""
+def watch_modality(model: nn.Module, running: Running) -> list[RemovableHandle]:
+    """Keep `running.modality` (B, L) up to date: 0 text, 1 vision; nothing without vision."""
     ids = placeholders(getattr(model, "config", None))
     if not ids:
-        return None
+        return []
 
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = kwargs.get("input_ids", args[0] if args else None)
@@ -42,4 +42,4 @@ def watch_modality(model: nn.Module, running: Running) -> RemovableHandle | None
             kinds = torch.cat((before.to(kinds.device), kinds), 1)
         running.modality = kinds
 
-    return model.register_forward_pre_hook(look, with_kwargs=True)
+    return [model.register_forward_pre_hook(look, with_kwargs=True)]

@@ -23,12 +23,14 @@ from foveate.hf.assignment import (
     Assignment,
     HeadGroup,
     assignment_of,
+    by_heads,
     found_beside,
     is_path,
     plan_of,
 )
 from foveate.hf.attend import HELD, SEATS, Running, Seat
 from foveate.hf.errors import InUseError, ModelError
+from foveate.hf.eviction import policies, watch_cache
 from foveate.hf.fit.artefacts import Shelf
 from foveate.hf.modality import watch_modality
 from foveate.hf.places import Site, sites
@@ -68,7 +70,8 @@ def use(
 
     The pattern applies within whatever the model masks (causality, padding, its own sliding
     windows), in training, prefill and decoding, with dynamic and static caches. A pattern alone
-    doesn't shrink the cache: see `foveate.hf.streaming_cache`.
+    doesn't shrink the cache: `snapkv` and `h2o` do, by layer, in transformers' dynamic cache; and
+    see `foveate.hf.streaming_cache`.
 
     Args:
         model: a transformers model; only its own attention modules are concerned.
@@ -126,8 +129,9 @@ class Use:
         self._model = weakref.ref(model)
         found = sites(model)
         self._shelf = Shelf(model, fitted)
-        plan = self._shelf.bind_all(plan_of(pattern, found, cross))
+        plan = by_heads(self._shelf.bind_all(plan_of(pattern, found, cross)), found)
         turning = _turning(model, plan)
+        evicting = policies(model, plan, found)
         taken = [site.name for module, site in found.items() if module in SEATS]
         if taken:
             raise InUseError(
@@ -146,9 +150,9 @@ class Use:
         self._configs = configs
         self._active = False
         running = Running(backend, stats)
-        watches = (watch_modality(model, running), watch_tree(model, tree, running))
-        self._watches = [watch for watch in watches if watch is not None]
+        self._watches = watch_modality(model, running) + watch_tree(model, tree, running)
         try:
+            self._watches += watch_cache(evicting, running.caches)
             self._point(model, found)
             for module, site in found.items():
                 SEATS[module] = Seat(site, plan[module], running, turning.get(site.layer))

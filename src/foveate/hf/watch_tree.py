@@ -19,11 +19,11 @@ TreeOf = Callable[[Tensor, Tensor], Tree]
 
 def watch_tree(
     model: nn.Module, tree: Tree | TreeOf | None, running: Running
-) -> RemovableHandle | None:
-    """Keep `running.tree` up to date; None if there is no tree to make."""
+) -> list[RemovableHandle]:
+    """Keep `running.tree` up to date; nothing to remove if there is no tree to make."""
     if tree is None or isinstance(tree, Tree):
         running.tree = tree
-        return None
+        return []
 
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -38,4 +38,4 @@ def watch_tree(
             real = mask.bool()
         running.tree = tree(ids, real)
 
-    return model.register_forward_pre_hook(look, with_kwargs=True)
+    return [model.register_forward_pre_hook(look, with_kwargs=True)]

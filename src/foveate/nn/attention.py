@@ -84,6 +84,12 @@ class Attention(nn.Module):
         self.attention = _attention(attention, self.projection, dim, layer)
         if isinstance(self.attention, Stateful):
             check_stateful(self.attention, self.projection)
+        if getattr(self.attention, "evicts", False):
+            raise InputError(
+                f"Attention(attention={type(self.attention).__name__}): it drops keys from "
+                "transformers' caches, and this layer keeps its own; use it on a model of "
+                "transformers: foveate.use(model, ...)."
+            )
         position = position if self.attention.rotary else None
         self.rope = rope_for(position, self.projection, theta, interleaved)
 

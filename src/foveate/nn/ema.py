@@ -100,8 +100,8 @@ def _run(u: Tensor, h: Tensor, log: Tensor, steps: Tensor) -> Tensor:
     s = steps.to(u.dtype)
     apart = (s[:, :, None] - s[:, None, :]).clamp_min(0)  # (B', n, n)
     earlier = torch.ones(u.shape[1], u.shape[1], dtype=torch.bool, device=u.device).tril()
-    weights = torch.exp(apart[..., None] * log) * earlier[..., None]  # (B', n, n, W)
+    weights = torch.exp(apart[:, None] * log[:, None, None]) * earlier  # (B', W, n, n)
     carried = torch.exp(s[..., None] * log) * h[:, None]
-    if len(weights) == 1:
-        return carried + torch.einsum("ijw,bjw->biw", weights[0], u)
-    return carried + torch.einsum("bijw,bjw->biw", weights, u)
+    if len(weights) == 1:  # one product for each channel, the batch as its columns
+        return carried + (weights[0] @ u.permute(2, 1, 0).contiguous()).permute(2, 1, 0)
+    return carried + (weights @ u.mT[..., None])[..., 0].mT

@@ -82,7 +82,7 @@ def run(trial: Trial) -> Found:
 @torch.no_grad()
 def retrieval(trial: Trial) -> Found:
     """Share of keys whose value is found."""
-    found: Found = {f"retrieval {arm}": {} for arm in ARMS}
+    found: dict[str, dict[str, Any]] = {f"retrieval {arm}": {} for arm in ARMS}
     for name, (d, n, c) in CASES.items():
         count = 1 if trial.quick else SEQUENCES
         k = torch.randn(count, 1, n, d) + c * torch.randn(count, 1, 1, d)
@@ -136,6 +136,8 @@ class Bindings(nn.Module):
         spread: deviation of a key from its cluster's center, whose entries are N(0, 1).
     """
 
+    keys: Tensor
+
     def __init__(self, task: Bound, dim: int, clusters: int = 8, spread: float = 0.2) -> None:
         super().__init__()
         centers = torch.randn(clusters, dim)[torch.arange(task.keys) % clusters]
@@ -145,7 +147,8 @@ class Bindings(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """(B, L) -> (B, L, dim)."""
         many = self.values.num_embeddings
-        return self.keys[ids // many] + self.values(ids % many)  # type: ignore[no-any-return]
+        values: Tensor = self.values(ids % many)
+        return self.keys[ids // many] + values
 
 
 def recall(trial: Trial, arm: str) -> dict[str, Any]:
@@ -200,7 +203,7 @@ def phases(trial: Trial, arm: str) -> dict[str, Any]:
             found[f"Jacobian, {name}"] = size[..., 1:].mean().item()
             found[f"loss, {name}"] = loss.item()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(maps.parameters(), 1.0)
         optimizer.step()
         if step % 200 == 0:

@@ -64,6 +64,8 @@ def run(trial: Trial) -> Found:
 class Detector(nn.Module):
     """Logits (B, n) for tokens (B, n): one attention layer and a small network on top."""
 
+    waves: Tensor
+
     def __init__(self, arm: str) -> None:
         from foveate.nn import Attention
 
@@ -71,7 +73,7 @@ class Detector(nn.Module):
         angles = torch.arange(M)[:, None] * torch.arange(1, (M + 1) // 2) * (2 * math.pi / M)
         waves = torch.cat((angles.cos(), angles.sin()), 1)
         self.register_buffer("waves", torch.cat((waves, torch.ones(M, 1)), 1))
-        dim = self.waves.shape[1]
+        dim = waves.shape[1] + 1
         attention = TensorAttention(scale="1/sqrt(d)", form="exact") if arm == TENSOR else "full"
         self.attention = Attention(
             dim, 2, attention=attention, position="none", head_dim=WIDTHS[arm]
@@ -86,7 +88,8 @@ class Detector(nn.Module):
         blank = torch.zeros_like(features[:, :1])
         blank[..., -1] = 1.0
         seen = self.attention(torch.cat((blank, features), 1)).y[:, 1:]
-        return self.head(torch.cat((features, seen), -1))[..., 0]  # type: ignore[no-any-return]
+        logits: Tensor = self.head(torch.cat((features, seen), -1))
+        return logits[..., 0]
 
 
 def drawn(count: int, *what: object) -> tuple[Tensor, Tensor]:
@@ -108,7 +111,7 @@ def match3(trial: Trial) -> dict[str, Any]:
         tokens, there = (x.to(trial.device) for x in drawn(128, "train", trial.seed, step))
         loss = functional.binary_cross_entropy_with_logits(model(tokens), there.float())
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         if step % every == 0:
             trial.tell(step / steps, f"step {step}, loss {float(loss):.3f}")
@@ -142,7 +145,7 @@ def uniform(size: float, n: int, order: int, dtype: torch.dtype) -> tuple[Tensor
 @torch.no_grad()
 def degrees(trial: Trial) -> Found:
     """The lowest degree that is enough for random signs, and errors for uniform entries."""
-    found: Found = {}
+    found: dict[str, dict[str, Any]] = {}
     n = 12 if trial.quick else 40
     for order in (3, 4):
         figures: dict[str, Any] = {}

@@ -25,12 +25,21 @@ class Attention(ABC):
     A dataclass whose fields are its hyper-parameters; an `nn.Module` as well where it has
     parameters or persistent state. `exact` says that it keeps everything that the mask allows,
     `wants_query_rope` that it looks at queries as they were before their rotation, `rotary` that
-    queries and keys may be rotated to their positions at all.
+    queries and keys may be rotated to their positions at all, `evicts` that it drops keys from the
+    cache in its context.
     """
 
     exact: ClassVar[bool] = False
     rotary: ClassVar[bool] = True
     wants_query_rope: ClassVar[bool] = False
+    evicts: ClassVar[bool] = False
+
+    def split(self, layer: int) -> list[tuple[tuple[int, ...] | None, Attention]] | None:
+        """(heads, attention) of each group of a layer's heads; None if all run the same.
+
+        Heads None are all of them. Whoever runs a model's layers may run these in its place.
+        """
+        return None
 
     @abstractmethod
     def __call__(
@@ -127,18 +136,18 @@ class Pattern(Attention):
             rule = self.rule(ctx)
             if rule is not None:
                 return attention(q, k, v, rule, **ctx.options)
-        start = _clock(q, ctx)
+        start = clock(q, ctx)
         layout = None
         if not dense:
             with torch.no_grad():
                 layout = self.layout(q, k, v, ctx)
         elif not plain:
             layout = mask_layout(ctx.mask, q, k, ctx)
-        built = _clock(q, ctx)
+        built = clock(q, ctx)
         mask = ctx.mask if layout is None else None
         result = attention(q, k, v, mask, layout=layout, **ctx.options)
         if ctx.stats is not None and not torch.compiler.is_compiling():
-            done = _clock(q, ctx)
+            done = clock(q, ctx)
             ctx.stats(
                 layer=ctx.layer,
                 layout=mask_layout(ctx.mask, q, k, ctx) if layout is None else layout,
@@ -190,7 +199,7 @@ def _same(one: Tensor | None, two: Tensor | None) -> bool:
     return one is not None and two is not None and torch.equal(one, two)
 
 
-def _clock(q: Tensor, ctx: Context) -> float:
+def clock(q: Tensor, ctx: Context) -> float:
     """Seconds; 0 where nobody listens."""
     if ctx.stats is None or torch.compiler.is_compiling():
         return 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,13 @@ from foveate.parts.tree import Tree
 
 Phase = Literal["train", "prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("train", "prefill", "decode")
+
+
+class Work(NamedTuple):
+    """What a call visited, means over batch entries and heads: pairs, and area of whole tiles."""
+
+    pairs: float
+    tile_area: float
 
 
 @dataclass
@@ -56,7 +63,8 @@ class Context:
         store: shared by the layers of one forward; methods use their own keys.
         aux: losses (names that end with "_loss", already weighted) and statistics that a method
             leaves for its layer, by name.
-        stats: called as stats(layer=, layout=, build_seconds=, attend_seconds=) after each pattern.
+        stats: called as stats(layer=, layout=, build_seconds=, attend_seconds=) after each pattern;
+            a method that visits keys by several layouts tells their `Work` as the layout.
     """
 
     mask: Mask | None = None

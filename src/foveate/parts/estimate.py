@@ -11,8 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from foveate.ops import attention, window
 from foveate.parts.attention import EVERYTHING
 from foveate.parts.context import Context
+from foveate.parts.form import is_causal_or_full
 from foveate.parts.tokens import Tokens
 
 _BUDGET = 1 << 21  # weights held at once
@@ -131,3 +133,69 @@ def _by_distance(sheared: Tensor, top: int, kv_len: int) -> Tensor:
     places = top - torch.arange(kv_len, device=sheared.device)
     inside = (places >= 0) & (places < sheared.shape[1])
     return sheared[:, places.clamp(0, sheared.shape[1] - 1)] * inside
+
+
+def received(
+    q: Tensor, k: Tensor, lse: Tensor, ctx: Context, tokens: Tokens, last: int | None = None
+) -> Tensor:
+    """Weight that each key receives, (B, Hq, Lkv), from all real queries or each row's last.
+
+    sum_i exp(s_ij - lse_i), in fp32 (float64 for float64 inputs). For all queries of causal
+    attention the core op does it: that sum is the exp of the lse of keys that attend to queries,
+    with -lse_i as a bias. Otherwise a few rows at a time, without the keys that none of them sees.
+
+    Args:
+        q: (B, Hq, Lq, D).
+        k: (B, Hkv, Lkv, D).
+        lse: (B, Hq, Lq), as the core op returned it for this call.
+        ctx: mask, scale, softcap and bias of it.
+        tokens: of it.
+        last: how many queries; None is all.
+    """
+    batch, heads, q_len, dim = q.shape
+    kv_heads, kv_len = k.shape[1], k.shape[2]
+    group = heads // kv_heads
+    work = torch.promote_types(q.dtype, torch.float32)
+    scale = dim**-0.5 if ctx.scale is None else ctx.scale
+    sums = torch.zeros(batch, heads, kv_len, dtype=work, device=q.device)
+    if last is None and ctx.bias is None and tokens.causal and is_causal_or_full(ctx, tokens):
+        return _turned(q, k, lse, ctx, tokens).to(work)
+    step = max(1, _BUDGET // max(1, group * kv_len))
+    for b in range(batch):
+        t = b if len(tokens.shift) > 1 else 0
+        end = int(tokens.q_real[t].nonzero()[-1]) + 1
+        first = 0 if last is None else max(0, end - last)
+        for rows in torch.arange(first, end, device=q.device).split(step):
+            hidden, span, cut = _hidden(ctx, tokens, rows, b, heads)
+            if span.start == span.stop:
+                continue
+            for g in range(kv_heads):
+                mine = slice(g * group, (g + 1) * group)
+                some = (q[b, mine][:, rows].to(work) * scale).flatten(0, 1)
+                weights = (some @ k[b, g, span].to(work).mT).unflatten(0, (group, -1))
+                if ctx.softcap is not None:
+                    weights = weights.div_(ctx.softcap).tanh_().mul_(ctx.softcap)
+                if ctx.bias is not None:
+                    weights = weights + _rows_of(ctx.bias, b, mine, rows, heads, span)
+                own = lse[b, mine][:, rows].to(work)
+                weights.sub_(own.masked_fill(own == -torch.inf, 0.0)[..., None])
+                weights[..., cut].masked_fill_(
+                    hidden[mine] if len(hidden) > 1 else hidden, -torch.inf
+                )
+                sums[b, mine, span] += weights.exp_().sum(1)
+    return sums
+
+
+def _turned(q: Tensor, k: Tensor, lse: Tensor, ctx: Context, tokens: Tokens) -> Tensor:
+    """What keys receive from all queries that stand at or behind them: (B, Hq, Lkv)."""
+    blind = (lse == -torch.inf) | ~tokens.q_real[:, None]
+    found = attention(
+        k.repeat_interleave(q.shape[1] // k.shape[1], 1),
+        q,
+        q.new_zeros(*q.shape[:3], 1),
+        window(0, -1),
+        bias=(-lse).masked_fill(blind, -torch.inf)[:, :, None],
+        scale=ctx.scale,
+        softcap=ctx.softcap,
+    )
+    return found.lse.exp() * tokens.k_real[:, None]

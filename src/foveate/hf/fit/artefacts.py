@@ -1,7 +1,8 @@
 """Artefacts of fits as files: one safetensors (or JSON) each, under the model's fingerprint.
 
 `FOVEATE_CACHE/fitted/<fingerprint>/<key>.safetensors`, and beside the weights of a model that was
-saved with them, `foveate-<key>.safetensors`. Facts lie in the file's header as JSON.
+saved with them, `foveate-<key>.safetensors`. Facts lie in the file's header as JSON; what has no
+weights ends in `.json`.
 """
 
 from __future__ import annotations
@@ -49,9 +50,26 @@ def fingerprint(model: nn.Module) -> str:
     return made.hexdigest()
 
 
-def place(model_fingerprint: str, key: str) -> Path:
+SUFFIXES = (".safetensors", ".json")
+
+
+def place(model_fingerprint: str, key: str, suffix: str = SUFFIXES[0]) -> Path:
     """Where the artefact of a model and a method is kept."""
-    return cache_folder() / "fitted" / model_fingerprint[:16] / f"{key}.safetensors"
+    return cache_folder() / "fitted" / model_fingerprint[:16] / f"{key}{suffix}"
+
+
+def suffix_of(method: Any) -> str:
+    """What the artefact of a method ends in: .json where it has no weights."""
+    return str(getattr(method, "suffix", SUFFIXES[0]))
+
+
+def contents(artefact: Artefact) -> str:
+    """A digest (hex) of what an artefact says."""
+    made = hashlib.sha256(json.dumps([artefact.key, artefact.facts], sort_keys=True).encode())
+    for name, x in sorted(artefact.tensors.items()):
+        made.update(f"{name}{tuple(x.shape)}{x.dtype}".encode())
+        made.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return made.hexdigest()
 
 
 def save(artefact: Artefact, model_fingerprint: str, path: Path) -> Path:
@@ -108,9 +126,9 @@ def load(path: Path) -> tuple[Artefact, str]:
         ) from error
 
 
-def beside(folder: Path, key: str) -> Path:
+def beside(folder: Path, key: str, suffix: str = SUFFIXES[0]) -> Path:
     """Where an artefact lies in a folder of weights."""
-    return folder / f"foveate-{key}.safetensors"
+    return folder / f"foveate-{key}{suffix}"
 
 
 class Shelf:
@@ -149,7 +167,7 @@ class Shelf:
         if not isinstance(method, Fittable) or not method.needs_fit:
             return method
         if key not in self.taken:
-            path = self._find(key)
+            path = self._find(key, suffix_of(method))
             artefact, made_on = load(path)
             if artefact.key != key or made_on != self.fingerprint:
                 raise ArtefactError(
@@ -176,15 +194,15 @@ class Shelf:
             for module, groups in plan.items()
         }
 
-    def _find(self, key: str) -> Path:
+    def _find(self, key: str, suffix: str) -> Path:
         if self._given is not None:
-            path = beside(self._given, key) if self._given.is_dir() else self._given
+            path = beside(self._given, key, suffix) if self._given.is_dir() else self._given
             if path.is_file():
                 return path
             raise ModelError(f"There is no artefact at {path}. {missing(key, 'artefact')}")
         name = str(getattr(getattr(self._alive(), "config", None), "_name_or_path", "") or "")
-        usual = place(self.fingerprint, key)
-        for path in ([beside(Path(name), key)] if name else []) + [usual]:
+        usual = place(self.fingerprint, key, suffix)
+        for path in ([beside(Path(name), key, suffix)] if name else []) + [usual]:
             if path.is_file():
                 return path
         raise ModelError(missing(key, "artefact"))
@@ -192,4 +210,5 @@ class Shelf:
     def save_beside(self, folder: Path) -> None:
         """Copy the artefacts that are in use to a folder of weights."""
         for key, (artefact, made_on) in self.taken.items():
-            save(artefact, made_on, beside(folder, key))
+            suffix = SUFFIXES[0] if artefact.tensors else SUFFIXES[1]
+            save(artefact, made_on, beside(folder, key, suffix))

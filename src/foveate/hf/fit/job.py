@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from foveate.hf.errors import ModelError
-from foveate.hf.fit.artefacts import ArtefactError, load, place, save
+from foveate.hf.fit.artefacts import ArtefactError, load, place, save, suffix_of
 from foveate.hf.fit.frozen import FrozenModel
 from foveate.hf.fit.texts import TextBatches
 from foveate.hf.load import ModelInfo, load_tokenizer, load_weights, locate
@@ -104,7 +104,9 @@ def run(
         _writable(job.out)
     say(f"Loading {info.name}")
     model = FrozenModel(load_weights(info, device=job.device))
-    path = place(model.fingerprint, key) if job.out is None else job.out
+    path = job.out
+    if path is None:
+        path = place(model.fingerprint, key, suffix_of(method))
     state = FileState(path.with_suffix(".fit"), model.fingerprint, key)
     if job.fresh:
         state.clear()

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.methods.deconstructing.running import in_chunks, seen, wide, without_lse
+from foveate.methods.deconstructing.running import in_chunks, of_nothing, seen, wide, without_lse
 from foveate.ops import AttentionOutput
 from foveate.ops.check import check_tensors
 from foveate.ops.errors import InputError, nearest
@@ -102,6 +102,8 @@ class Approximate(Stateful):
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, state: State | None
     ) -> AttentionOutput:
         check_tensors(q, k, v)
+        if not q.shape[2]:
+            return of_nothing(q, v)
         causal, real = seen("approximate", q, k, 0 if state is None else len(state), ctx)
         scale = q.shape[3] ** -0.5 if ctx.scale is None else ctx.scale
         if not scale > 0:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from foveate.methods.deconstructing.running import in_chunks, seen, wide
+from foveate.methods.deconstructing.running import in_chunks, of_nothing, seen, wide
 from foveate.ops import AttentionOutput
 from foveate.ops.check import check_tensors
 from foveate.ops.masks.checks import whole
@@ -81,6 +81,8 @@ class NonApproximate(Stateful):
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, state: State | None
     ) -> AttentionOutput:
         check_tensors(q, k, v)
+        if not q.shape[2]:
+            return of_nothing(q, v)
         causal, real = seen("non-approximate", q, k, 0 if state is None else len(state), ctx)
         scale = q.shape[3] ** -0.5 if ctx.scale is None else ctx.scale
         s = self.scores(q, k, scale).unflatten(1, (k.shape[1], -1))  # (B, Hkv, G, L)

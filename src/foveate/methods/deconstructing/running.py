@@ -88,6 +88,11 @@ def in_chunks(
     return outs, sums
 
 
+def of_nothing(q: Tensor, v: Tensor) -> AttentionOutput:
+    """The output of no tokens."""
+    return without_lse(v.new_zeros(*q.shape[:3], v.shape[3]))
+
+
 def without_lse(out: Tensor) -> AttentionOutput:
     """An output that no log-sum-exp goes with: NaN, so that a merge by it shows."""
     lse = out.new_full(out.shape[:3], torch.nan, dtype=torch.float32)

@@ -23,8 +23,8 @@ from foveate.ops import causal as causal_mask
 from foveate.ops.check import check_tensors
 from foveate.ops.errors import InputError
 from foveate.ops.masks.checks import whole
-from foveate.parts.attention import Attention, mask_layout
-from foveate.parts.context import Context
+from foveate.parts.attention import Attention, clock, mask_layout
+from foveate.parts.context import Context, Work
 from foveate.parts.form import is_causal_or_full
 from foveate.parts.tokens import Tokens, tokens_of
 
@@ -38,6 +38,35 @@ class _Plan(NamedTuple):
     pieces: list[Piece]
     orders: list[Order | None]
     draws: list[Draw]
+
+
+class _Told:
+    """What a call has visited and how long planning took, for `ctx.stats`."""
+
+    def __init__(self, ctx: Context) -> None:
+        self.ctx = ctx
+        self.build_seconds = 0.0
+        self.visited: list[tuple[Layout, float]] = []
+
+    def visit(self, layout: Layout, share: float) -> None:
+        """A layout of that share of the call's batch entries and heads."""
+        if self.ctx.stats is not None:
+            self.visited.append((layout, share))
+
+    def tell(self, seconds: float) -> None:
+        """Of a call that took so many seconds."""
+        if self.ctx.stats is None:
+            return
+        work = Work(
+            sum(share * one.pairs for one, share in self.visited),
+            sum(share * one.tile_area for one, share in self.visited),
+        )
+        self.ctx.stats(
+            layer=self.ctx.layer,
+            layout=work,
+            build_seconds=self.build_seconds,
+            attend_seconds=seconds - self.build_seconds,
+        )
 
 
 @dataclass(frozen=True)
@@ -100,12 +129,21 @@ class HyperAttention(Attention):
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Context | None = None
     ) -> AttentionOutput:
-        """Estimate attention; shapes as in `Attention`."""
+        """Estimate attention; shapes as in `Attention`. Hashing and sorting count as building."""
         ctx = Context() if ctx is None else ctx
         check_tensors(q, k, v)
+        told = _Told(ctx)
+        start = clock(q, ctx)
+        result = self._attend(q, k, v, ctx, told)
+        told.tell(clock(q, ctx) - start)
+        return result
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, told: _Told
+    ) -> AttentionOutput:
         decode = ctx.phase == "decode" or q.shape[2] == 1 < k.shape[2]
         if decode or q.shape[2] < self.min_seq_len or not q.shape[0]:
-            return _exact(q, k, v, ctx)
+            return _exact(q, k, v, ctx, told)
         tokens = tokens_of(q, k, ctx)
         if not is_causal_or_full(ctx, tokens):
             raise InputError(
@@ -114,8 +152,8 @@ class HyperAttention(Attention):
                 "it per document, or use a method that keeps to any mask, such as block-sparse."
             )
         if bool(tokens.q_real.all()) and bool(tokens.k_real.all()) and q.shape[2] <= k.shape[2]:
-            return self._heads(q, k, v, ctx, tokens.causal)
-        return self._by_sequence(q, k, v, ctx, tokens)
+            return self._heads(q, k, v, ctx, tokens.causal, told, 1.0)
+        return self._by_sequence(q, k, v, ctx, tokens, told)
 
     def heavy(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context | None = None) -> AttentionOutput:
         """The heavy part alone: attention over M_H."""
@@ -158,7 +196,7 @@ class HyperAttention(Attention):
 
     # -- the work ---------------------------------------------------------------------------------
     def _by_sequence(
-        self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, tokens: Tokens
+        self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, tokens: Tokens, told: _Told
     ) -> AttentionOutput:
         """Each sequence on its real tokens alone; queries that see nothing have out 0."""
         outs, lses = [], []
@@ -169,7 +207,7 @@ class HyperAttention(Attention):
                 rows = rows[max(0, len(rows) - len(cols)) :]
             own = replace(ctx, bias=_bias_of(ctx.bias, b, rows, cols, q.shape[2]))
             picked = (q[b : b + 1, :, rows], k[b : b + 1, :, cols], v[b : b + 1, :, cols])
-            part = self._heads(*picked, own, tokens.causal)
+            part = self._heads(*picked, own, tokens.causal, told, 1 / q.shape[0])
             out = v.new_zeros(1, q.shape[1], q.shape[2], v.shape[3])
             outs.append(out.index_copy(2, rows, part.out))
             lse = part.lse.new_full((1, *q.shape[1:3]), -torch.inf)
@@ -177,13 +215,22 @@ class HyperAttention(Attention):
         return AttentionOutput(torch.cat(outs), torch.cat(lses))
 
     def _heads(
-        self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, causal: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        ctx: Context,
+        causal: bool,
+        told: _Told,
+        share: float,
     ) -> AttentionOutput:
         """All tokens are real; a few key/value heads at a time where there are many rows."""
         pieces = self.pieces(q.shape[2], k.shape[2], causal=causal)
         if not any(piece.estimated for piece in pieces):
-            return _whole(q, k, v, ctx, causal)
+            return _whole(q, k, v, ctx, causal, told, share)
+        start = clock(q, ctx)
         plan = self._plan(q, k, v, pieces, ctx)
+        told.build_seconds += clock(q, ctx) - start
         group = q.shape[1] // k.shape[1]
         held = sum(p.queries for p in pieces) * (v.shape[3] + 2) * group * q.shape[0]
         step = max(1, min(k.shape[1], _BUDGET // held))
@@ -191,7 +238,9 @@ class HyperAttention(Attention):
         for first in range(0, k.shape[1], step):
             kv = slice(first, first + step)
             heads = slice(first * group, (first + step) * group)
-            found.append(self._run(q[:, heads], k[:, kv], v[:, kv], ctx, plan, heads, kv))
+            some = (q[:, heads], k[:, kv], v[:, kv])
+            part = share * some[0].shape[1] / q.shape[1]
+            found.append(self._run(*some, ctx, plan, heads, kv, told, part))
         if len(found) == 1:
             return found[0]
         return AttentionOutput(*(torch.cat(parts, 1) for parts in zip(*found)))
@@ -227,6 +276,8 @@ class HyperAttention(Attention):
         plan: _Plan,
         heads: slice,
         kv: slice,
+        told: _Told,
+        share: float,
     ) -> AttentionOutput:
         """Some heads: the heavy part, the light part, and their merge."""
         options = ctx.options | {"sink_logits": None}
@@ -234,9 +285,13 @@ class HyperAttention(Attention):
         if ctx.bias is not None:
             bias = _four(ctx.bias)
             options["bias"] = bias = _heads_of(bias, heads)
+        start = clock(q, ctx)
         layout, light = self._parts(q, k, plan, heads, kv)
+        told.build_seconds += clock(q, ctx) - start
+        told.visit(layout, share)
         result = attention(q, k, v, layout=layout, **options)
         if light is not None:
+            told.visit(light.layout, share)
             weights = light.log_weights.to(torch.promote_types(q.dtype, torch.float32))
             weights = weights.repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None]
             if bias is not None:
@@ -264,15 +319,23 @@ class HyperAttention(Attention):
         return layout, light_part(pieces, sorted_, draws, q.shape[2], self.block_size, q.shape[1])
 
 
-def _exact(q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> AttentionOutput:
+def _exact(q: Tensor, k: Tensor, v: Tensor, ctx: Context, told: _Told) -> AttentionOutput:
+    if told.ctx.stats is not None:
+        told.visit(mask_layout(ctx.mask, q, k, ctx), 1.0)
     if ctx.q_positions is None and ctx.kv_positions is None:
         return attention(q, k, v, ctx.mask, **ctx.options)
     return attention(q, k, v, layout=mask_layout(ctx.mask, q, k, ctx), **ctx.options)
 
 
-def _whole(q: Tensor, k: Tensor, v: Tensor, ctx: Context, causal: bool) -> AttentionOutput:
+def _whole(
+    q: Tensor, k: Tensor, v: Tensor, ctx: Context, causal: bool, told: _Told, share: float
+) -> AttentionOutput:
     """Real tokens only: exact, too."""
-    return attention(q, k, v, causal_mask() if causal else None, **ctx.options)
+    mask = causal_mask() if causal else None
+    if told.ctx.stats is not None:
+        alone = replace(ctx, q_positions=None, kv_positions=None)
+        told.visit(mask_layout(mask, q, k, alone), share)
+    return attention(q, k, v, mask, **ctx.options)
 
 
 def _heads_of(x: Tensor, heads: slice) -> Tensor:

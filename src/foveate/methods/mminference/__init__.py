@@ -7,11 +7,13 @@ per query head. Decoding (one query against a cache) is dense.
 """
 
 from foveate.methods.mminference.a_shape import AShape, TriShape
+from foveate.methods.mminference.assigned import MMInference
 from foveate.methods.mminference.block_sparse import BlockSparse
 from foveate.methods.mminference.boundary import QBoundary, TwoDBoundary
 from foveate.methods.mminference.grid import Grid
 from foveate.methods.mminference.vertical_slash import VerticalSlash
 
 __all__ = [
-    "AShape", "BlockSparse", "Grid", "QBoundary", "TriShape", "TwoDBoundary", "VerticalSlash",
+    "AShape", "BlockSparse", "Grid", "MMInference", "QBoundary", "TriShape", "TwoDBoundary",
+    "VerticalSlash",
 ]  # fmt: skip

@@ -23,7 +23,10 @@ class Distances(Mask):
         super().__init__("distances($0$)", (chosen,))
 
     def _element(self, q: Tensor, k: Tensor, b: int, h: int) -> Tensor:
-        distance = q - k
+        return self.at(q - k)
+
+    def at(self, distance: Tensor) -> Tensor:
+        """Whether distances i - j are chosen; later keys never are."""
         last = len(self.chosen) - 1
         inside = (distance >= 0) & (distance <= last)
         return self.chosen[distance.clamp(0, last)] & inside

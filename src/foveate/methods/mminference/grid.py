@@ -27,6 +27,9 @@ class Found(NamedTuple):
     z: Tensor
 
 
+_STRIDES = 64  # that are scored at once
+
+
 def z_scores(columns: Tensor, stride: int) -> Tensor:
     """How far the mean of each phase lies above chance: (H, stride).
 
@@ -47,20 +50,38 @@ def z_scores(columns: Tensor, stride: int) -> Tensor:
 
 
 def search_stride(columns: Tensor, strides: list[int]) -> Found:
-    """The stride and phase of the highest z, for each head; of equal ones the shorter stride."""
-    heads, device = columns.shape[0], columns.device
+    """The stride and phase of the highest z, for each head; of equal ones the shorter stride.
+
+    As `z_scores` for each stride; what doesn't depend on it is made once.
+    """
+    heads, count = columns.shape
+    device, widest = columns.device, max(strides)
     best = Found(
         torch.ones(heads, dtype=torch.int64, device=device),
         torch.zeros(heads, dtype=torch.int64, device=device),
         columns.new_full((heads,), -torch.inf),
     )
-    for stride in strides:
-        z, phase = z_scores(columns, stride).max(1)
-        better = z > best.z
+    mean = columns.mean(1)[:, None, None]
+    std = columns.std(1, correction=0)[:, None, None].clamp_min(torch.finfo(columns.dtype).tiny)
+    padded = torch.nn.functional.pad(columns, (0, widest))
+    phases = torch.arange(widest, device=device)
+    for some in (strides[i : i + _STRIDES] for i in range(0, len(strides), _STRIDES)):
+        sums = columns.new_zeros(heads, len(some), max(some))
+        for i, stride in enumerate(some):
+            rows = -(-count // stride)
+            folded = padded[:, : rows * stride].unflatten(1, (rows, stride))
+            torch.sum(folded, 1, out=sums[:, i, :stride])
+        each = torch.tensor(some, device=device)[:, None]
+        own = (count - phases[: max(some)] + each - 1) // each
+        own = own.to(columns.dtype).clamp_min(0)
+        z = (sums / own.clamp_min(1) - mean) * own.sqrt() / std
+        z, phase = z.masked_fill(phases[: max(some)] >= each, -torch.inf).max(2)
+        top, at = z.max(1)
+        better = top > best.z
         best = Found(
-            torch.where(better, stride, best.stride),
-            torch.where(better, phase, best.phase),
-            torch.where(better, z, best.z),
+            torch.where(better, each[at, 0], best.stride),
+            torch.where(better, phase.gather(1, at[:, None])[:, 0], best.phase),
+            torch.where(better, top, best.z),
         )
     return best
 
@@ -114,7 +135,7 @@ class Grid(ProblemPattern):
     def find(self, problem: Problem) -> Found:
         """Stride and phase of each head, in the problem's own numbering.
 
-        From the columns if any line rests on them, else from the distances.
+        From the columns if any line rests on them, else from the distances in those numbers.
         """
         if self.vertical or self.horizontal:
             own = problem.k_number >= 0
@@ -123,7 +144,7 @@ class Grid(ProblemPattern):
             # Numbers of one modality count up by one, from the first.
             shift = int(problem.k_number[before][0]) if bool(before.any()) else 0
         else:
-            columns, shift = problem.distance_sums[:, self.last :], self.last
+            columns, shift = problem.number_sums[:, self.last :], self.last
         if columns.shape[1] == 0:
             zero = torch.zeros(problem.heads, dtype=torch.int64, device=columns.device)
             return Found(zero + (self.stride or 1), zero, columns.new_zeros(problem.heads))
@@ -147,7 +168,7 @@ class Grid(ProblemPattern):
     def _diagonal(self, problem: Problem, h: int, stride: int) -> int:
         if not (self.vertical or self.horizontal):
             return int(self.find(problem).phase[h])
-        far = problem.distance_sums[h : h + 1, self.last :]
+        far = problem.number_sums[h : h + 1, self.last :]
         if far.shape[1] < stride:
             return 0
         return (int(z_scores(far, stride)[0].argmax()) + self.last) % stride

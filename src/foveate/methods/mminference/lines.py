@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from foveate.methods.mminference.distances import Distances
 from foveate.methods.mminference.problem import Part, Problem
-from foveate.ops import Layout
+from foveate.ops import Layout, Mask
 from foveate.ops.layout import bits as bitset
 
 _CHUNK = 512
@@ -79,24 +80,75 @@ class _Group:
             full = full & sure.full & (kept == k_real).all(1)
         rows, cols = (~none).nonzero(as_tuple=True)
         kinds = torch.zeros_like(rows)
+        q_bits = _bytes(q_real)  # (R, tile / 8), rows of a tile as bits
+        k_bits, kept_bits = (x.to(torch.uint8)[..., None] * 255 for x in (k_real, kept))
         for at in (~full[rows, cols]).nonzero()[:, 0].split(_CHUNK):
             r, c = rows[at], cols[at]
-            seen = k_at[c][:, :, None] <= q_at[r][:, None, :]
-            if mask is not None:
-                seen = seen & mask._element(q_u[r][:, None, :], k_u[c][:, :, None], 0, 0)
-            seen = seen & kept[c][:, :, None] & q_real[r][:, None, :]
-            real = k_real[c][:, :, None] & q_real[r][:, None, :]
-            some, every = seen.flatten(1).any(1), (seen | ~real).flatten(1).all(1)
+            rows_of = q_bits[r][:, None]
+            seen = seen_of(q_at, k_at, q_u, k_u, mask, r, c) & rows_of & kept_bits[c]
+            real = rows_of & k_bits[c]
+            some, every = (x.flatten(1) for x in (seen != 0, seen == real))
+            some, every = some.any(1), every.all(1)
             partial = some & ~every
             kinds[at] = torch.where(
                 partial, partial.cumsum(0) + self.patterns, torch.where(some, 0, -1)
             )
-            self.bits.append(bitset.pack(seen[partial]))
+            self.bits.append(seen[partial])
             self.patterns += int(partial.sum())
         keep = kinds >= 0
         self.rows.append(rows[keep] + self.q_tiles)
         self.cols.append(cols[keep] + self.k_tiles)
         self.kinds.append(kinds[keep])
+
+
+def seen_of(
+    q_at: Tensor,
+    k_at: Tensor,
+    q_u: Tensor,
+    k_u: Tensor,
+    mask: Mask | None,
+    r: Tensor,
+    c: Tensor,
+) -> Tensor:
+    """Causality and a mask in the tiles (r, c), packed: uint8 (n, keys, rows / 8).
+
+    Where only distances count, and the rows and the keys of a tile stand in a row, as most do, all
+    tiles of one distance between their first ones are the same, and made once.
+    """
+    if mask is None or isinstance(mask, Distances):
+        apart = q_at[r, 0] - k_at[c, 0]
+        steady = (q_at.diff(dim=1) == 1).all(1)[r] & (k_at.diff(dim=1) == 1).all(1)[c]
+        kinds, which = apart[steady].unique(return_inverse=True)
+        if len(kinds) * 2 < len(r):
+            steps = torch.arange(q_at.shape[1], device=q_at.device)
+            distance = kinds[:, None, None] + (steps[None, :] - steps[:, None])
+            alike = bitset.pack(distance >= 0 if mask is None else mask.at(distance))
+            seen = alike.new_empty(len(r), *alike.shape[1:])
+            seen[steady] = alike[which]
+            rest = (~steady).nonzero()[:, 0]
+            seen[rest] = _each(q_at, k_at, q_u, k_u, mask, r[rest], c[rest])
+            return seen
+    return _each(q_at, k_at, q_u, k_u, mask, r, c)
+
+
+def _each(
+    q_at: Tensor,
+    k_at: Tensor,
+    q_u: Tensor,
+    k_u: Tensor,
+    mask: Mask | None,
+    r: Tensor,
+    c: Tensor,
+) -> Tensor:
+    seen = k_at[c][:, :, None] <= q_at[r][:, None, :]
+    if mask is not None:
+        seen = seen & mask._element(q_u[r][:, None, :], k_u[c][:, :, None], 0, 0)
+    return bitset.pack(seen)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """Bool (n, tile) as bits: uint8 (n, tile / 8)."""
+    return bitset.pack(x[:, None])[:, 0]
 
 
 def _cut(x: Tensor, tile: int) -> tuple[Tensor, Tensor]:

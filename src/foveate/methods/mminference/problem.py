@@ -86,8 +86,12 @@ class Problem:
         if self.ctx.softcap is not None:
             scores = self.ctx.softcap * torch.tanh(scores / self.ctx.softcap)
         hidden = self.k_at > self.q_at[-self.last :, None]
-        scores = scores.masked_fill(hidden, -torch.inf)
-        return torch.softmax(scores, -1).nan_to_num(0.0)
+        some = hidden.any(0).nonzero()[:, 0]
+        if len(some):  # few: keys that stand behind some of these last queries
+            first = int(some[0])
+            scores[..., first:].masked_fill_(hidden[:, first:], -torch.inf)
+        found = torch.softmax(scores, -1)
+        return found.nan_to_num_(0.0) if bool(hidden.all(1).any()) else found
 
     @cached_property
     def column_sums(self) -> Tensor:
@@ -97,10 +101,18 @@ class Problem:
     @cached_property
     def distance_sums(self) -> Tensor:
         """o_t (Hq, N): sum of Ahat over the pairs at original distance t >= 0."""
-        distance = self.q_at[-self.last :, None] - self.k_at
-        size = int(self.q_at.max()) + 1 if len(self.q_at) else 0
+        return self._by_distance(self.q_at, self.k_at, self.k_at >= 0)
+
+    @cached_property
+    def number_sums(self) -> Tensor:
+        """The same at distances in numbers of the modality's own tokens: (Hq, N)."""
+        return self._by_distance(self.q_number, self.k_number, self.k_number != OUTSIDE)
+
+    def _by_distance(self, q_at: Tensor, k_at: Tensor, counts: Tensor) -> Tensor:
+        distance = q_at[-self.last :, None] - k_at
+        size = int(q_at.max()) + 1 if len(q_at) else 0
         sums = self.estimate.new_zeros(self.heads, size)
-        seen = distance >= 0
+        seen = (distance >= 0) & counts
         return sums.index_add(1, distance[seen], self.estimate[:, seen])
 
 

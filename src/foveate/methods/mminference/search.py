@@ -53,6 +53,9 @@ MMINFERENCE = (
 )  # fmt: skip
 
 
+SPACES = {"minference": MINFERENCE, "mminference": MMINFERENCE}
+
+
 def space(frame: int | None = None, *, vision: bool = False) -> tuple[str, ...]:
     """The candidates of a paper.
 
@@ -157,6 +160,11 @@ _GROWS: dict[str, tuple[tuple[str, ...], int]] = {
     "vertical-slash": (("verticals", "slashes"), STEP),
     "block-sparse": (("blocks",), 1),
 }
+
+
+def grows(key: str) -> tuple[str, ...]:
+    """The fields that say how much a pattern keeps; none for one whose stride says it."""
+    return _GROWS[key][0] if key in _GROWS else ()
 
 
 def stretched(given: Any, steps: int, fields: tuple[str, ...], step: int, length: int) -> Any:
@@ -289,7 +297,7 @@ def _boundaries(head: _Head, candidates: Sequence[str], kinds: int) -> list[Any]
     }
     by_pair = tuple(tuple(pairs[a, b] for b in range(kinds)) for a in range(kinds))
     made = [QBoundary(by_query), TwoDBoundary(by_pair)]
-    return [pattern for pattern in made if head.area(pattern) <= 1.05 * head.target]
+    return [pattern for pattern in made if head.area(pattern) <= 1.02 * head.target]
 
 
 @dataclass
@@ -300,12 +308,16 @@ class Searcher(Attention):
         candidates: texts of patterns.
         target: (sinks, local); None is `default_target`.
         tell: called with each finished (layer, head).
+        layer_done: called with each finished layer.
+        skip: layers that aren't searched.
         found: by (layer, head).
     """
 
     candidates: tuple[str, ...] = MINFERENCE
     target: tuple[int, int] | None = None
     tell: Callable[[int, int], None] = lambda layer, head: None
+    layer_done: Callable[[int], None] = lambda layer: None
+    skip: frozenset[int] = frozenset()
     found: dict[tuple[int, int], HeadSearch] = field(default_factory=dict)
 
     def __call__(
@@ -316,7 +328,8 @@ class Searcher(Attention):
         Attention that isn't causal, as of a model's vision part, is left alone.
         """
         ctx = Context() if ctx is None else ctx
-        if q.shape[2] > 1 and tokens_of(q, k, ctx).causal:
+        mine = ctx.layer not in self.skip
+        if mine and q.shape[2] > 1 and tokens_of(q, k, ctx).causal:
             if q.shape[0] != 1:
                 raise InputError(
                     f"The search takes one prompt at a time, got a batch of {q.shape[0]}."
@@ -334,4 +347,13 @@ class Searcher(Attention):
                         *own, alone, self.candidates, target, before
                     )
                 self.tell(ctx.layer, h)
+            self.layer_done(ctx.layer)
         return make("full")(q, k, v, ctx)
+
+
+def chosen(found: dict[tuple[int, int], HeadSearch]) -> dict[int, dict[str, list[int]]]:
+    """The heads of each layer by the pattern that is best for them."""
+    plan: dict[int, dict[str, list[int]]] = {}
+    for (layer, head), one in sorted(found.items()):
+        plan.setdefault(layer, {}).setdefault(one.best.pattern, []).append(head)
+    return plan

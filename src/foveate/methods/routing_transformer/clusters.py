@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from foveate.methods.routing_transformer.members import Stay, best, streamed
+from foveate.methods.routing_transformer.members import Stay, best, packed, streamed
 from foveate.ops import Layout
 from foveate.ops.errors import InputError
 from foveate.ops.layout import bits as bitset
@@ -103,10 +103,16 @@ def _members(scores: Tensor, count: int, real: Tensor | None, prefix: bool) -> S
 
 
 def in_tiles(clusters: Clusters) -> tuple[Clusters, int]:
-    """The clusters with rows and keys filled up to whole tiles, and the tile."""
-    size = max(clusters.rows.shape[-1], clusters.keys.shape[-1])
-    each = -(-size // -(-size // _TILE))
+    """The clusters with rows and keys filled up to whole tiles, and the tile.
+
+    Where many keys came and went, rows are cut into pieces of one tile with their own keys first.
+    """
+    height = clusters.rows.shape[-1]
+    each = -(-height // -(-height // _TILE))
     tile = -(-each // 8) * 8
+    if clusters.keys.shape[-1] > 2 * _TILE and _come_and_go(clusters):
+        tile = _TILE
+        clusters = by_rows(clusters, tile)
 
     def fill(x: Tensor, value: int) -> Tensor:
         return torch.nn.functional.pad(x, (0, -x.shape[-1] % tile), value=value)
@@ -118,6 +124,39 @@ def in_tiles(clusters: Clusters) -> tuple[Clusters, int]:
         fill(clusters.last, 0),
         clusters.hole,
     ), tile
+
+
+def _come_and_go(clusters: Clusters) -> bool:
+    """Whether some key is pushed out before its cluster's last row."""
+    total = (clusters.rows >= 0).sum(-1, keepdim=True)
+    return bool(((clusters.last < total) & (clusters.last > 0)).any())
+
+
+def by_rows(clusters: Clusters, size: int) -> Clusters:
+    """The clusters cut into pieces of `size` rows, each with those keys alone that its rows see.
+
+    Members of prefixes come and go: of all that ever were, a piece sees at most w + size.
+    """
+    rows, keys, first, last, _ = clusters
+    batch, heads, count, height = rows.shape
+    pieces = -(-height // size)
+    rows = torch.nn.functional.pad(rows, (0, pieces * size - height), value=-1)
+    top = torch.arange(pieces, device=rows.device)[:, None] * size
+    lo, hi = (x[:, :, :, None] - top for x in (first, last))  # (B, H, C, pieces, K)
+    seen = (lo < size) & (hi > 0) & (hi > lo)
+    at = packed(seen, max(1, int(seen.sum(-1).max())))
+    there, at = at >= 0, at.clamp_min(0)
+
+    def pick_keys(x: Tensor) -> Tensor:
+        return x.expand_as(seen).gather(-1, at).flatten(2, 3)
+
+    there = there.flatten(2, 3)
+    return Clusters(
+        rows.view(batch, heads, count * pieces, size),
+        pick_keys(keys[:, :, :, None]).masked_fill(~there, -1),
+        pick_keys(lo).clamp_min(0) * there,
+        pick_keys(hi).clamp_max(size) * there,
+    )
 
 
 def cluster_layout(clusters: Clusters, tile: int, kv_len: int) -> Layout:

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from foveate.parts.selection import topk_mask
 
-_BUDGET = 1 << 24  # comparisons that are held at once
-
 
 class Held(NamedTuple):
     """The members of each cluster now: place (..., w), rising, -1 behind; score (..., w), fp32."""
@@ -49,8 +47,7 @@ def best(scores: Tensor, count: int, real: Tensor | None = None) -> Tensor:
         real: bool, broadcastable to scores: False is never chosen.
     """
     n = scores.shape[-1]
-    least = torch.finfo(scores.dtype).min
-    ranks = torch.where(scores >= least, scores, least)
+    ranks = _finite(scores)
     if real is not None:
         ranks = ranks.masked_fill(~real, -torch.inf)
     if count >= n:
@@ -61,6 +58,12 @@ def best(scores: Tensor, count: int, real: Tensor | None = None) -> Tensor:
         index = index.masked_fill(values == -torch.inf, n).sort(-1).values
         return index.masked_fill(index == n, -1)
     return packed(topk_mask(ranks, count, real), count)
+
+
+def _finite(scores: Tensor) -> Tensor:
+    """Scores of which -inf is kept for what isn't allowed; NaN is below every number."""
+    least = torch.finfo(scores.dtype).min
+    return torch.nan_to_num(scores, nan=least, posinf=torch.inf, neginf=least)
 
 
 def packed(chosen: Tensor, width: int) -> Tensor:
@@ -77,10 +80,9 @@ def packed(chosen: Tensor, width: int) -> Tensor:
 def streamed(scores: Tensor, count: int, real: Tensor | None = None) -> tuple[Stay, Held]:
     """Members of every prefix at once, and those of the whole.
 
-    A token enters if fewer than `count` of those before it score at least as much, and leaves when
-    `count` others that beat it have come. Tokens are looked at in runs of doubling length, of which
-    only those that may enter are compared: about w^2 log2(n / w) comparisons for each cluster
-    unless scores rise all along.
+    Tokens are looked at in runs of doubling length. Those of a run that score above the lowest
+    member from before it come in one after the other, in all clusters at the same time: about
+    w log2(n / w) times w comparisons for each cluster, unless scores rise all along.
 
     Args:
         scores: (..., n) fp32 or wider.
@@ -88,8 +90,7 @@ def streamed(scores: Tensor, count: int, real: Tensor | None = None) -> tuple[St
         real: as in `best`.
     """
     shape, n = scores.shape[:-1], scores.shape[-1]
-    least = torch.finfo(scores.dtype).min
-    ranks = torch.where(scores >= least, scores, least)
+    ranks = _finite(scores)
     if real is not None:
         ranks = ranks.masked_fill(~real, -torch.inf)
     ranks = ranks.reshape(-1, n)
@@ -97,89 +98,39 @@ def streamed(scores: Tensor, count: int, real: Tensor | None = None) -> tuple[St
         torch.full((len(ranks), count), -1, device=scores.device),
         ranks.new_full((len(ranks), count), -torch.inf),
     )
-    until = torch.zeros(ranks.shape, dtype=torch.int64, device=scores.device)
+    # Where a stay ends, 0 for who never was a member; the column behind is for who doesn't count.
+    until = torch.zeros(len(ranks), n + 1, dtype=torch.int64, device=scores.device)
     start = 0
     while start < n:
         end = min(n, start + max(start, count))
-        bar = held.score.amin(-1, keepdim=True)
-        enters = ranks[:, start:end] > bar
-        while end - start > count and int(enters.sum(-1).max()) > 4 * count:
-            end = start + max(count, (end - start) // 2)
-            enters = enters[:, : end - start]
-        width = int(enters.sum(-1).max())
-        if width:
-            new = packed(enters, width)
-            new = torch.where(new >= 0, new + start, -1)
-            held = _run(held, new, ranks, until, count)
+        enters = ranks[:, start:end] > held.score.amin(-1, keepdim=True)
+        width = int(enters.sum(-1).max()) if len(enters) else 0
+        new = packed(enters, width)
+        for place in torch.where(new >= 0, new + start, n).unbind(1):
+            _come(held, place[:, None], ranks, until)
         start = end
+    until = until[:, :n]
     width = max(1, int((until > 0).sum(-1).max())) if until.numel() else 1
     place = packed(until > 0, width)
     stay = until.gather(-1, place.clamp_min(0)) if n else torch.zeros_like(place)
-    return (
-        Stay(place.view(*shape, width), stay.view(*shape, width)),
-        Held(held.place.view(*shape, count), held.score.view(*shape, count)),
-    )
+    order = torch.where(held.place < 0, n, held.place).argsort(1)
+    now = [x.gather(1, order).view(*shape, count) for x in held]
+    return Stay(place.view(*shape, width), stay.view(*shape, width)), Held(*now)
 
 
-def _run(held: Held, new: Tensor, ranks: Tensor, until: Tensor, count: int) -> Held:
-    """Let `new` (R, E) come one after the other; writes `until` (R, n)."""
-    step = max(1, _BUDGET // ((count + new.shape[1]) * new.shape[1]))
-    parts = []
-    for rows in torch.arange(len(new), device=new.device).split(step):
-        one, ends = _compare(
-            Held(held.place[rows], held.score[rows]), new[rows], ranks[rows], count
-        )
-        until[rows] = torch.where(ends > 0, ends, until[rows])
-        parts.append(one)
-    return Held(torch.cat([p.place for p in parts]), torch.cat([p.score for p in parts]))
+def _come(held: Held, place: Tensor, ranks: Tensor, until: Tensor) -> None:
+    """Let a token of each cluster in, if it is among the best: place (R, 1), n for none.
 
-
-def _compare(held: Held, new: Tensor, ranks: Tensor, count: int) -> tuple[Held, Tensor]:
-    """Held after `new`, and where each token's stay ends as far as it is told here (R, n); else 0.
-
-    Whoever beats j stays at least as long as j does, so that j leaves when the number of tokens
-    that ever beat it, whether they are still there or not, reaches `count`.
+    Writes to `held`, whose members are in no order here, and to `until` (R, n + 1).
     """
-    n, width = ranks.shape[1], new.shape[1]
-    score = ranks.gather(1, new.clamp_min(0)).masked_fill(new < 0, -torch.inf)
-    places = torch.cat((held.place, new), 1)
-    scores = torch.cat((held.score, score), 1)
-
-    # How many of those held at first beat each token: of equal ones the earlier does.
-    order = torch.sort(held.score, dim=1, descending=True, stable=True).indices
-    rank = torch.empty_like(order).scatter_(
-        1, order, torch.arange(count).to(order).expand_as(order)
-    )
-    rising = held.score.sort(1).values.contiguous()
-    above = count - torch.searchsorted(rising, score.contiguous())
-    first = torch.cat((rank, above), 1)
-
-    # beats[r, j, e]: the e-th new token beats token j.
-    beats = score[:, None, :] > scores[:, :, None]
-    steps = torch.arange(width, device=new.device)
-    before = steps[None, :] < steps[:, None]  # [j, e]: e came before j, and so wins a tie
-    ties = before & (score[:, None, :] == score[:, :, None]) & (new >= 0)[:, None, :]
-    beats[:, count:] |= ties
-    so_far = beats.cumsum(2, dtype=torch.int32)
-    own = torch.where(
-        steps > 0,
-        so_far[:, count:].gather(
-            2, (steps - 1).clamp_min(0)[None, :, None].expand(len(new), -1, 1)
-        )[..., 0],
-        0,
-    )
-    enters = (first[:, count:] + own < count) & (new >= 0)
-    member = torch.cat((held.place >= 0, enters), 1)
-    gone = (so_far < (count - first)[..., None]).sum(2)  # the first new token with which it's out
-    last = torch.nn.functional.pad(new, (0, 1), value=n)
-    ends = last.gather(1, gone).masked_fill(~member, 0)
-    until = torch.zeros_like(ranks, dtype=torch.int64)
-    until.scatter_reduce_(1, places.clamp_min(0), ends, "amax")
-
-    stays = packed(member & (gone == width), count)
-    there = stays >= 0
-    stays = stays.clamp_min(0)
-    return Held(
-        places.gather(1, stays).masked_fill(~there, -1),
-        scores.gather(1, stays).masked_fill(~there, -torch.inf),
-    ), until
+    n = ranks.shape[1]
+    score = ranks.gather(1, place.clamp_max(n - 1))
+    low = held.score.amin(1, keepdim=True)
+    # Of equal scores the later token goes.
+    at = held.place.masked_fill(held.score != low, -2).argmax(1, keepdim=True)
+    out = held.place.gather(1, at)
+    enters = (score > low) & (place < n)
+    until.scatter_(1, torch.where(enters & (out >= 0), out, n), place)
+    until.scatter_(1, torch.where(enters, place, n), n)
+    held.place.scatter_(1, at, torch.where(enters, place, out))
+    held.score.scatter_(1, at, torch.where(enters, score, low))

@@ -32,7 +32,7 @@ from foveate.parts.context import Context
 from foveate.parts.form import is_causal_or_full
 from foveate.parts.lifetimes import layout_of_spans
 from foveate.parts.projection import split_heads
-from foveate.parts.tokens import Tokens, tokens_of
+from foveate.parts.tokens import tokens_of
 
 _TILE = (32, 32)
 
@@ -72,11 +72,10 @@ class MultiStep(nn.Module, Attention):
                 and padding, a bias for each position, or learnt sinks.
         """
         ctx = Context() if ctx is None else ctx
-        tokens = self._tokens(q, k, ctx)
+        first = first_real(q, k, ctx)
         if not q.shape[0] or self.window >= k.shape[2]:  # the window is everything there is
             return AttentionOutput(_dense(q, k, v, ctx).out, _no_lse(q))
         routing = self.routes_with(ctx, q)
-        first = _first(tokens, k)
         with torch.no_grad():
             routes = self.routes(routing, k, first)
         return AttentionOutput(self.mixed(q, k, v, routing, routes, first, ctx), _no_lse(q))
@@ -96,7 +95,8 @@ class MultiStep(nn.Module, Attention):
     def routes(self, routing: Tensor, k: Tensor, first: Tensor) -> Routes:
         """Steps 1 to 3: the best anchors of each query and their spans."""
         r = self.recipe
-        behind = distances(k.shape[2], r.power, r.index + 1)
+        # For more tokens than there are: the same table serves many steps of decoding.
+        behind = distances(1 << k.shape[2].bit_length(), r.power, r.index + 1)
         anchors = best_anchors(routing, k, behind, first, r.spans)
         at = torch.arange(k.shape[2] - routing.shape[2], k.shape[2], device=k.device)
         n = at + 1 - first[:, None]  # (B, Lq)
@@ -156,19 +156,6 @@ class MultiStep(nn.Module, Attention):
         layout = layout_of_spans(low, (at + 1).expand_as(low), k.shape[2], tile_for(q.shape[2]))
         return attention(q, k, v, layout=layout, **ctx.options)
 
-    def _tokens(self, q: Tensor, k: Tensor, ctx: Context) -> Tokens:
-        if ctx.bias is not None or ctx.sink_logits is not None:
-            raise InputError("superlinear takes no bias for each position and no learnt sinks.")
-        tokens = tokens_of(q, k, ctx)
-        aligned = bool((tokens.shift == k.shape[2] - q.shape[2]).all())
-        if not (tokens.causal and aligned and is_causal_or_full(ctx, tokens)):
-            raise InputError(
-                "superlinear searches among earlier keys: its mask must be causal(), with padding "
-                "at most (no mask is everything). Give Context(mask=causal()), packed sequences "
-                "as rows of a batch."
-            )
-        return tokens
-
     def extra_repr(self) -> str:
         """What torch prints of it."""
         return repr(self.recipe)
@@ -179,8 +166,28 @@ def tile_for(q_len: int) -> tuple[int, int]:
     return min(_TILE[0], max(8, -(-q_len // 8) * 8)), _TILE[1]
 
 
-def _first(tokens: Tokens, k: Tensor) -> Tensor:
-    """(B,) index of each sequence's first real key."""
+def first_real(q: Tensor, k: Tensor, ctx: Context) -> Tensor:
+    """(B,) index of each sequence's first real key.
+
+    Where there is no padding nothing is looked at, so that a step of decoding stays sublinear.
+
+    Raises:
+        InputError: a mask that isn't causal, or more than causal and padding; or what the mixture
+            of several softmaxes has no place for.
+    """
+    if ctx.bias is not None or ctx.sink_logits is not None:
+        raise InputError("superlinear takes no bias for each position and no learnt sinks.")
+    plain = ctx.q_positions is None and ctx.kv_positions is None
+    if plain and ctx.mask is not None and ctx.mask.spec == "causal()":
+        return torch.zeros(k.shape[0], dtype=torch.int64, device=k.device)
+    tokens = tokens_of(q, k, ctx)
+    aligned = bool((tokens.shift == k.shape[2] - q.shape[2]).all())
+    if not (tokens.causal and aligned and is_causal_or_full(ctx, tokens)):
+        raise InputError(
+            "superlinear searches among earlier keys: its mask must be causal(), with padding at "
+            "most (no mask is everything). Give Context(mask=causal()), packed sequences as rows "
+            "of a batch."
+        )
     return tokens.k_real.int().argmax(1).expand(k.shape[0])
 
 

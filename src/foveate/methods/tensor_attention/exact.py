@@ -20,7 +20,7 @@ A query sees a tuple if the mask lets it see each of its tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -48,6 +48,8 @@ class Grounds:
         symmetric: whether both keys and both values are the same, and the mask is causal or full:
             then only j1 <= j2 is run, with weights doubled off the diagonal.
         backend: of the core op.
+        keep: whether blocks and layouts are kept for the backward and for the next call; together
+            they are of the size of an n x n table, so not for long sequences.
     """
 
     mask: Mask
@@ -56,6 +58,7 @@ class Grounds:
     scale: float
     symmetric: bool = False
     backend: str = "auto"
+    keep: bool = True
     _layouts: dict[Any, Layout | None] = field(default_factory=dict)
     _blocks: dict[Any, list[_Block]] = field(default_factory=dict)
 
@@ -71,33 +74,42 @@ class Grounds:
 
     def layout(self, name: tuple[int, ...], mask: Mask, at: Tensor, keys: Tensor) -> Layout | None:
         """Of pseudo-queries at (1 or B', N) and keys, kept by name; None where all see all."""
-        if name not in self._layouts:
-            made = None
-            if mask.spec != EVERYTHING.spec:
-                with torch.inference_mode(False):  # what is kept must serve training, too
-                    made = build(mask, at, keys, (TILE, TILE), None)
+        if name in self._layouts:
+            return self._layouts[name]
+        made = None
+        if mask.spec != EVERYTHING.spec:
+            with torch.inference_mode(False):  # what is kept must serve training, too
+                made = build(mask, at, keys, (TILE, TILE), None)
+        if self.keep:
             self._layouts[name] = made
-        return self._layouts[name]
+        return made
 
-    def blocks(self, name: tuple[int, ...], at: Tensor) -> list[_Block]:
+    def blocks(self, name: tuple[int, ...], at: Tensor) -> Iterable[_Block]:
         """The blocks of the last index, for queries at (1 or B', N); kept by name."""
+        if not self.keep:
+            return self._cut(at)
         if name not in self._blocks:
-            with torch.inference_mode(False):
-                self._blocks[name] = list(self._cut(at))
+            self._blocks[name] = list(self._cut(at))
         return self._blocks[name]
 
     def _cut(self, at: Tensor) -> Iterator[_Block]:
         n = self.keys.shape[-1]
         size = max(_LEAST, _QUERIES // max(1, at.shape[-1]))
         for first in range(0, n, size):
-            cols = slice(first, min(first + size, n))
-            seen = self.seen(at, cols)
-            some = seen.any(-1).flatten(0, 1).any(0)
-            if not bool(some.any()):
-                continue
-            rows = None if bool(some.all()) else some.nonzero()[:, 0]
-            seen = seen if rows is None else seen[:, :, rows]
-            yield _Block(cols, rows, None if bool(seen.all()) else seen)
+            block = self._block(at, slice(first, min(first + size, n)))
+            if block is not None:
+                yield block
+
+    @torch.inference_mode(False)
+    def _block(self, at: Tensor, cols: slice) -> _Block | None:
+        """The block of these columns; None if no query sees any."""
+        seen = self.seen(at, cols)
+        some = seen.any(-1).flatten(0, 1).any(0)
+        if not bool(some.any()):
+            return None
+        rows = None if bool(some.all()) else some.nonzero()[:, 0]
+        seen = seen if rows is None else seen[:, :, rows]
+        return _Block(cols, rows, None if bool(seen.all()) else seen)
 
 
 class _Block(NamedTuple):

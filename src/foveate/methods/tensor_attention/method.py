@@ -224,14 +224,15 @@ def _grounds(q: Tensor, k: Tensor, ctx: Context, scale: float, tied: bool) -> Gr
     mask = EVERYTHING if ctx.mask is None else ctx.mask
     lengths, backend = (q.shape[2], k.shape[2]), ctx.backend
     mask._check(*lengths)
+    keep = lengths[0] * lengths[1] <= KEPT
     symmetric = tied and lengths[0] == lengths[1] and is_causal_or_full(ctx, tokens_of(q, k, ctx))
     if ctx.q_positions is None and ctx.kv_positions is None and not mask.tensors:
-        make = _plain if lengths[0] * lengths[1] <= KEPT else _plain.__wrapped__
-        return make(mask, lengths, scale, symmetric, backend, q.device)
+        make = _plain if keep else _plain.__wrapped__
+        return make(mask, lengths, scale, symmetric, backend, keep, q.device)
 
     def build() -> Grounds:
         at, keys = positions(*lengths, ctx.q_positions, ctx.kv_positions, q.device)
-        return Grounds(mask, at, keys, scale, symmetric, backend)
+        return Grounds(mask, at, keys, scale, symmetric, backend, keep)
 
     name = (_grounds, mask, lengths, scale, symmetric, backend, q.device)
     return remember(ctx, name, build)
@@ -244,12 +245,13 @@ def _plain(
     scale: float,
     symmetric: bool,
     backend: str,
+    keep: bool,
     device: torch.device,
 ) -> Grounds:
     """Without positions: the layouts of short sequences are kept from call to call."""
     with torch.inference_mode(False):
         at, keys = positions(*lengths, None, None, device)
-    return Grounds(mask, at, keys, scale, symmetric, backend)
+    return Grounds(mask, at, keys, scale, symmetric, backend, keep)
 
 
 def _approximate(

@@ -41,7 +41,9 @@ def distinct(bits: Tensor) -> tuple[Tensor, Tensor]:
     generator = torch.Generator("cpu").manual_seed(0x5EED)
     size = (words.shape[1],)
     factors = torch.randint(-(2**62), 2**62, size, generator=generator, device="cpu") | 1
-    hashes = (words * factors.to(words.device)).sum(1)
+    # A product alone leaves the highest bits, the last rows of a tile, where they are.
+    mixed = (words ^ (words >> 32 & 0xFFFFFFFF)) * -0x61C8864680B583EB
+    hashes = ((mixed ^ (mixed >> 32 & 0xFFFFFFFF)) * factors.to(words.device)).sum(1)
     _, index = torch.unique(hashes, return_inverse=True)
     first = torch.full((int(index.max()) + 1,), n, device=bits.device)
     first = first.scatter_reduce(0, index, torch.arange(n, device=bits.device), "amin")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.ops import causal
+from foveate.parts.growth import exponent
 from foveate.runs.timing import Pace, race
 
 
@@ -62,11 +63,3 @@ def growth(
             "doubling": max(steps),
         }
     return found
-
-
-def exponent(lengths: Sequence[int], seconds: Sequence[float]) -> float:
-    """The slope of log seconds over log length, by least squares."""
-    x, y = [log(n) for n in lengths], [log(s) for s in seconds]
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    above = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y))
-    return above / sum((a - mean_x) ** 2 for a in x)

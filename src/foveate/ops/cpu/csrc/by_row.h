@@ -25,12 +25,12 @@ template <class P> INLINE void pair_weights(float* p, int vectors) {
 }
 
 // M vectors of values from element `at` on: of key j, or of keys 2j and 2j + 1 as pairs.
-template <class P, int M>
-INLINE void take_values(const float* const* v, int j, int n, int at, int dim, vf* x) {
+template <class P, int M, class Values>
+INLINE void take_values(const Values& v, int j, int n, int at, int dim, vf* x) {
 #if defined(__AVX512BF16__)
   if (P::PAIR == 2) {
     bool two = 2 * j + 1 < n;  // an odd last key meets zeros
-    const bf16 *a = (const bf16*)v[2 * j], *b = (const bf16*)v[two ? 2 * j + 1 : 2 * j];
+    const bf16 *a = (const bf16*)v.row(2 * j), *b = (const bf16*)v.row(two ? 2 * j + 1 : 2 * j);
     UNROLL for (int m = 0; m + 1 < M; m += 2) {
       int left = dim - at - m * VL;
       __m512i lo, hi;
@@ -48,28 +48,29 @@ INLINE void take_values(const float* const* v, int j, int n, int at, int dim, vf
     return;
   }
 #endif
-  UNROLL for (int m = 0; m < M; ++m) x[m] = load(v[j] + at + m * VL);
+  UNROLL for (int m = 0; m < M; ++m) x[m] = load(v.row(j) + at + m * VL);
 }
 
 // The same elements of the rows ahead, line by line.
-template <class P, int M> INLINE void fetch_values(const char* const* ahead, int j, int at) {
+template <class P, int M, class Values> INLINE void fetch_values(const Values& v, int j, int n, int at) {
   UNROLL for (int i = 0; i < P::PAIR; ++i) {
-    const char* row = ahead[j * P::PAIR + i] + at * (4 / P::PAIR);
+    if (i && j * P::PAIR + i >= n) break;
+    const char* row = v.next(j * P::PAIR + i) + at * (4 / P::PAIR);
     UNROLL for (int m = 0; m < M; m += P::PAIR) prefetch(row + m * VL * (4 / P::PAIR));
   }
 }
 
 // M vectors of R rows of `values_by_row`. Few sums are kept apart by keys, so that none waits for itself.
-template <class P, int F, int R, int M>
-INLINE void values_by_row_of(const float* p, const float* const* v, int n, int at, int dim, float* o,
-                             int64_t stride, const float* alpha, bool first, const char* const* ahead) {
+template <class P, int F, int R, int M, class Values>
+INLINE void values_by_row_of(const float* p, const Values& v, int n, int at, int dim, float* o,
+                             int64_t stride, const float* alpha, bool first, bool fetch) {
   using W = Weights<P, F>;
   constexpr int APART = R * M >= 8 ? 1 : 8 / (R * M);
   vf acc[APART][R][M];
   UNROLL for (int i = 0; i < APART; ++i)
     UNROLL for (int r = 0; r < R; ++r) UNROLL for (int m = 0; m < M; ++m) acc[i][r][m] = vf{};
   auto add = [&](int j, int i) __attribute__((always_inline)) {
-    if (ahead) fetch_values<P, M>(ahead, j, at);
+    if (fetch) fetch_values<P, M>(v, j, n, at);
     const float* weight = p + (unsigned)j / W::EACH * W::GROUP + (unsigned)j % W::EACH;
     vf x[M];
     take_values<P, M>(v, j, n, at, dim, x);
@@ -95,9 +96,9 @@ INLINE void values_by_row_of(const float* p, const float* const* v, int n, int a
 // o[row][d] = o[row][d] * alpha[row * F] + sum over j < n of p[row][j] * v[j][d] for VL / F rows,
 // `stride` floats apart, which hold whole vectors; the old o counts as 0 if `first`. Values are read
 // where they lie, also bf16 by pairs; rows of fp32 must be whole vectors too.
-template <class P, int F>
-void values_by_row(const float* p, const float* const* v, int n, int dim, float* o, int64_t stride,
-                   const float* alpha, bool first, Ahead ahead) {
+template <class P, int F, class Values>
+void values_by_row(const float* p, Values v, int n, int dim, float* o, int64_t stride, const float* alpha,
+                   bool first) {
   using W = Weights<P, F>;
   constexpr int ALL = VL / F, R = ALL > 8 ? 8 : ALL, LEAST = P::PAIR;
 #if defined(__AVX512F__)
@@ -110,7 +111,7 @@ void values_by_row(const float* p, const float* const* v, int n, int dim, float*
     auto run = [&](int at, auto size) __attribute__((always_inline)) {
       constexpr int N = decltype(size)::value;
       values_by_row_of<P, F, R, N>(p + r * W::ROW, v, n, at, dim, o + r * stride, stride, alpha + r * F,
-                                   first, r ? nullptr : ahead.row);
+                                   first, !r && v.ahead());
     };
     int at = 0;
     for (; at + M * VL <= dim; at += M * VL) run(at, Size<M>{});

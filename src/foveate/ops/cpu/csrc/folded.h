@@ -74,37 +74,34 @@ template <int F> INLINE uint32_t lanes_seen(const uint64_t* word, int words) {
 }
 
 // KN keys of `scores_folded`. With every line that is read goes the same one of a row ahead.
-template <class P, int F, int KN>
-INLINE void scores_folded_of(const float* q, const float* const* k, int left, int n, float* s,
-                             const char* const* ahead) {
+template <class P, int F, int KN, class Keys>
+INLINE void scores_folded_of(const float* q, Keys k, int left, int n, float* s) {
   constexpr int LINE = 16 / F > 0 ? 16 / F : 1;  // vectors of q that meet one line of a key
   vf acc[KN];
-  const float* row[KN];
-  const char* next[KN];
-  UNROLL for (int j = 0; j < KN; ++j) {
-    int i = j < left ? j : left - 1;
-    acc[j] = vf{};
-    row[j] = k[i];
-    next[j] = ahead ? ahead[i] : (const char*)k[i];
-  }
+  auto last = [&](int j) __attribute__((always_inline)) { return j < left ? j : left - 1; };
+  UNROLL for (int j = 0; j < KN; ++j) acc[j] = vf{};
   if (F >= 8) {  // memory is the limit: key by key, in the order in which they lie
     UNROLL for (int j = 0; j < KN; ++j) {
+      const float* row = k.row(last(j));
+      const char* next = k.next(last(j));
       auto add = [&](int t) __attribute__((always_inline)) {
-        if (t % LINE == 0) prefetch(next[j] + t * F * 4);
-        acc[j] = P::fma(acc[j], load(q + t * VL), load_group<F>(row[j] + t * F));
+        if (t % LINE == 0) prefetch(next + t * F * 4);
+        acc[j] = P::fma(acc[j], load(q + t * VL), load_group<F>(row + t * F));
       };
       int t = 0;
       for (; t + 4 <= n; t += 4) UNROLL for (int u = 0; u < 4; ++u) add(t + u);
       for (; t < n; ++t) add(t);
     }
   } else {
+    const float* row[KN];
+    UNROLL for (int j = 0; j < KN; ++j) row[j] = k.row(last(j));
     auto add = [&](int t) __attribute__((always_inline)) {
       vf x = load(q + t * VL);
       UNROLL for (int j = 0; j < KN; ++j) acc[j] = P::fma(acc[j], x, load_group<F>(row[j] + t * F));
     };
     int t = 0;
     for (; t + LINE <= n; t += LINE) {
-      UNROLL for (int j = 0; j < KN; ++j) prefetch(next[j] + t * F * 4);
+      UNROLL for (int j = 0; j < KN; ++j) prefetch(k.next(last(j)) + t * F * 4);
       UNROLL for (int u = 0; u < LINE; ++u) add(t + u);
     }
     for (; t < n; ++t) add(t);
@@ -114,11 +111,12 @@ INLINE void scores_folded_of(const float* q, const float* const* k, int left, in
 
 // s[key / F][row * F + key % F] = q[row] . k[key], of n vectors of folded elements. Keys beyond the
 // last fill up its vector with what `settle` hides.
-template <class P, int F>
-void scores_folded(const float* q, const float* const* k, int keys, int n, float* s, Ahead ahead) {
+template <class P, int F, class Keys>
+INLINE void scores_folded(const float* q, Keys k, int keys, int n, float* s) {
   constexpr int KN = F > 8 ? F : 8;
-  for (int j = 0; j < keys; j += KN)
-    scores_folded_of<P, F, KN>(q, k + j, keys - j, n, s + j / F * VL, ahead.row ? ahead.row + j : nullptr);
+  int j = 0;
+  for (; j + KN <= keys; j += KN) scores_folded_of<P, F, KN>(q, k.from(j), KN, n, s + j / F * VL);
+  if (j < keys) scores_folded_of<P, F, KN>(q, k.from(j), keys - j, n, s + j / F * VL);
 }
 
 // Scores made ready for the softmax: c, cap and bias as in `adjust`, if so wanted; -inf where hidden;

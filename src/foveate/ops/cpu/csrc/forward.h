@@ -3,17 +3,10 @@
 #include <math.h>
 
 #include "bias.h"
-#include "by_row.h"
-#include "folded.h"
-#include "pack.h"
-#include "softmax.h"
+#include "lined.h"
 
 namespace foveate {
 namespace FOVEATE_ISA {
-
-template <class T> INLINE const T* row_at(const Rows& x, int64_t b, int64_t h, int64_t l) {
-  return (const T*)x.data + b * x.b + h * x.h + l * x.l;
-}
 
 template <class T> INLINE void point(const Rows& x, int64_t b, int64_t h, const Step& s, const T** row) {
   const T* base = (const T*)x.data + b * x.b + h * x.h;
@@ -40,21 +33,6 @@ template <class T> INLINE void fetch_queries(const Call& c, const Item& it) {
     }
   }
 }
-
-// A block with its running state, all in scratch: [element or value][width lanes].
-struct Running {
-  float *q, *o, *max, *total;
-  int32_t* query;
-  int width;
-  int fold;     // elements of a row side by side; see folded.h
-  bool by_row;  // o is [row][padded value]; see by_row.h
-  bool first;
-};
-
-constexpr int64_t MAX_DIM_PAD = 16;
-
-// Floats of a row where o is kept by rows.
-INLINE int64_t row_floats(const Call& c) { return padded(c.value_dim, 2 * MAX_DIM_PAD); }
 
 // Scratch floats that an item needs at most.
 INLINE int64_t forward_floats(const Call& c) {
@@ -92,7 +70,8 @@ void forward_step(const Call& c, const Item& it, const Block& b, Running& run, c
 #endif
   if (P::PAIR == 1) soften<W, sizeof(T) == 2 ? 4 : 5>(score, n, top, scale, run.max, run.total, alpha);
   if (W == VL && run.by_row)
-    values_by_row<P, 1>(p, rows + lo, n, (int)c.value_dim, run.o, row_floats(c), alpha, run.first, ahead_v);
+    values_by_row<P, 1>(p, Listed::of(rows + lo, ahead_v), n, (int)c.value_dim, run.o, row_floats(c), alpha,
+                        run.first);
   else
     values<P, W>(p, v + lo / P::PAIR, (n + P::PAIR - 1) / P::PAIR, (int)c.value_dim, run.o, alpha, run.first,
                  ahead_v);
@@ -110,13 +89,14 @@ void folded_step(const Call& c, const Item& it, const Block& b, Running& run, co
   const uint64_t* seen = s.whole[at] && lo == s.lo[at] ? nullptr : s.seen[at] + lo;
   if (ahead_k.row) ahead_k.row += lo;
   if (ahead_v.row) ahead_v.row += lo;
-  scores_folded<P, F>(run.q, k + lo, n, elements<P>((int)c.dim) / F, score, ahead_k);
+  scores_folded<P, F>(run.q, Listed::of(k + lo, ahead_k), n, elements<P>((int)c.dim) / F, score);
   if (c.bias) bias_block(c, it, b, run.query, s.key + lo, n, VL, F, biases);
   float inner = (float)(c.softcap != 0 ? c.scale / c.softcap : c.scale * LOG2E);
   settle<F>(score, n, c.softcap != 0 || c.bias, inner, (float)c.softcap, c.bias ? biases : nullptr, seen, top);
   soften<VL, sizeof(T) == 2 ? 4 : 5>(score, (n + F - 1) / F, top, scale, run.max, run.total, alpha);
   pair_weights<P>(score, (n + F - 1) / F);
-  values_by_row<P, F>(score, rows + lo, n, (int)c.value_dim, run.o, row_floats(c), alpha, run.first, ahead_v);
+  values_by_row<P, F>(score, Listed::of(rows + lo, ahead_v), n, (int)c.value_dim, run.o, row_floats(c), alpha,
+                      run.first);
   run.first = false;
 }
 
@@ -206,6 +186,11 @@ void forward_item(const Call& c, const Item& it, const Item* following, Arena* a
   }
   Stream stream;
   stream.start(c, it, block, blocks);
+  // Keys are read where they lie if a product can take them so.
+  bool copy_k = sizeof(T) == 2 && (P::PAIR == 1 || c.dim % 2), copy_v = sizeof(T) == 2;
+  bool few = blocks == 1 && block[0].heads * block[0].rows <= VL && (sizeof(T) == 2 || c.value_dim % VL == 0);
+  bool lined = few && VL == 16 && !adjusted && !copy_k && c.key.l > 0 && c.value.l > 0;
+  stream.skips = lined;
   Step step[2];
   const T *k_row[2][KEYS], *v_row[2][KEYS];
   int now = 0;
@@ -255,8 +240,6 @@ void forward_item(const Call& c, const Item& it, const Item* following, Arena* a
       r.q = folded;
     }
   }
-  // Keys are read where they lie if a product can take them so.
-  bool copy_k = sizeof(T) == 2 && (P::PAIR == 1 || c.dim % 2), copy_v = sizeof(T) == 2;
   if (P::PAIR == 2) {
     copy_v = false;
     for (int i = 0; i < blocks; ++i) copy_v |= !run[i].by_row;
@@ -268,6 +251,7 @@ void forward_item(const Call& c, const Item& it, const Item* following, Arena* a
   float* biases = c.bias ? floats(KEYS * ROWS) : nullptr;
   const float *k[KEYS], *v[KEYS];
   const float* const* rows = v;
+  if (lined) lined_keys_for<P, T>(run[0].fold)(c, it, run[0], stream, kv_head, scale, score, weight);
   if (more) fetch(v_row[0], step[0].n, c.value_dim);
   while (more) {
     const Step& s = step[now];

@@ -45,6 +45,27 @@ struct Ahead {
   int bytes;  // of a row
 };
 
+// Rows that lie anywhere, with those to be fetched while they are computed with (null: none).
+struct Listed {
+  const float* const* at;
+  const char* const* far;
+  INLINE Listed of(const float* const* at, Ahead ahead) { return {at, ahead.row}; }
+  __attribute__((always_inline)) const float* row(int j) const { return at[j]; }
+  __attribute__((always_inline)) const char* next(int j) const { return far ? far[j] : (const char*)at[j]; }
+  __attribute__((always_inline)) bool ahead() const { return far; }
+  __attribute__((always_inline)) Listed from(int j) const { return {at + j, far ? far + j : nullptr}; }
+};
+
+// Rows one behind the other, `stride` bytes apart; those to be fetched lie `far` bytes further.
+struct Lined {
+  const char* at;
+  int64_t stride, far;
+  __attribute__((always_inline)) const float* row(int j) const { return (const float*)(at + j * stride); }
+  __attribute__((always_inline)) const char* next(int j) const { return at + j * stride + far; }
+  __attribute__((always_inline)) bool ahead() const { return true; }
+  __attribute__((always_inline)) Lined from(int j) const { return {at + j * stride, stride, far}; }
+};
+
 // Pairs of bf16 lie at any even address.
 INLINE float scalar(const float* p) { float x; memcpy(&x, p, 4); return x; }
 

@@ -43,6 +43,7 @@ struct Stream {
   uint64_t window[BLOCKS][KEYS];  // who sees each of the slots at .. at + KEYS
   int32_t keys[KEYS];
   int held, left;  // slots of the window; those not yet handed out start at held - left
+  bool skips;      // whole tiles are somebody else's
 
   void start(const Call& call, const Item& item, const Block* b, int n) {
     c = &call;
@@ -52,6 +53,7 @@ struct Stream {
     entry = item.entry0;
     at = 0;
     held = left = 0;
+    skips = false;
     slots = call.kv_tile;
     virtuals = call.kv_index.data ? call.kv_index.n : call.kv_len;
     kv_index = call.kv_index.data ? lookup(call, call.kv_index, item.batch, item.head0) : nullptr;
@@ -65,7 +67,7 @@ struct Stream {
     bool plain = true;  // whole tiles only: `seen` is not filled in
     while (s->n < KEYS) {
       if (!left) {
-        int run = whole_tile(s);
+        int run = skips ? 0 : whole_tile(s);
         if (run) {
           if (!plain) show_all(s, s->n, s->n + run);
           s->n += run;
@@ -98,6 +100,14 @@ struct Stream {
       s->whole[b] = (all & real) == real;
     }
     return s->n > 0;
+  }
+
+  // How many keys of an entry's tile there are, if all of it is to be seen; else 0.
+  int64_t whole_at(int64_t e) const {
+    int32_t col = c->ptr ? c->cols[e] : (int32_t)e;
+    if (kv_index || col < 0 || col >= c->kv_tiles || (c->ptr && c->kinds[e] != FULL)) return 0;
+    int64_t left_of = virtuals - (int64_t)col * slots;
+    return left_of > slots ? slots : left_of > 0 ? left_of : 0;
   }
 
  private:
@@ -134,6 +144,11 @@ struct Stream {
       int64_t limit = slots;
       if (col >= 0 && col < c->kv_tiles && virtuals - col * slots < slots)
         limit = virtuals - col * slots;
+      if (skips && whole_at(entry)) {
+        ++entry;
+        at = 0;
+        continue;
+      }
       bool known = kind <= c->patterns && (kind >= 0 || (kind == KEY_RANGE && key_range) ||
                                            (kind == ROW_RANGE && row_range));
       if (at < limit && col >= 0 && col < c->kv_tiles + c->lists && known) {
