@@ -376,6 +376,16 @@ def test_padding_moves_no_boundary():
     torch.testing.assert_close(method(q, k, v, ctx).out[:, :, 37:], alone)
 
 
+def test_a_sequence_of_padding_alone_sees_nothing():
+    q, k, v = qkv(100)
+    method = DHSA(budget=48, block=16, local=16, sinks=8, instruction=16, chunk=8)
+    out = method(q, k, v, Context(mask=causal() & padding([100, 0]))).out
+    assert not out[1].any()
+    torch.testing.assert_close(out[:1], method(q[:1], k[:1], v[:1], prompt()).out)
+    with pytest.raises(InputError, match="each of 2 sequences"):
+        method.layout_from([torch.tensor([0, 100])], q, k, prompt())
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

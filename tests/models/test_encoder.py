@@ -271,3 +271,27 @@ def test_trainer(tmp_path):
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < 0.5 * before
+
+
+def test_a_tree_reaches_every_layer():
+    from foveate.parts.tree import Tree
+
+    model, ids = classifier(attention="hsa(branch=3)"), text()
+    tree = Tree.windows(9, 3)
+    windows, given = model(ids).logits, model(ids, tree=tree).logits
+    torch.testing.assert_close(windows, given)
+    other = model(ids, tree=Tree.nested([[0, 8], [1, 7], [2, 3, 4, 5, 6]])).logits
+    assert float((other - given).detach().abs().max()) > 1e-4
+    flat = model(ids, tree=Tree.nested(list(range(9)))).logits
+    torch.testing.assert_close(flat, classifier()(ids).logits)
+
+
+def test_hierarchical_attention_learns_in_the_encoder():
+    model = classifier(attention="hsa(branch=3)").train()
+    ids, mask, _ = padded("right")
+    model(ids, attention_mask=mask, labels=torch.tensor([1, 3])).loss.backward()
+    for layer in model.encoder.layers:
+        for parameter in layer.attention.parameters():
+            assert parameter.grad is not None
+            assert parameter.grad.isfinite().all()
+            assert parameter.grad.any()

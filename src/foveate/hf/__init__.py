@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from foveate.hf.errors import AssignmentError, InUseError, ModelError
     from foveate.hf.grid import TokenGrid, token_grid, use_on_grid
     from foveate.hf.places import Site, sites
+    from foveate.hf.tree import SentenceTree, late_alternating, use_on_tree
     from foveate.hf.using import Use, use
 
 _HOMES = {
@@ -25,15 +26,18 @@ _HOMES = {
     "AssignmentError": "errors",
     "InUseError": "errors",
     "ModelError": "errors",
+    "SentenceTree": "tree",
     "Site": "places",
     "TokenGrid": "grid",
     "Use": "using",
     "dynamic_mask": "doge",
+    "late_alternating": "tree",
     "streaming_cache": "cache",
     "sites": "places",
     "token_grid": "grid",
     "use": "using",
     "use_on_grid": "grid",
+    "use_on_tree": "tree",
 }
 
 __all__ = [
@@ -41,15 +45,18 @@ __all__ = [
     "AssignmentError",
     "InUseError",
     "ModelError",
+    "SentenceTree",
     "Site",
     "TokenGrid",
     "Use",
     "dynamic_mask",
+    "late_alternating",
     "sites",
     "streaming_cache",
     "token_grid",
     "use",
     "use_on_grid",
+    "use_on_tree",
 ]
 
 

@@ -24,6 +24,7 @@ from foveate.ops import AttentionOutput, documents
 from foveate.parts import Attention, Context, Pattern, Rope
 from foveate.parts.context import Phase
 from foveate.parts.eviction import EvictingCache
+from foveate.parts.tree import Tree
 
 # Arguments of a layer that change the result and that nothing here knows how to honour.
 _FOREIGN = {
@@ -44,6 +45,7 @@ class Running:
         last: order of the module that ran last.
         modality: (B, L) of the tokens so far; None where the model has text alone.
         caches: of the modules that run now, the caches that drop keys.
+        tree: over the tokens of the forward that runs; None where no method asked for one.
     """
 
     backend: str = "auto"
@@ -52,6 +54,7 @@ class Running:
     last: int = -1
     modality: Tensor | None = None
     caches: WeakKeyDictionary[nn.Module, EvictingCache] = field(default_factory=WeakKeyDictionary)
+    tree: Tree | None = None
 
     def modality_of(self, kv_len: int) -> Tensor | None:
         """The modality of each key of a call; None if the call isn't about those tokens."""
@@ -157,6 +160,7 @@ def attend(
         stats=running.stats,
         modality=running.modality_of(view.kv_len),
         cache=cache,
+        tree=running.tree,
         query_rope=_query_rope(seat, kwargs.get("position_ids"), q_len, view.kv_len, query.device),
     )
     out = _by_head(groups, query, key, value, view, context)

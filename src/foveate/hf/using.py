@@ -36,7 +36,9 @@ from foveate.hf.modality import watch_modality
 from foveate.hf.places import Site, sites
 from foveate.hf.pointer import NAME, Pointer, register, release
 from foveate.hf.rotary import ropes
+from foveate.hf.watch_tree import TreeOf, watch_tree
 from foveate.parts import Attention, Rope
+from foveate.parts.tree import Tree
 
 
 @dataclass
@@ -56,6 +58,7 @@ def use(
     cross: bool = False,
     stats: Callable[..., None] | None = None,
     fitted: str | Path | None = None,
+    tree: Tree | TreeOf | None = None,
 ) -> Use:
     """Run a transformers model's attention through foveate, until undone.
 
@@ -82,6 +85,8 @@ def use(
             attend_seconds=)` by methods that are patterns.
         fitted: for methods that were fitted (`foveate fit`): the artefact, or a folder of them.
             Default: the folder that the model was loaded from, then the cache, by its weights.
+        tree: for methods that follow one ("hsa"): over the tokens of every input, or what makes it
+            from input ids (B, L) and which of them are real; see `foveate.hf.use_on_tree`.
 
     Raises:
         UnknownMethodError: no such pattern.
@@ -91,7 +96,7 @@ def use(
         ModelError: the model's attention can't be reached, or a method wasn't fitted on it yet.
         ArtefactError: what was fitted belongs to another model, or can't be read.
     """
-    return Use(model, pattern, backend=backend, cross=cross, stats=stats, fitted=fitted)
+    return Use(model, pattern, backend=backend, cross=cross, stats=stats, fitted=fitted, tree=tree)
 
 
 class Use:
@@ -106,6 +111,7 @@ class Use:
         cross: bool = False,
         stats: Callable[..., None] | None = None,
         fitted: str | Path | None = None,
+        tree: Tree | TreeOf | None = None,
     ) -> None:
         if not isinstance(model, PreTrainedModel):
             raise ModelError(
@@ -144,7 +150,7 @@ class Use:
         self._configs = configs
         self._active = False
         running = Running(backend, stats)
-        self._watches = watch_modality(model, running)
+        self._watches = watch_modality(model, running) + watch_tree(model, tree, running)
         try:
             self._watches += watch_cache(evicting, running.caches)
             self._point(model, found)

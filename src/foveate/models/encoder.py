@@ -23,6 +23,7 @@ from foveate.nn import Block
 from foveate.ops.errors import InputError
 from foveate.parts.context import Context
 from foveate.parts.rope import Rope
+from foveate.parts.tree import Tree
 
 
 @dataclass
@@ -93,6 +94,7 @@ class FoveateEncoder(FoveatePreTrained):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        tree: Tree | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -104,6 +106,7 @@ class FoveateEncoder(FoveatePreTrained):
             attention_mask: (B, L), 1 for real tokens; padding in front or behind.
             position_ids: 0, 1, 2, ...; they may start again from 0 where packed sequences begin.
             inputs_embeds: in place of input_ids.
+            tree: over the tokens, for attentions that follow one ("hsa").
             output_hidden_states: whether to return what the blocks saw.
             return_dict: False for a tuple.
             kwargs: nothing that counts here; transformers' callers pass more than is needed.
@@ -127,6 +130,7 @@ class FoveateEncoder(FoveatePreTrained):
             q_positions=seen.q_positions,
             kv_positions=seen.kv_positions,
             phase="train" if self.training else "prefill",
+            tree=tree,
             embeddings=tokens,
         )
         states = [x]
@@ -175,6 +179,7 @@ class FoveateForSequenceClassification(FoveatePreTrained):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        tree: Tree | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -187,6 +192,7 @@ class FoveateForSequenceClassification(FoveatePreTrained):
             position_ids: as in the encoder.
             inputs_embeds: (B, L, dim) in place of input_ids.
             labels: (B,) classes, (B, labels) of 0 and 1 for several, or numbers for a regression.
+            tree: as in the encoder.
             output_hidden_states: whether to return what the blocks saw.
             return_dict: False for a tuple.
             kwargs: what the loss takes.
@@ -199,6 +205,7 @@ class FoveateForSequenceClassification(FoveatePreTrained):
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            tree=tree,
             output_hidden_states=output_hidden_states,
         )
         logits = self.classifier(self.dropout(inner.pooler_output))

@@ -13,6 +13,7 @@ from foveate.ops import Mask
 from foveate.ops.errors import InputError
 from foveate.parts.reference import Maps
 from foveate.parts.rope import Rope
+from foveate.parts.tree import Tree
 
 Phase = Literal["train", "prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("train", "prefill", "decode")
@@ -55,7 +56,7 @@ class Context:
         modality: integer (L,) or (B, L), kind of each token.
         document_ids: integer (L,) or (B, L), document of each token.
         real: bool (B, Lq), False on padding; None where all are real or nobody has looked.
-        tree: integer parents of the tokens, for tree decoding.
+        tree: the tree over the tokens, such as sentences in documents.
         step: diffusion step.
         generator: random state for methods that draw.
         cache: the layer's cache, where the method keeps one of its own.
@@ -88,7 +89,7 @@ class Context:
     modality: Tensor | None = None
     document_ids: Tensor | None = None
     real: Tensor | None = None
-    tree: Tensor | None = None
+    tree: Tree | None = None
     step: float | None = None
     generator: torch.Generator | None = None
     cache: Any = None

@@ -175,6 +175,10 @@ class DHSA(Pattern):
 
     def layout_from(self, bounds: list[Tensor], q: Tensor, k: Tensor, ctx: Context) -> Layout:
         """The layout of a prompt whose boundaries are given, for each sequence its own."""
+        if len(bounds) != q.shape[0]:
+            raise InputError(
+                f"dhsa: expected boundaries for each of {q.shape[0]} sequences, got {len(bounds)}."
+            )
         tokens = _tokens(q, k, ctx)
         keys = [k[b][:, _of(tokens.k_real, b)] for b in range(q.shape[0])]
         for one, given in zip(keys, bounds, strict=True):
@@ -327,7 +331,9 @@ def _tokens(q: Tensor, k: Tensor, ctx: Context) -> Tokens:
             "dhsa needs positions that count up by one, because chunks are runs of tokens; permute "
             "queries and keys after it, or use block-sparse."
         )
-    return tokens
+    # An entry of padding alone is cut as if it were real; the mask lets it see nothing.
+    lone = ~tokens.k_real.any(1, keepdim=True)
+    return replace(tokens, k_real=tokens.k_real | lone) if bool(lone.any()) else tokens
 
 
 def _first_seen(ctx: Context, own: Tensor, keys: Tensor, b: int) -> Tensor:

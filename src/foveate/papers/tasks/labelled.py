@@ -103,7 +103,7 @@ def load(name: str = SHIPPED, folder: str | Path | None = None) -> Labelled:
 
 @lru_cache(maxsize=8)
 def _load(name: str, folder: Path) -> Labelled:
-    texts = [_read(folder, file) for file in FILES[name]]
+    texts = [read_file(folder, file) for file in FILES[name]]
     try:
         labels, train, validation, test = _READERS[name](*texts)
     except (csv.Error, IndexError, KeyError, ValueError) as error:
@@ -122,7 +122,8 @@ def _load(name: str, folder: Path) -> Labelled:
     return Labelled(name, labels, made(train), made(validation), made(test))
 
 
-def _read(folder: Path, name: str) -> str:
+def read_file(folder: Path, name: str) -> str:
+    """A file of a data set, plain or as `.xz`."""
     for path, unpack in ((folder / f"{name}.xz", True), (folder / name, False)):
         if path.is_file():
             try:
