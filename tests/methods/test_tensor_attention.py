@@ -282,7 +282,8 @@ def test_long_sequences_keep_no_blocks(mask, monkeypatch):
     made = []
 
     class Watched(engine.Grounds):
-        def __post_init__(self):
+        def __init__(self, *given, **more):
+            super().__init__(*given, **more)
             made.append(self)
 
     monkeypatch.setattr(method_file, "KEPT", 0)
