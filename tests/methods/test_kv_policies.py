@@ -181,9 +181,7 @@ def test_snapkv_keeps_what_the_papers_lines_choose(pooling, kernel):
     at = torch.arange(n) - torch.tensor(pads)[:, None]
     cache = EvictingCache()
     keys, values = cache.update(k, v)
-    method = make(
-        f"snapkv(budget={budget}, window={window}, kernel={kernel}, pooling='{pooling}')"
-    )
+    method = make(f"snapkv(budget={budget}, window={window}, kernel={kernel}, pooling='{pooling}')")
     mask = causal() & padding(n - torch.tensor(pads))
     method(q, keys, values, Context(mask=mask, q_positions=at, kv_positions=at, cache=cache))
     assert len(cache) == budget

@@ -270,7 +270,9 @@ def test_decoding_with_keys_by_index_ranges_and_repeats(kernels: str, dtype: tor
     q_len, kv_len, n = 2, 333, 117
     q, k, v = make((2, 8, 2, q_len, kv_len, 64, 64), dtype)
     kv_index = torch.stack([torch.randperm(kv_len)[:n] for _ in range(4)]).reshape(2, 2, n).int()
-    layout = replace(for_groups(every_tile(q_len, n, 16, 0), 2, 2), kv_len=kv_len, kv_index=kv_index)
+    layout = replace(
+        for_groups(every_tile(q_len, n, 16, 0), 2, 2), kv_len=kv_len, kv_index=kv_index
+    )
     allowed = torch.zeros(2, 2, q_len, kv_len, dtype=torch.bool)
     allowed.scatter_(3, kv_index[:, :, None].long().expand(-1, -1, q_len, -1), True)
     compare(q, k, v, layout, allowed)
