@@ -175,7 +175,7 @@ def test_tokens_taken_back_take_their_padding_along():
 @pytest.mark.parametrize("pooling", ["mean", "max"])
 @pytest.mark.parametrize("kernel", [1, 5])
 def test_snapkv_keeps_what_the_papers_lines_choose(pooling, kernel):
-    """Rows padded on the left choose as they would alone; query heads of a group choose together."""
+    """Padded rows choose as they would alone; query heads of a group choose together."""
     n, window, budget, pads = 61, 7, 20, (0, 9)
     q, k, v = (torch.randn(2, h, n, 16).double() for h in (6, 2, 2))
     at = torch.arange(n) - torch.tensor(pads)[:, None]

@@ -232,7 +232,7 @@ def test_few_queries_against_many_keys(kernels: str, dims: Any, dtype: torch.dty
 def test_decoding_over_selected_whole_and_partial_tiles(
     kernels: str, dims: Any, tile: int, dtype: torch.dtype
 ) -> None:
-    """Lists with gaps, ends of odd length, single keys, a list of nothing, and groups of any size."""
+    """Lists with gaps, odd ends, single keys or nothing at all, for groups of any size."""
     kv_len = 333
     for group in range(1, 17):
         q_len = 1 if group % 4 else 2
