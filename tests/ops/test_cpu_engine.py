@@ -234,7 +234,7 @@ def test_decoding_over_selected_whole_and_partial_tiles(
 ) -> None:
     """Lists with gaps, odd ends, single keys or nothing at all, for groups of any size."""
     kv_len = 333
-    for group in range(1, 17):
+    for group in range(1, 17) if "512" in kernels else (1, 4, 9, 16):
         q_len = 1 if group % 4 else 2
         q, k, v = make((2, 2 * group, 2, q_len, kv_len, *dims), dtype, strided=group % 3 == 0)
         tiles = torch.rand(2, 2, 1, -(-kv_len // tile)) < 0.5
