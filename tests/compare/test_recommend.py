@@ -177,6 +177,36 @@ def test_lengths_that_differ_are_told():
     assert "differs" not in same.sentence
 
 
+def policy(name, kl, loss, cache=250):
+    """A method that drops keys, with this KL over the 1,000 tokens of each pass."""
+    values = record(ratio=1.0, loss=loss, cache_bytes=cache)
+    values["quality"] = values["quality"] | {"kl": 1000 * kl}
+    return summarise(entries_of([name])[0], 1024, [values] * 3, torch.float32)
+
+
+def test_a_smaller_cache_is_named_if_what_it_decodes_stays_near_dense():
+    good = policy("snapkv(budget=512)", kl=0.004, loss=0.003)
+    smaller = policy("h2o(heavy=64, recent=64)", kl=0.009, loss=0.009, cache=125)
+    text = answer([row(ratio=1.0), good]).sentence
+    assert "snapkv(budget=512) holds 25% of dense's" in text
+    assert "perplexity +0.30%" in text
+    assert "h2o(heavy=64, recent=64) holds 12%" in answer([good, smaller]).sentence
+
+
+@pytest.mark.parametrize("loss", [-0.4, 0.0])
+def test_luck_with_the_tokens_that_came_names_no_smaller_cache(loss):
+    """Perplexity was no higher, and yet the method says something else than dense."""
+    lucky = policy("h2o(heavy=64, recent=64)", kl=3.8, loss=loss, cache=125)
+    text = answer([row(ratio=1.0), lucky]).sentence
+    assert "No method that drops keys from the cache stays within the limits." in text
+    assert "The nearest is h2o(heavy=64, recent=64), but KL 3.8 (limit 0.01)." in text
+    good = policy("snapkv(budget=512)", kl=0.004, loss=0.003)
+    assert "For a smaller cache, snapkv(budget=512)" in answer([lucky, good]).sentence
+    assert "For a smaller cache, h2o" in answer([lucky], max_loss=50.0).sentence
+    unknown = policy("snapkv(budget=512)", kl=float("nan"), loss=0.0)
+    assert answer([unknown]).sentence.endswith("stays within the limits.")
+
+
 def test_an_encoder_is_judged_by_its_states():
     entry = entries_of(["sink-window"])[0]
     states = {"tokens": 10.0, "cosine": 9.95, "worst_cosine": 0.9, "error_squared": 1.0,

@@ -152,6 +152,61 @@ def test_the_cache_tells_what_it_keeps():
         cache.truncate(3)
 
 
+def test_tokens_taken_back_take_their_padding_along():
+    cache, k = EvictingCache(), torch.randn(2, 1, 6, 4)
+    real = torch.arange(6) >= torch.tensor([[4], [0]])
+    cache.update(k, k)
+    cache.learn(real)
+    assert (cache.pads.tolist(), cache.started) == ([4, 0], True)
+    cache.truncate(3)
+    assert (cache.pads.tolist(), cache.started) == ([3, 0], False)
+    cache.update(k[:, :, :2], k[:, :, :2])
+    cache.learn(torch.tensor([[False, True], [True, True]]))
+    assert cache.pads.tolist() == [4, 0]
+    assert cache.positions[0, 0].tolist() == [PADDING] * 4 + [4]
+    with pytest.raises(InputError, match="left only"):
+        cache.learn(torch.tensor([[True], [False]]))
+    cache.truncate(0)  # nothing is left that a new prompt would have to fit
+    cache.update(k[:1], k[:1])
+    cache.learn(real[:1])
+    assert cache.pads.tolist() == [4]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+@pytest.mark.parametrize("kernel", [1, 5])
+def test_snapkv_keeps_what_the_papers_lines_choose(pooling, kernel):
+    """Padded rows choose as they would alone; query heads of a group choose together."""
+    n, window, budget, pads = 61, 7, 20, (0, 9)
+    q, k, v = (torch.randn(2, h, n, 16).double() for h in (6, 2, 2))
+    at = torch.arange(n) - torch.tensor(pads)[:, None]
+    cache = EvictingCache()
+    keys, values = cache.update(k, v)
+    method = make(f"snapkv(budget={budget}, window={window}, kernel={kernel}, pooling='{pooling}')")
+    mask = causal() & padding(n - torch.tensor(pads))
+    method(q, keys, values, Context(mask=mask, q_positions=at, kv_positions=at, cache=cache))
+    assert len(cache) == budget
+    for b, first in enumerate(pads):
+        for h in range(2):
+            total = torch.zeros(n - first - window, dtype=torch.float64)
+            for query in q[b, 3 * h : 3 * h + 3, -window:].unbind(0):
+                s = query @ k[b, h, first:].T / 4
+                seen = torch.ones_like(s).tril(n - first - window).bool()
+                total += torch.softmax(s.masked_fill(~seen, -torch.inf), -1)[:, :-window].sum(0) / 3
+            ends, half = torch.zeros(kernel // 2, dtype=torch.float64), kernel // 2
+            runs = torch.cat((ends, total, ends)).unfold(0, kernel, 1)
+            pooled = runs.mean(-1) if pooling == "mean" else runs.amax(-1)
+            best = {int(i) + first for i in pooled.topk(budget - window).indices}
+            got = cache.positions[b, h].tolist()
+            assert got[-window:] == list(range(n - window, n))
+            if pooling == "max" and half:  # equal maxima: any of those at the edge will do
+                edge = pooled.topk(budget - window).values[-1]
+                chosen = torch.tensor(got[:-window]) - first
+                assert len(set(got)) == budget
+                assert (pooled[chosen] >= edge - 1e-12).all()
+            else:
+                assert set(got[:-window]) == best
+
+
 @pytest.mark.parametrize(
     "text",
     ["snapkv(budget=8)", "snapkv(kernel=4)", "snapkv(pooling='sum')", "snapkv(window=0)",

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import foveate
-from foveate import AttentionOutput, causal
+from foveate import AttentionOutput, catalog, causal
 from foveate.ops import padding
-from foveate.ops.errors import InputError
+from foveate.ops.errors import FoveateError, InputError
 from foveate.parts import Attention, AttentionRecipe, Heads, State, StateCache, Stateful
 from foveate.parts.cache import Field
 
@@ -143,6 +143,68 @@ def test_a_recipe_is_built_for_the_layers_heads():
     latent = foveate.Attention(32, 4, "mla(latent=8, rope_dim=4)", Scaled())
     assert latent.attention.sizes.query == 4
     assert latent.attention.sizes.value_dim == 8
+
+
+def test_an_attention_is_told_the_layers_index():
+    told = []
+
+    class Told(Attention):
+        def __call__(self, q, k, v, ctx=None):
+            told.append(ctx.layer)
+            return foveate.attention(q, k, v, ctx.mask)
+
+    made, x = foveate.Attention(32, 4, attention=Told(), layer=3), torch.randn(1, 5, 32)
+    made(x)
+    made(x, ctx=foveate.Context(mask=causal()))
+    made(x, ctx=foveate.Context(mask=causal(), layer=5))
+    assert told == [3, 3, 5]
+
+
+def stateful():
+    """Every attention of the catalog that keeps a state, with its own defaults."""
+    found = []
+    for row in catalog.rows():
+        try:
+            made = foveate.Attention(32, 4, attention=row.key)
+        except FoveateError:
+            continue
+        if isinstance(made.attention, Stateful):
+            found.append(row.key)
+    return found
+
+
+@pytest.mark.parametrize("key", stateful())
+def test_a_state_of_the_catalog_follows_beams_and_starts_again(key):
+    made, x = foveate.Attention(32, 4, attention=key).eval(), torch.randn(3, 36, 32)
+    cache, picked = made.new_cache(), torch.tensor([2, 0, 2])
+    with torch.no_grad():
+        cache.reorder(torch.tensor([0]))  # nothing is held yet
+        made(x[:, :32], mask=causal(), cache=cache)
+        cache.reorder(picked)
+        bent = torch.cat((x[picked, :32], torch.randn(3, 4, 32)), 1)
+        got = [
+            made(part, mask=causal(), cache=cache).y for part in bent[:, 32:].split((1, 2, 1), 1)
+        ]
+        fresh = made.new_cache()
+        made(bent[:, :32], mask=causal(), cache=fresh)
+        want = [
+            made(part, mask=causal(), cache=fresh).y for part in bent[:, 32:].split((1, 2, 1), 1)
+        ]
+        torch.testing.assert_close(torch.cat(got, 1), torch.cat(want, 1))
+        assert (len(cache), cache.batch) == (36, 3)
+        cache.reset()
+        assert (len(cache), cache.bytes(), cache.batch) == (0, 0, None)
+        fresh = made.new_cache()
+        for part in x[:1, :7].split((6, 1), 1):
+            again = made(part, mask=causal(), cache=cache).y
+            first = made(part, mask=causal(), cache=fresh).y
+            torch.testing.assert_close(again, first, rtol=0, atol=0)
+        try:
+            cache.truncate(6)
+        except InputError:
+            return
+        again = made(x[:1, 6:7], mask=causal(), cache=cache).y
+        torch.testing.assert_close(again, first)
 
 
 def test_a_model_generates_from_states():

@@ -227,6 +227,84 @@ def test_few_queries_against_many_keys(kernels: str, dims: Any, dtype: torch.dty
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tile", [16, 64])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 80), (36, 33)])
+def test_decoding_over_selected_whole_and_partial_tiles(
+    kernels: str, dims: Any, tile: int, dtype: torch.dtype
+) -> None:
+    """Lists with gaps, odd ends, single keys or nothing at all, for groups of any size."""
+    kv_len = 333
+    for group in range(1, 17) if "512" in kernels else (1, 4, 9, 16):
+        q_len = 1 if group % 4 else 2
+        q, k, v = make((2, 2 * group, 2, q_len, kv_len, *dims), dtype, strided=group % 3 == 0)
+        tiles = torch.rand(2, 2, 1, -(-kv_len // tile)) < 0.5
+        tiles[0, 0] = False
+        tiles[0, 1, :, -1] = True  # ends at an odd key
+        keys = torch.rand(2, 2, 1, kv_len) < (0.05 if group % 2 else 0.0)
+        within = (causal() & ~window(120, 0) | window(45, 0)) if group % 5 else None
+        layout = Layout.from_selection(tiles, keys, q_len, kv_len, (8, tile), within=within)
+        scale = (None, -0.2, 0.0)[group % 3]
+        compare(q, k, v, layout, layout.dense(), scale=scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_over_a_list_that_threads_share(kernels: str, dtype: torch.dtype) -> None:
+    """Long lists are cut into parts, some of whole tiles only, some of none."""
+    q_len, kv_len, tile = 1, 4099, 16
+    q, k, v = make((2, 6, 2, q_len, kv_len, 64, 64), dtype)
+    tiles = torch.rand(2, 2, 1, -(-kv_len // tile)) < 0.9
+    tiles[1, 1, :, 5:] = False
+    keys = torch.zeros(2, 2, 1, kv_len, dtype=torch.bool)
+    keys[..., ::37] = True
+    layout = Layout.from_selection(tiles, keys, q_len, kv_len, (8, tile), within=window(4060, 0))
+    torch.set_num_threads(3)
+    try:
+        compare(q, k, v, layout, layout.dense())
+        compare(q, k, v, None, None)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_with_keys_by_index_ranges_and_repeats(kernels: str, dtype: torch.dtype) -> None:
+    q_len, kv_len, n = 2, 333, 117
+    q, k, v = make((2, 8, 2, q_len, kv_len, 64, 64), dtype)
+    kv_index = torch.stack([torch.randperm(kv_len)[:n] for _ in range(4)]).reshape(2, 2, n).int()
+    layout = replace(
+        for_groups(every_tile(q_len, n, 16, 0), 2, 2), kv_len=kv_len, kv_index=kv_index
+    )
+    allowed = torch.zeros(2, 2, q_len, kv_len, dtype=torch.bool)
+    allowed.scatter_(3, kv_index[:, :, None].long().expand(-1, -1, q_len, -1), True)
+    compare(q, k, v, layout, allowed)
+    # Every other tile by range, the others whole.
+    kinds = torch.where(torch.arange(21) % 2 == 0, 0, -1).int()
+    ends = torch.tensor([[29, 206], [100, 331]]).int()
+    layout = replace(every_tile(q_len, kv_len, 16, 0), kinds=kinds, key_range=ends[None, None])
+    at = torch.arange(kv_len)
+    allowed = (at >= ends[:, :1]) & (at < ends[:, 1:]) | (kinds[at // 16] == 0)
+    compare(q, k, v, layout, allowed[None, None])
+    # Keys and values that are one row, repeated: nothing lies one behind the other.
+    one_k, one_v = (x[:, :, :1].expand(-1, -1, kv_len, -1) for x in (k, v))
+    compare(q, one_k, v, None, None)
+    compare(q, k, one_v, None, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_never_touches_keys_outside_its_tiles(kernels: str, dtype: torch.dtype) -> None:
+    q, k, v = make((1, 4, 2, 1, 301, 64, 64), dtype)
+    tiles = (torch.arange(19) % 3 != 1)[None, None, None]
+    keys = torch.zeros(1, 1, 1, 301, dtype=torch.bool)
+    layout = Layout.from_selection(tiles, keys, 1, 301, (8, 16), within=window(295, 0))
+    want = cpu.forward(q, k, v, layout, 0.125, None, None)
+    unseen = ~layout.dense()[0, 0, 0]
+    assert unseen.any()
+    k[:, :, unseen] = torch.nan
+    v[:, :, unseen] = torch.nan
+    for a, b in zip(cpu.forward(q, k, v, layout, 0.125, None, None), want):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_paged_caches_are_layouts_over_the_pool(kernels: str, dtype: torch.dtype) -> None:
     page, pages, lengths = 16, 40, [100, 37, 1]
     pool_k, pool_v = (torch.randn(1, 2, pages * page, 64).to(dtype) for _ in range(2))

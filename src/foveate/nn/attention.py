@@ -182,7 +182,10 @@ class Attention(nn.Module):
         elif mask is not None and ctx.mask is not None:
             raise InputError("Attention: give the mask as mask= or in ctx, not both.")
         else:
-            ctx = replace(ctx, mask=ctx.mask if mask is None else mask)
+            # A context that tells no layer is for any: the layer knows its own index.
+            ctx = replace(
+                ctx, mask=ctx.mask if mask is None else mask, layer=ctx.layer or self.layer
+            )
         ctx.aux = {}  # this layer's own
         if self.dropout and self.training:
             ctx.dropout = self.dropout

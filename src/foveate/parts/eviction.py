@@ -269,8 +269,16 @@ class EvictingCache:
                 f"truncate({seen}): {self.seen} tokens were seen and {self.evicted} of them "
                 "dropped; only a cache that dropped nothing can go back, and only to fewer."
             )
+        if not seen:
+            self.reset()
+            return
         self._length = self.seen = seen
         self.known = min(self.known, seen)
+        if self._pads is not None:
+            nothing = self._view("positions")[:, 0, : self.known] == PADDING
+            self._pads = nothing.sum(1)
+            self._started = self._pads < self.known
+            self.started = bool(self._started.all())
 
     def reorder(self, rows: Tensor) -> None:
         """Let row b go on from what row rows[b] holds (beam search); rows (B',) int64."""
