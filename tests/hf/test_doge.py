@@ -105,3 +105,11 @@ def test_other_models_are_refused():
         dynamic_mask(torch.nn.Linear(2, 2))
     with pytest.raises(ModelError, match="sliding window"):
         dynamic_mask(doge(sliding_window=8))
+
+
+def test_random_numbers_are_left_alone():
+    model, ids = doge(), distinct(20)
+    before = torch.random.get_rng_state()
+    with torch.no_grad(), dynamic_mask(model):
+        model(ids)
+    assert torch.equal(torch.random.get_rng_state(), before)

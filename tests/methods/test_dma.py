@@ -465,3 +465,28 @@ def test_the_state_declares_what_it_holds():
     every = StateCache(layer(12, select="relu").new_state())
     assert every.elements_per_token == 2 * (8 + 8 + 1 + 1)
     assert state.size == 0
+
+
+@pytest.mark.parametrize(("window", "cuts"), [(12, (12, 1, 1, 1)), (1, (1,) * 6)])
+def test_a_prompt_of_exactly_w_tokens_is_gone_on_from(window, cuts):
+    made = layer(window)
+    q, k, v = tensors(sum(cuts))
+    expected = made(q, k, v, CAUSAL).out
+    before = k.clone()
+    cache = StateCache(made.new_state())
+    with torch.no_grad():
+        parts = [
+            made(*some, Context(mask=causal(), cache=cache)).out
+            for some in zip(*(x.split(cuts, 2) for x in (q, k, v)))
+        ]
+    torch.testing.assert_close(torch.cat(parts, 2), expected)
+    assert torch.equal(k, before)  # the state writes to memory of its own
+
+
+@pytest.mark.parametrize("smooth", [0, 3])
+def test_queries_before_the_first_key_see_nothing(smooth):
+    made = layer(4, smooth=smooth)
+    q, k, v = tensors(7, q_len=9)
+    got = made(q, k, v, CAUSAL).out
+    assert (got[:, :, :2] == 0).all()
+    torch.testing.assert_close(got[:, :, 2:], made(q[:, :, 2:], k, v, CAUSAL).out)

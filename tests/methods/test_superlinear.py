@@ -442,3 +442,16 @@ def test_spans_as_a_layout(by_end):
     want = (keys >= low[..., None]) & (keys < high[..., None])
     assert torch.equal(part.dense(), want)
     assert (part.kinds == 0).any()
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize(("q_len", "length"), [(9, 7), (20, 7), (2, 1)])
+def test_queries_before_the_first_key_see_nothing(index, q_len, length):
+    made = layer(index=index)
+    q, k, v = tensors(length, q_len=q_len)
+    ctx = context(q_len)
+    got, off = made(q, k, v, ctx).out, q_len - length
+    assert (got[:, :, :off] == 0).all()
+    routing = made.routes_with(ctx, q)[:, :, off:]
+    expected = by_definition(made, q[:, :, off:], k, v, routing)
+    torch.testing.assert_close(got[:, :, off:], expected)

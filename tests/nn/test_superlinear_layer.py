@@ -43,6 +43,11 @@ def test_padding_in_front_changes_nothing_when_decoding():
     torch.testing.assert_close(torch.cat(got, 1)[1:, 8:], alone, atol=1e-5, rtol=1e-5)
 
 
+def test_a_layer_has_no_rotary_positions():
+    made = foveate.Attention(32, 4, "mha", "superlinear", "rope")
+    assert made.rope is None  # routing queries aren't turned, so keys mustn't be
+
+
 def test_training_reaches_every_weight():
     made, x = layer().train(), torch.randn(2, 60, 32)
     made(x, mask=causal()).y.square().sum().backward()

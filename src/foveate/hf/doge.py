@@ -11,6 +11,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from foveate.hf.errors import ModelError
@@ -81,7 +82,8 @@ def method_of(module: Any) -> DynamicMask:
         config.hidden_size, config.num_attention_heads, config.num_key_value_heads, dim, dim,
         module.layer_idx or 0,
     )  # fmt: skip
-    method = DMA(module.keep_window_size, bias=module.dt_proj.bias is not None).build(heads)
+    with torch.device("meta"):  # weights of its own would be drawn, from the caller's generator
+        method = DMA(module.keep_window_size, bias=module.dt_proj.bias is not None).build(heads)
     method.importance.A, method.importance.dt_proj = module.A, module.dt_proj
     return method
 

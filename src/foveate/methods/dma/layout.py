@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from foveate.methods.dma.keep import ends, smoothed
 from foveate.ops import Layout
@@ -61,8 +62,9 @@ def layouts(found: Kept, q_len: int, tile: int = 64, *, gather: bool = True) -> 
     ]
     if found.own is not None and found.own_from is not None:
         at = torch.arange(shift, shift + q_len, device=found.own.device)
-        low = found.own_from[..., shift:]
-        high = torch.where(found.own[..., shift:], at + 1, low)
+        before = (max(0, -shift), 0)  # queries before the first key, which have no block
+        low = pad(found.own_from[..., max(0, shift) :], before)
+        high = torch.where(pad(found.own[..., max(0, shift) :], before), at + 1, low)
         parts.append(layout_of_spans(low, high, found.first.shape[2], tile))
     return parts
 

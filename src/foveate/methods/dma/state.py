@@ -78,6 +78,9 @@ class KeptKeys(State):
         if self.held:
             self._sort()
             new = {name: torch.cat((self.held[name], x), 2) for name, x in new.items()}
+        else:  # `replace` writes here: into the caller's tensors never, nor into expanded ones
+            form = torch.contiguous_format
+            new = {name: x.clone(memory_format=form) for name, x in new.items()}
         self.held = new
         self.length += n
 

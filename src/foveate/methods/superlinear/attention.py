@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,10 +51,15 @@ class Routes(NamedTuple):
 class MultiStep(nn.Module, Attention):
     """One layer's superlinear attention, with its W_s.
 
+    A layer of it has no rotary positions, whatever its `position` says: the search multiplies keys
+    with routing queries that aren't turned.
+
     Args:
         heads: of the layer.
         recipe: the hyper-parameters.
     """
+
+    rotary: ClassVar[bool] = False
 
     def __init__(self, heads: Heads, recipe: Superlinear) -> None:
         super().__init__()

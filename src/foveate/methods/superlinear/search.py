@@ -86,7 +86,7 @@ def _by_moving(query: Tensor, key: Tensor, distances: tuple[int, ...], at: int) 
     n = query.shape[2]
     shared = query.to(wide).unflatten(1, (key.shape[1], -1))  # (B, G, R, n, D)
     low = max(0, at - distances[-1])
-    near = key[:, :, None, low : at + n].to(wide)
+    near = key[:, :, None, low : at + n]  # widened as it is multiplied, not once a call
     scores = shared.new_zeros(*shared.shape[:3], len(distances), n)
     for m, distance in enumerate(distances):
         skip = max(0, distance - at)  # queries that have no such anchor
