@@ -148,7 +148,7 @@ def counts() -> Found:
 
     length = SIDE * SIDE
     allowed = causal().pairs(length, length)
-    found: Found = {
+    found: dict[str, dict[str, float]] = {
         arm: {"coverage": (mask & causal()).pairs(length, length) / allowed}
         for arm, mask in PATTERNS.items()
     }
