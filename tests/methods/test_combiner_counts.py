@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import combiner_reference as by
 import pytest
-import torch
 
-from foveate import Context, causal
 from foveate.methods.combiner import Combiner
 from foveate.methods.combiner.counts import coverage, items, near_root
-from foveate.methods.combiner.fixed import span_layout
+from foveate.methods.combiner.fixed import Fixed, span_layout
 from foveate.methods.combiner.logsparse import span_layout as log_layout
 from foveate.ops.errors import InputError
-from foveate.parts import Heads
+from foveate.papers.combiner import FIXED, SIDE, counts
 from foveate.parts.growth import exponent
 
 LENGTHS = tuple(1024 << n for n in range(7))  # 1k to 64k
@@ -69,20 +67,22 @@ def test_counted_work_grows_as_the_sheet_says():
     assert exponent(LENGTHS, dense) == pytest.approx(2, abs=0.01)
 
 
-def test_coverage_is_whole_and_the_sparse_patterns_is_not():
-    length, size = 1024, 32
-    seen = 0
-    for i in range(length):
-        seen += i % size + 1 + i // size
-    assert coverage(None, length, size) == pytest.approx(seen / (length * (length + 1) / 2))
-    assert coverage(None, length, size) == pytest.approx(
+@pytest.mark.parametrize("name", ["fixed", "logsparse", "vertical", "horizontal", "learnable"])
+def test_coverage_is_whole(name):
+    assert coverage(Combiner(name, size=8), 90) == 1
+
+
+def test_coverage_is_measured(monkeypatch):
+    # Without its spans a query sees no more than its own block.
+    monkeypatch.setattr(Fixed, "spans", lambda self, call: [])
+    assert coverage(Combiner(size=8), 96) == 12 * 8 * 9 / 2 / (96 * 97 / 2)
+
+
+def test_the_sparse_pattern_of_the_miniature_covers_what_the_sheet_says():
+    length, size = 256, SIDE
+    assert counts()[FIXED]["coverage"] == pytest.approx(
         (size / 2 + length / 2 / size) / (length / 2), rel=0.05
     )
-    q, k = torch.randn(2, 1, 1, 96, 8, dtype=torch.float64)
-    eye = torch.eye(96, dtype=q.dtype)[None, None]
-    method = Combiner(size=8).build(Heads(8, 1, 1, 8, 96)).double()
-    p = method(q, k, eye, Context(mask=causal())).out[0, 0]
-    assert (p > 0).sum() / (96 * 97 / 2) == coverage(Combiner(size=8), 96, 8)
 
 
 def test_an_exponent_is_the_slope():

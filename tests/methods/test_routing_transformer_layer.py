@@ -191,6 +191,21 @@ def test_recomputed_activations_move_centroids_once_and_give_the_same_gradients(
         torch.testing.assert_close(twin.state_dict()[name], value)
 
 
+def test_activations_that_are_recomputed_in_eval_are_routed_as_at_first():
+    made = layer("decay=0.2").train()
+    for _ in range(2):
+        made(torch.randn(2, 30, 64), mask=causal())  # moves the centroids
+    made.eval()
+    x, weight = torch.randn(2, 30, 64, requires_grad=True), torch.randn(2, 30, 64)
+
+    def run(x):
+        return (made(x, mask=causal()).y * weight).sum()
+
+    (want,) = torch.autograd.grad(run(x), x)
+    (got,) = torch.autograd.grad(checkpoint(run, x, use_reentrant=False), x)
+    torch.testing.assert_close(got, want)
+
+
 def test_micro_batches_are_one_step():
     x = layer_norm(torch.randn(4, 2, 10, 16))
     whole, cut = Centroids(2, 3, 16), Centroids(2, 3, 16, micro_batches=2)

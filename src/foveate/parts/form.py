@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 
 import torch
+from torch import Tensor
 
+from foveate.ops.errors import InputError
 from foveate.parts.attention import EVERYTHING, remember
 from foveate.parts.context import Context
-from foveate.parts.tokens import Tokens
+from foveate.parts.tokens import Tokens, tokens_of
 
 _PLAIN = re.compile(r"(?:causal\(\)|window\(-1, -1\)|padding\(\[[\d, ]*\]\)|[& ()])+")
 _ROWS = 256
@@ -58,6 +60,40 @@ def sees_later(ctx: Context, tokens: Tokens) -> bool:
         return True
 
     return remember(ctx, (sees_later, mask, tokens.k_real.shape[1], tokens.k_real.device), look)
+
+
+def check_prompt(method: str, tokens: Tokens) -> None:
+    """Refuse a prompt whose padding would stand between it and what follows.
+
+    Raises:
+        InputError: padding after a real token.
+    """
+    real = tokens.q_real
+    if bool((real[:, :-1] & ~real[:, 1:]).any()):
+        raise InputError(
+            f"{method} goes on from the prompt's last token, but some sequence ends with padding; "
+            "with a cache put padding on the left."
+        )
+
+
+def check_step(method: str, q: Tensor, k: Tensor, ctx: Context, past: int) -> None:
+    """Refuse new tokens, q (B, H, n, D) and k, that don't see all real ones up to themselves.
+
+    Raises:
+        InputError: another mask, or padding among them.
+    """
+    single = q.shape[2] == 1
+    if (ctx.mask is None and single) or (ctx.mask is not None and ctx.mask.spec == "causal()"):
+        return
+    every = k.new_empty(1).expand(*k.shape[:2], past + q.shape[2], k.shape[3])
+    tokens = tokens_of(q, every, ctx)
+    if ctx.mask is None or not (tokens.causal and is_causal_or_full(ctx, tokens)):
+        raise InputError(
+            f"{method} decodes under a causal mask (padding aside), one in which every token sees "
+            f"all before it; expected mask=causal(), got {ctx.mask!r}."
+        )
+    if ctx.real is not None and not bool(ctx.real.all()):
+        raise InputError(f"{method}: padding among new tokens after a prompt; leave it out.")
 
 
 def _plain(ctx: Context, tokens: Tokens, b: int, h: int) -> bool:

@@ -9,8 +9,12 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
+
 from foveate.methods.combiner.method import Combiner
+from foveate.ops import causal
 from foveate.parts.attention import Heads
+from foveate.parts.context import Context
 
 
 class Items(NamedTuple):
@@ -43,18 +47,20 @@ def near_root(length: int) -> int:
     return 1 << round(math.log2(length) / 2)
 
 
-def coverage(recipe: Combiner | None, length: int, size: int) -> float:
-    """Share of allowed pairs that have a weight above 0 in one layer, causal.
+def coverage(recipe: Combiner, length: int) -> float:
+    """Share of allowed pairs that have a weight above 0 in one layer, causal; measured.
+
+    With the unit vectors as values, outputs are the weights of the keys; queries and keys are
+    drawn, so that no exponential vanishes. Holds L x L numbers.
 
     Args:
-        recipe: Combiner sees everything; None is the fixed sparse pattern that it is compared with:
-            the own block, and the last token of each earlier one.
+        recipe: of a partition that doesn't read the layer's input.
         length: L.
-        size: of its blocks.
     """
-    if recipe is not None:
-        return 1.0
-    blocks, rest = divmod(length, size)
-    own = blocks * size * (size + 1) // 2 + rest * (rest + 1) // 2
-    last = size * blocks * (blocks - 1) // 2 + rest * blocks
-    return (own + last) / (length * (length + 1) / 2)
+    random = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 1, length, 8, generator=random, dtype=torch.float64)
+    method = recipe.build(Heads(8, 1, 1, 8, length)).double().eval()
+    unit = torch.eye(length, dtype=q.dtype)[None, None]
+    with torch.no_grad():
+        weights = method(q, k, unit, Context(mask=causal())).out[0, 0]
+    return int((weights > 0).tril().sum()) / (length * (length + 1) / 2)

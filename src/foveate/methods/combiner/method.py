@@ -36,7 +36,7 @@ from foveate.ops.errors import InputError
 from foveate.ops.masks.checks import whole
 from foveate.parts.attention import AttentionRecipe, Heads
 from foveate.parts.context import Context
-from foveate.parts.form import is_causal_or_full
+from foveate.parts.form import check_prompt, check_step, is_causal_or_full
 from foveate.parts.state import State, Stateful
 from foveate.parts.tokens import Tokens, tokens_of
 
@@ -241,6 +241,7 @@ class CombinerAttention(Stateful, nn.Module):
         assert isinstance(state, CombinerState)
         if len(state):
             _plain(ctx)
+            check_step("combiner", q, k, ctx, len(state))
             out = self._steps(q, k, v, ctx, state)
         else:
             tokens = self._tokens(q, k, ctx)
@@ -248,6 +249,7 @@ class CombinerAttention(Stateful, nn.Module):
                 raise InputError(
                     "combiner decodes under a causal mask: give mask=causal() with a cache."
                 )
+            check_prompt("combiner", tokens)
             start, call = self._call(q, k, v, ctx, tokens)
             out = self._back(self._mixed(call), start)
             self._fill(call, start, state)

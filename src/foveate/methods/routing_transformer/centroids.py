@@ -149,12 +149,18 @@ class Centroids(nn.Module):
         Args:
             x: (B, H * G, L, D), normalised.
         """
-        mu = self.mu.detach()
-        if _again() and self._before is not None:
-            mu = self._before
+        mu = self._current()
         wide = torch.promote_types(x.dtype, torch.float32)
         mu = mu.to(wide).repeat_interleave(x.shape[1] // len(mu), 0)
         return mu @ x.detach().to(wide).mT
+
+    def _current(self) -> Tensor:
+        """Those to route with; in a block that is run again, those of its first run.
+
+        Only in training did they move since.
+        """
+        before = self._before if self.training and _again() else None
+        return self.mu.detach() if before is None else before
 
     @torch.no_grad()
     def begin(self, tokens: list[tuple[Tensor, Tensor | None]]) -> None:
@@ -254,9 +260,7 @@ class Centroids(nn.Module):
             near: (B, H * G, L) nearest centroids, if known.
         """
         near = self.nearest(self.scores(x)) if near is None else near
-        mu = self.mu.detach()
-        if _again() and self._before is not None:
-            mu = self._before
+        mu = self._current()
         group = x.shape[1] // len(self.mu)
         wide = torch.promote_types(x.dtype, torch.float32)
 

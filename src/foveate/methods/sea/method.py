@@ -31,7 +31,7 @@ from foveate.ops.masks.checks import whole
 from foveate.parts.attention import AttentionRecipe, Heads
 from foveate.parts.cache import Field
 from foveate.parts.context import Context
-from foveate.parts.form import is_causal_or_full
+from foveate.parts.form import check_prompt, check_step, is_causal_or_full
 from foveate.parts.state import State, Stateful
 from foveate.parts.tokens import tokens_of
 
@@ -329,10 +329,12 @@ class SEAAttention(Stateful, nn.Module):
             raise InputError("This sea was built with causal=False, which has no cache.")
         _plain(ctx)
         if not len(state):
+            check_prompt("sea", tokens_of(q, k, ctx))
             start = self._checked(q, k, ctx).int().argmax(1)
             past = self.estimator.new_past(v, len(q), torch.float64)
             total = v.new_zeros(len(v), v.shape[1], 1, v.shape[3], dtype=torch.float64)
         else:
+            check_step("sea", q, k, ctx, len(state))
             held = state.held
             start, total = held["start"], held["v_sum"]
             past = Past(Sums(held["values"], held["ones"]), held["rows"])
