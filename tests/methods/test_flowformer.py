@@ -342,6 +342,47 @@ def test_layer_decodes_from_its_state(projection, side):
         cache.truncate(3)
 
 
+@pytest.mark.parametrize("attention", ["flowformer(chunk=4)", "deconstructed-approximate"])
+def test_a_first_chunk_of_padding_alone_adds_nothing(attention):
+    layer = foveate.Attention(32, 4, "mha", attention).eval().double()
+    x, pads = torch.randn(2, 13, 32, dtype=torch.float64), torch.tensor([0, 6])
+
+    def call(start, end, cache):
+        at = torch.arange(end) - pads[:, None]
+        mask = causal() & padding((end - pads).clamp(min=0))
+        ctx = Context(mask=mask, q_positions=at[:, start:], kv_positions=at)
+        return layer(x[:, start:end], cache=cache, ctx=ctx).y
+
+    with torch.no_grad():
+        whole, cache = call(0, 13, None), layer.new_cache()
+        steps = torch.cat([call(a, b, cache) for a, b in ((0, 1), (1, 4), (4, 9), (9, 13))], 1)
+    real = torch.arange(13) >= pads[:, None]
+    torch.testing.assert_close(steps[real], whole[real], atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(whole[1, 6:], layer(x[1:, 6:], mask=causal()).y[0])
+
+
+@pytest.mark.parametrize("n", [1, 10, 30])
+def test_cross_attention_to_padded_keys(n):
+    q, k, v = tensors(n, 23)
+    out = Flowformer()(q, k, v, Context(mask=padding([23, 14]))).out
+    expected = quadratic(q[1:], k[1:, :, :14], v[1:, :, :14], causal=False)
+    torch.testing.assert_close(out[1:], expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("n", [7, 11])
+def test_rows_without_any_real_key_are_zero(n, is_causal, eps):
+    if is_causal and n != 11:
+        pytest.skip("the causal form is of as many queries as keys")
+    q, k, v = (x.requires_grad_() for x in tensors(n, 11))
+    mask = causal() & padding([11, 0]) if is_causal else padding([11, 0])
+    out = Flowformer(eps=eps)(q, k, v, Context(mask=mask)).out
+    assert not out[1].any()
+    grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+    assert all(grad.isfinite().all() and not grad[1].any() for grad in grads)
+
+
 def test_generate_and_beams():
     pytest.importorskip("transformers")
     from foveate.models import FoveateConfig, FoveateForCausalLM

@@ -20,7 +20,7 @@ from foveate.parts.kv_cache import TokenCache
 from foveate.parts.projection import QKV, Positions, Projection, Recipe, Sizes
 from foveate.parts.rope import Rope
 from foveate.parts.state import StateCache, Stateful
-from foveate.parts.tokens import tokens_of
+from foveate.parts.tokens import queries_that_are, tokens_of
 
 
 class Attention(nn.Module):
@@ -215,7 +215,7 @@ def _real(q: Tensor, k: Tensor, ctx: Context) -> Tensor | None:
     """(B, Lq) bool: tokens that aren't padding; None where the mask knows none."""
     if ctx.mask is None or ctx.mask.spec == "causal()":
         return None
-    return tokens_of(q, k, ctx).q_real.expand(len(q), -1)
+    return queries_that_are(tokens_of(q, k, ctx)).expand(len(q), -1)
 
 
 def _positions(ctx: Context, q_len: int, past: int, x_kv: Tensor) -> Positions:

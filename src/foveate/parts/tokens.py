@@ -52,6 +52,16 @@ def tokens_of(q: Tensor, k: Tensor, ctx: Context) -> Tokens:
     return remember(ctx, (tokens_of, mask, lengths, q.device), build)
 
 
+def queries_that_are(tokens: Tokens) -> Tensor:
+    """(B', Lq) bool: the real queries, none in a row of which no key is real.
+
+    Such a row is all padding so far (the first chunk of a prompt that is padded on the left), and
+    `q_real` can't tell it from a mask under which no token sees itself. What adds tokens to a state
+    asks here.
+    """
+    return tokens.q_real & tokens.k_real.any(1, keepdim=True)
+
+
 def _tokens(mask: Mask, q_pos: Tensor, k_pos: Tensor) -> Tokens:
     heads = range(mask.groups()[1])
     batches = max(mask.groups()[0], q_pos.shape[0], k_pos.shape[0])

@@ -13,7 +13,7 @@ from foveate.ops import AttentionOutput
 from foveate.ops.errors import InputError
 from foveate.parts.context import Context
 from foveate.parts.form import is_causal_or_full
-from foveate.parts.tokens import tokens_of
+from foveate.parts.tokens import queries_that_are, tokens_of
 
 
 class Seen(NamedTuple):
@@ -54,7 +54,8 @@ def seen(name: str, q: Tensor, k: Tensor, past: int, ctx: Context) -> Seen:
             "causal nor full (a sliding window or packed documents, for example); call it per "
             "document."
         )
-    real = None if bool(tokens.q_real.all()) else tokens.q_real
+    real = queries_that_are(tokens)
+    real = None if bool(real.all()) else real
     return Seen(tokens.causal, real)
 
 

@@ -92,11 +92,11 @@ def normal(
     if options.clamp is not None:
         conserved_out = conserved_out.clamp(-options.clamp, options.clamp)
     if options.competition:
-        competition = conserved_out.masked_fill(~k_real, -torch.inf).softmax(-1) * sources
+        competition = conserved_out.masked_fill(~k_real, _NOTHING).softmax(-1) * sources
     else:
         competition = k_real.to(fq.dtype).expand_as(conserved_out)
     allocation = (
-        (conserved_in * sinks / sources).sigmoid()
+        (conserved_in * sinks / sources.clamp(min=1)).sigmoid()
         if options.allocation
         else torch.ones_like(conserved_in)
     )

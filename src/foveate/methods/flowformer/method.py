@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from foveate.parts.cache import Field
 from foveate.parts.context import Context
 from foveate.parts.form import is_causal_or_full, sees_later
 from foveate.parts.state import State, Stateful
-from foveate.parts.tokens import Tokens, tokens_of
+from foveate.parts.tokens import Tokens, queries_that_are, tokens_of
 
 PHI = ("sigmoid", "relu")
 _FIELDS = ("count", "k", "q", "k_over_o", "q_over_i", "log_z", "s")
@@ -182,7 +182,11 @@ def _tokens(q: Tensor, k: Tensor, ctx: Context) -> Tokens:
             "mask is neither (a sliding window or packed documents, for example); call it per "
             "document, or use a method that keeps to any mask, such as block-sparse."
         )
-    return tokens
+    # Cross-attention's queries are other tokens than its keys, whose padding says nothing of them.
+    real = tokens.k_real.any(1, keepdim=True).expand(-1, q.shape[2])
+    if q.shape[2] == k.shape[2]:
+        real = queries_that_are(tokens)
+    return replace(tokens, q_real=real)
 
 
 def _check_square(q: Tensor, k: Tensor) -> None:

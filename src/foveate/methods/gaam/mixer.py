@@ -24,6 +24,7 @@ from foveate.parts.context import Context
 from foveate.parts.form import is_causal_or_full, sees_later
 from foveate.parts.mixer import Mixer, MixerRecipe, MixerSizes, mixed_tokens
 from foveate.parts.state import State
+from foveate.parts.tokens import queries_that_are
 
 AXES = ("features", "tokens")
 _SUMS = ("count", "sum", "square", "first")
@@ -121,7 +122,8 @@ class GaussianMixer(Mixer):
             return self.gate(x)
         real = ctx.real
         if real is None:
-            real = mixed_tokens(x, state.length - x.shape[1], ctx).q_real.expand(len(x), -1)
+            tokens = mixed_tokens(x, state.length - x.shape[1], ctx)
+            real = queries_that_are(tokens).expand(len(x), -1)
         y, state.held = self._running(x, real, state.held)
         state.fields = tuple(
             Field(name, "sequence", tuple(held.shape[1:]), 1) for name, held in state.held.items()
