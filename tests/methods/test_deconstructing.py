@@ -375,3 +375,12 @@ def test_a_composition_is_two_lists_by_layer():
     with pytest.raises(InputError, match="even"):
         standard_layers("evn", 2)
     assert set(VARIANTS) >= {"standard", "rnd-emb-qk"}
+
+
+@pytest.mark.parametrize("key", BOTH)
+def test_autocast_does_not_narrow_the_sums(key):
+    given, method = [x.float() for x in heads()], make(f"{key}(chunk=8)")
+    plain = method(*given, ahead()).out
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = method(*given, ahead()).out
+    torch.testing.assert_close(cast, plain, atol=1e-6, rtol=1e-6)

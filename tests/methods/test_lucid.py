@@ -374,3 +374,17 @@ def test_a_model_generates_with_it():
     assert torch.equal(found, ids)
     beams = model.generate(ids[:, :9], max_new_tokens=4, num_beams=3, pad_token_id=0)
     assert beams.shape == (2, 13)
+
+
+def test_autocast_does_not_narrow_the_solve():
+    """Products of bf16 would lose Y where keys are alike, as they are here."""
+    _, k, v = drawn(n=256, d=64, dv=16, heads=1, kv=1, batch=1, dtype=torch.float32)
+    k = k + 2 * torch.randn(64)
+    given, g = [x.requires_grad_() for x in (k, v)], torch.randn_like(v)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = Lucid(block=64).prepared(*given, CAUSAL)
+            found.append((y, *torch.autograd.grad(y, given, g)))
+    for plain_one, cast in zip(*found):
+        torch.testing.assert_close(cast, plain_one, atol=1e-6, rtol=1e-6)

@@ -465,3 +465,12 @@ def test_sums_over_all_tokens_come_with_the_scan():
     torch.testing.assert_close(rest.out, at_once.out[:, :, 6:], **TIGHT)
     for one, two in zip(whole, sums):
         torch.testing.assert_close(one, two, **TIGHT)
+
+
+def test_autocast_does_not_narrow_the_features():
+    given = [x.float() for x in (lambda q, k, v: (q, *k, *v))(*drawn(40))]
+    form = Form("features", degree=6, tolerance=math.inf)
+    plain = tensor_attention(given[0], given[1:3], given[3:], causal(), form=form).out
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = tensor_attention(given[0], given[1:3], given[3:], causal(), form=form).out
+    torch.testing.assert_close(cast, plain, atol=1e-6, rtol=1e-6)

@@ -31,6 +31,7 @@ from foveate.ops.errors import InputError, nearest
 from foveate.ops.masks.checks import whole
 from foveate.parts.cache import Field
 from foveate.parts.context import Context
+from foveate.parts.precision import uncast
 from foveate.parts.state import State, Stateful
 
 FORMS = ("joint_full", "joint_diag", "printed")
@@ -67,11 +68,13 @@ class Approximate(Stateful):
 
     def full(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> AttentionOutput:
         """All tokens at once; shapes as in `Attention.__call__`, Lq = Lkv. There is no lse."""
-        return self._run(q, k, v, ctx, None)
+        with uncast(q):
+            return self._run(q, k, v, ctx, None)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, state: State) -> AttentionOutput:
         """The next tokens."""
-        return self._run(q, k, v, ctx, state)
+        with uncast(q):
+            return self._run(q, k, v, ctx, state)
 
     def features(self, x: Tensor, scale: float) -> Tensor:
         """Features (..., F) of x (..., D): phi(q).phi(k) is the weight of a score scale * q.k."""

@@ -29,6 +29,7 @@ from foveate.ops.masks.checks import whole
 from foveate.parts.cache import Field
 from foveate.parts.context import Context
 from foveate.parts.norm import rms
+from foveate.parts.precision import uncast
 from foveate.parts.state import State, Stateful
 
 
@@ -61,11 +62,13 @@ class NonApproximate(Stateful):
 
     def full(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> AttentionOutput:
         """All tokens at once; shapes as in `Attention.__call__`, Lq = Lkv, q and k not rotated."""
-        return self._run(q, k, v, ctx, None)
+        with uncast(q):
+            return self._run(q, k, v, ctx, None)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, state: State) -> AttentionOutput:
         """The next tokens."""
-        return self._run(q, k, v, ctx, state)
+        with uncast(q):
+            return self._run(q, k, v, ctx, state)
 
     def scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """Scores s (B, Hq, L) in fp32 or wider, from q (B, Hq, L, D) and k (B, Hkv, L, D)."""

@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from foveate.methods.lucid.triangle import Rows, Run, Triangle
 from foveate.parts.norm import rms
+from foveate.parts.precision import uncast
 
 
 def normalised(k: Tensor, eps: float) -> Tensor:
@@ -44,7 +45,8 @@ def solve(kbar: Tensor, v: Tensor, past: Tensor, where: Triangle) -> Tensor:
     Returns:
         (B, Hkv, n - p, Dv); differentiable once by kbar, v and past.
     """
-    return _Solve.apply(kbar, v, past, where)
+    with uncast(kbar):
+        return _Solve.apply(kbar, v, past, where)
 
 
 def entries(kbar: Tensor, rows: slice, cols: slice) -> Tensor:
@@ -74,6 +76,11 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        with uncast(grad):
+            return _Solve._backward(ctx, grad)
+
+    @staticmethod
+    def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         kbar, y = ctx.saved_tensors
         where, start = ctx.where, ctx.start
         dv = torch.cat((y.new_zeros(*y.shape[:2], start, y.shape[3]), grad), 2)

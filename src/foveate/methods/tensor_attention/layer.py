@@ -27,6 +27,7 @@ from foveate.parts.attention import AttentionRecipe, Heads
 from foveate.parts.cache import Field
 from foveate.parts.context import Context
 from foveate.parts.kv_cache import Entries, token_field
+from foveate.parts.precision import uncast
 from foveate.parts.projection import positive, split_heads
 from foveate.parts.state import State, Stateful
 from foveate.parts.token_state import TokenState
@@ -201,7 +202,8 @@ class TensorLayer(Stateful, nn.Module):
         ctx.aux["logit_bound"] = qs.new_tensor(measured)
         p = self.recipe.how.chosen(measured, q.shape[3])
         real = None if ctx.real is None or bool(ctx.real.all()) else ctx.real
-        found, sums = features.causal_scan(qs, ks, vs, p, self.scale, real, state.sums)
+        with uncast(q):
+            found, sums = features.causal_scan(qs, ks, vs, p, self.scale, real, state.sums)
         state.take(sums, q.shape[2])
         result = AttentionOutput(found.out.to(q.dtype), found.lse)
         return result if ctx.sink_logits is None else with_sinks(result, ctx.sink_logits)

@@ -36,6 +36,7 @@ from foveate.ops.masks.checks import whole
 from foveate.parts.attention import EVERYTHING, remember
 from foveate.parts.context import Context
 from foveate.parts.form import is_causal_or_full
+from foveate.parts.precision import uncast
 from foveate.parts.projection import positive
 from foveate.parts.tokens import Tokens, tokens_of
 
@@ -178,7 +179,8 @@ def tensor_attention(
     if form.is_exact(keys[0].shape[2]):
         found = exact(qs, ks, vs, _grounds(q, keys[0], ctx, scale, tied))
     else:
-        found = _approximate(qs, ks, vs, scale, form, ctx)
+        with uncast(q):
+            found = _approximate(qs, ks, vs, scale, form, ctx)
     result = AttentionOutput(found.out.to(q.dtype), found.lse)
     return result if ctx.sink_logits is None else with_sinks(result, ctx.sink_logits)
 
