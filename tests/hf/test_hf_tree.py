@@ -46,6 +46,20 @@ def test_sentences_are_read_off_the_ids():
     assert lists(cut, 0)[2:4] == [[5, 6, 7, 8, 9], [10, 11, 12, 13]]
 
 
+def test_unknown_and_masked_words_belong_to_their_sentence():
+    class Tokenizer:
+        unk_token_id, mask_token_id = 5, 6
+        all_special_ids = (CLS, SEP, 0, 5, 6)
+
+        def convert_tokens_to_ids(self, mark):
+            return STOP if mark == "." else self.unk_token_id
+
+    made = SentenceTree.of(Tokenizer())
+    assert (made.ends, made.special) == ((STOP,), (CLS, SEP, 0))
+    ids = torch.tensor([[CLS, 11, 5, 12, STOP, 13, 6, 14, 15, SEP]])
+    assert lists(made(ids, ids != 0), 0) == [0, [1, 2, 3, 4], [5, 6, 7, 8], 9]
+
+
 @pytest.mark.parametrize(
     ("layers", "chosen"), [(12, (7, 9, 11)), (6, (3, 5)), (24, (13, 15, 17, 19, 21, 23)), (1, (0,))]
 )

@@ -97,6 +97,23 @@ def test_what_reading_refuses(tmp_path):
         load("banking77", other)
 
 
+def test_a_label_that_is_unknown_is_refused_by_name(tmp_path):
+    head = "text,category\n"
+    files = {"train.csv": head + "a,one\nb,one\n", "test.csv": head + "c,two\n"}
+    with pytest.raises(InputError, match="doesn't hold banking77 as it was released"):
+        load("banking77", folder(tmp_path, files))
+    head = "label\tpremise\thypothesis\n"
+    files = {"snli_dev.tsv": head + "-\ta\tb\n", "snli_test.tsv": head + "neutral\ta\tb\n"}
+    with pytest.raises(InputError, match="doesn't hold snli as it was released"):
+        load("snli", folder(tmp_path, files))
+
+
+def test_a_line_separator_within_a_text_ends_no_row(tmp_path):
+    files = FOLDER | {"train.tsv": "So\u2028kind\x85!\t0\tid1\n"}
+    data = load("goemotions", folder(tmp_path, files))
+    assert data.train == (Example(("So\u2028kind\x85!",), 0),)
+
+
 # -- the task --------------------------------------------------------------------------------------
 def small(**options):
     rows = [Example((f"Word{i % 3} says: a{i}!",), i % 2) for i in range(10)]

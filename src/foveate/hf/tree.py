@@ -57,7 +57,10 @@ class SentenceTree:
         ends = tuple(i for i in ids if i is not None and i != unknown)
         if not ends:
             raise InputError(f"SentenceTree: the tokenizer has no token for any of {marks}.")
-        return SentenceTree(ends, tuple(tokenizer.all_special_ids), **sizes)
+        # What stands for a word, an unknown or a masked one, belongs to its sentence.
+        words = {unknown, getattr(tokenizer, "mask_token_id", None)}
+        special = tuple(i for i in tokenizer.all_special_ids if i not in words)
+        return SentenceTree(ends, special, **sizes)
 
     def __call__(self, input_ids: Tensor, real: Tensor) -> Tree:
         """(B, L) ids and bool (B, L) -> the forest of the real tokens."""

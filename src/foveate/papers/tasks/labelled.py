@@ -106,20 +106,20 @@ def _load(name: str, folder: Path) -> Labelled:
     texts = [read_file(folder, file) for file in FILES[name]]
     try:
         labels, train, validation, test = _READERS[name](*texts)
-    except (csv.Error, IndexError, KeyError, ValueError) as error:
+        if validation is None:
+            held = [_tenth(row) for row in train]
+            validation = [row for row, out in zip(train, held) if out]
+            train = [row for row, out in zip(train, held) if not out]
+        index = {label: i for i, label in enumerate(labels)}
+        made = [
+            tuple(Example(texts, index[label]) for texts, label in rows)
+            for rows in (train, validation, test)
+        ]
+    except (AttributeError, csv.Error, IndexError, KeyError, ValueError) as error:
         raise InputError(
             f"{folder} doesn't hold {name} as it was released ({type(error).__name__}: {error})."
         ) from error
-    if validation is None:
-        held = [_tenth(row) for row in train]
-        validation = [row for row, out in zip(train, held) if out]
-        train = [row for row, out in zip(train, held) if not out]
-    index = {label: i for i, label in enumerate(labels)}
-
-    def made(rows: list[Row]) -> tuple[Example, ...]:
-        return tuple(Example(texts, index[label]) for texts, label in rows)
-
-    return Labelled(name, labels, made(train), made(validation), made(test))
+    return Labelled(name, labels, *made)
 
 
 def read_file(folder: Path, name: str) -> str:
@@ -155,7 +155,7 @@ def _goemotions(train: str, dev: str, test: str, names: str) -> Read:
     labels = tuple(names.split())
 
     def rows(text: str) -> list[Row]:
-        found = [line.split("\t") for line in text.splitlines()]
+        found = [line.split("\t") for line in text.split("\n") if line.strip()]
         return [((row[0],), labels[int(row[1])]) for row in found if "," not in row[1]]
 
     return labels, rows(train), rows(dev), rows(test)
