@@ -55,8 +55,7 @@ def seen(name: str, q: Tensor, k: Tensor, past: int, ctx: Context) -> Seen:
             "document."
         )
     real = queries_that_are(tokens)
-    real = None if bool(real.all()) else real
-    return Seen(tokens.causal, real)
+    return Seen(tokens.causal, None if bool(real.all()) else real)
 
 
 def in_chunks(

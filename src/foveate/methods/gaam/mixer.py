@@ -27,7 +27,6 @@ from foveate.parts.state import State
 from foveate.parts.tokens import queries_that_are
 
 AXES = ("features", "tokens")
-_SUMS = ("count", "sum", "square", "first")
 
 
 @dataclass(frozen=True)
