@@ -507,3 +507,24 @@ def test_nothing_gives_nothing():
     q, k, v = drawn(20, heads=2, batch=2)
     assert make("hsa")(q[:0], k[:0], v[:0]).out.shape == (0, 2, 20, 5)
     assert make("hsa")(q[:, :, :0], k[:, :, :0], v[:, :, :0]).out.shape == (2, 2, 0, 5)
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(
+    ("spec", "mask"),
+    [
+        ("hsa(branch=4)", None),
+        ("hsa(branch=4, ties='columns')", causal()),
+        ("hsa(branch=4, positions=8)", None),
+    ],
+)
+def test_what_inference_mode_kept_of_a_tree_serves_training(spec, mask, given):
+    ctx = Context(mask=mask, tree=Tree.windows(39, 4) if given else None)
+    q, k, v = (x.float() for x in drawn(39, heads=2, dim=8))
+    with torch.inference_mode():
+        want = make(spec)(q, k, v, ctx).out.clone()
+    q.requires_grad_()
+    out = make(spec)(q, k, v, ctx).out
+    assert torch.equal(out, want)
+    (grad,) = torch.autograd.grad(out.square().sum(), q)
+    assert grad.isfinite().all()

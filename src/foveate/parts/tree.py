@@ -27,6 +27,14 @@ from foveate.ops.errors import InputError
 T = TypeVar("T")
 
 
+class _Told(cached_property):
+    """Made once, under inference mode as outside of it: what is kept must serve training, too."""
+
+    def __get__(self, tree: Any, owner: type | None = None) -> Any:
+        with torch.inference_mode(False):
+            return super().__get__(tree, owner)
+
+
 @dataclass(frozen=True, eq=False)
 class Tree:
     """A forest over the tokens of a batch; make it with one of the static methods.
@@ -220,7 +228,8 @@ class Tree:
     def kept(self, key: Hashable, build: Callable[[], T]) -> T:
         """What `build` makes of this tree, made once."""
         if key not in self._kept:
-            self._kept[key] = build()
+            with torch.inference_mode(False):
+                self._kept[key] = build()
         return self._kept[key]
 
     # -- what it says ------------------------------------------------------------------------------
@@ -248,34 +257,34 @@ class Tree:
         """For each level below the roots: first node of the level above it, its own, the next's."""
         return list(zip(self.levels[:-2], self.levels[1:-1], self.levels[2:]))
 
-    @cached_property
+    @_Told
     def leaf(self) -> Tensor:
         """(n,) bool."""
         return self.token >= 0
 
-    @cached_property
+    @_Told
     def leaves(self) -> Tensor:
         """Nodes of the leaves in the order of their tokens: what puts tokens into tree order."""
         found = self.leaf.nonzero()[:, 0]
         return found[self.token[found].argsort()]
 
-    @cached_property
+    @_Told
     def inner(self) -> Tensor:
         """(M,) inner nodes, roots first."""
         return (~self.leaf).nonzero()[:, 0]
 
-    @cached_property
+    @_Told
     def inner_place(self) -> Tensor:
         """(n,) the number of each inner node among `inner`; of leaves it says nothing."""
         return ((~self.leaf).cumsum(0) - 1).clamp_min(0)
 
-    @cached_property
+    @_Told
     def inner_spans(self) -> list[tuple[int, int]]:
         """First and last (excluded) inner node of each level below the roots, numbered so."""
         ends = [int((~self.leaf[:at]).sum()) for at in self.levels]
         return list(zip(ends[1:-1], ends[2:]))
 
-    @cached_property
+    @_Told
     def sizes(self) -> Tensor:
         """(n,) int64, |A|: leaves under each node."""
         count = self.leaf.long()
@@ -283,13 +292,13 @@ class Tree:
             count[start:lo].index_add_(0, self.parent[lo:hi] - start, count[lo:hi])
         return count
 
-    @cached_property
+    @_Told
     def children(self) -> Tensor:
         """(n,) int64: children of each node."""
         below = self.parent[self.trees :]
         return torch.bincount(below, minlength=len(self))
 
-    @cached_property
+    @_Told
     def family(self) -> Tensor:
         """(n, 2) int64: first and last (excluded) of each node and its siblings; roots alone."""
         ends = self.children.cumsum(0) + self.trees
@@ -308,13 +317,13 @@ class Tree:
         """b: the largest number of children."""
         return int(self.children.max()) if len(self) else 0
 
-    @cached_property
+    @_Told
     def scores(self) -> int:
         """Logits that the program needs, leaves' own included: sum of b (b - 1) and the leaves."""
         b = self.children[self.children > 0]
         return int((b * (b - 1)).sum()) + int(self.leaf.sum())
 
-    @cached_property
+    @_Told
     def ordered(self) -> bool:
         """Whether each node's tokens all come before those of its next sibling."""
         if not len(self):
