@@ -7,7 +7,8 @@ tokens, pulled to a sparsity of 0.45 on the first kind and 1 on the second. Told
 each decided once, without noise: accuracy of the recalled values, cross entropy of the text, and
 the share of full attention on each. Beside it all layers sparse, and full attention in one layer,
 the same for both kinds. The decision pools a sequence's last 8 tokens, among which the values that
-are asked for stand, in training and in the test alike. "keys read" is the share of the cache that a decoded token reads.
+are asked for stand, in training and in the test alike. "keys read" is the share of the cache that a
+decoded token reads.
 
 Losses are means over sequences of their means, so that four recalled values count as much as 64
 tokens of text.
