@@ -49,6 +49,7 @@ def z_scores(columns: Tensor, stride: int) -> Tensor:
     return (folded / each.clamp_min(1) - mean) * each.sqrt() / std.clamp_min(tiny)
 
 
+@torch.no_grad()  # a choice, which has no gradient
 def search_stride(columns: Tensor, strides: list[int]) -> Found:
     """The stride and phase of the highest z, for each head; of equal ones the shorter stride.
 
