@@ -528,3 +528,11 @@ def test_what_inference_mode_kept_of_a_tree_serves_training(spec, mask, given):
     assert torch.equal(out, want)
     (grad,) = torch.autograd.grad(out.square().sum(), q)
     assert grad.isfinite().all()
+
+
+def test_a_bias_that_hides_keys_is_refused():
+    q, k, v = drawn(16)
+    bias = torch.zeros(1, 1, 1, 16, dtype=torch.float64)
+    bias[..., 12:] = -torch.inf
+    with pytest.raises(InputError, match=r"finite biases.*padding\(lengths\)"):
+        make("hsa(branch=4)")(q, k, v, Context(bias=bias))

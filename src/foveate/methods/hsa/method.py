@@ -228,4 +228,9 @@ def _key_bias(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
             "hsa takes a bias of keys alone, (B, Hq, 1, Lkv): one that differs by query has no "
             "mean over a block that is cheaper than the block. Run this layer with 'full'."
         )
+    if not bool(wide.isfinite().all()):
+        raise InputError(
+            "hsa takes finite biases: a key of -inf would hide its whole group from itself. Leave "
+            "keys out by the mask, padding(lengths)."
+        )
     return wide[:, :, 0]
