@@ -12,6 +12,7 @@ from torch import Tensor
 from foveate.ops.layout import bits as bitset
 
 _CHUNK = 256  # bit tiles unpacked at a time
+_LINES = 1 << 22  # lines of partial tiles taken at a time
 _MOST = 1 << 27  # lines of partial tiles, all together, for which this is still worth its time
 
 
@@ -31,7 +32,7 @@ def intervals(
 
     Returns:
         (tiles, lines of a tile, 2) int32, first and end; None if some line sees no single run in
-        the tiles that its list visits.
+        the tiles that its list visits, or if keys between those runs are in none of them.
     """
     partial = kinds > 0
     owned, side = (bits.shape[1], q_tile) if by_key else (q_tile, bits.shape[1])
@@ -46,22 +47,46 @@ def intervals(
     high = torch.zeros_like(low)
     low.scatter_reduce_(0, of, whole, "amin")
     high.scatter_reduce_(0, of, whole + side, "amax")
-    start = other[partial].long()[:, None] * side
-    first, end = (x[kinds[partial].long() - 1] for x in spans)
-    at = owner[partial][:, None].expand_as(first)
-    some = first < end
     lows = low[:, None].repeat(1, owned)
     highs = high[:, None].repeat(1, owned)
-    lows.scatter_reduce_(0, at, (start + first).masked_fill(~some, far), "amin")
-    highs.scatter_reduce_(0, at, (start + end).masked_fill(~some, 0), "amax")
-    mine, until = (
-        (x.gather(0, at) - start).clamp(0, side) for x in (lows, highs)
-    )  # fmt: skip
-    right = torch.where(some, (mine == first) & (until == end), mine >= until)
-    if not bool(right.all()):
+    parts = partial.nonzero()[:, 0].split(max(1, _LINES // owned))
+    for part in parts:
+        at, start, first, end = _lines(part, spans, owner, other, kinds, side)
+        some = first < end
+        lows.scatter_reduce_(0, at, (start + first).masked_fill(~some, far), "amin")
+        highs.scatter_reduce_(0, at, (start + end).masked_fill(~some, 0), "amax")
+    wrong = torch.zeros((), dtype=torch.bool, device=bits.device)
+    for part in parts:
+        at, start, first, end = _lines(part, spans, owner, other, kinds, side)
+        mine, until = ((x.gather(0, at) - start).clamp(0, side) for x in (lows, highs))
+        same = (mine == first) & (until == end)
+        wrong |= (~torch.where(first < end, same, mine >= until)).any()
+    if not by_key:
+        wrong |= _hole(lows, highs, far)
+    if bool(wrong):
         return None
     lows = torch.minimum(lows, highs)
     return torch.stack((lows, highs), -1).int()
+
+
+def _lines(
+    part: Tensor, spans: tuple[Tensor, Tensor], owner: Tensor, other: Tensor, kinds: Tensor,
+    side: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Of partial tiles: (n, lines) owner; (n, 1) where the other side begins; first, end there."""
+    first, end = (x[kinds[part].long() - 1] for x in spans)
+    return owner[part][:, None].expand_as(first), other[part].long()[:, None] * side, first, end
+
+
+def _hole(lows: Tensor, highs: Tensor, far: int) -> Tensor:
+    """Whether between the ranges of a tile's lines lies what is in none of them.
+
+    Kernels load all from the first range of a tile to the last; a key that nobody sees may hold
+    NaN, and the bits say which ones those are.
+    """
+    first, order = lows.sort(1)
+    until = highs.gather(1, order).cummax(1).values
+    return ((first[:, 1:] > until[:, :-1]) & (first[:, 1:] < far)).any()
 
 
 def _spans(bits: Tensor, q_tile: int, by_key: bool) -> tuple[Tensor, Tensor] | None:

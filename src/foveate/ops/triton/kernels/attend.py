@@ -197,7 +197,8 @@ def attend(
             there = there & some_row_sees(seen, live)
         key = or_none(key, there)
         k_at = key.to(tl.int64) * k_l
-        if PLAIN and K_TILES is not None:  # a key that nobody sees has no score, whatever it holds
+        # A key that nobody sees has no score, whatever it holds; as a value it must be 0.
+        if PLAIN and K_TILES is not None and not SHARED:
             k1 = copy_tile(K_TILES, batch, kv_head, key0, N, D1)
         elif PLAIN:
             k1 = load_some(k_base, key0, k_l, n, d1, there, D, D1)

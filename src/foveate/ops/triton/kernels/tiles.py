@@ -317,10 +317,13 @@ def some_row_sees(seen, live):
 
 @triton.jit
 def range_of(TABLE, at, place, mask):
-    """(first, end) of a row's or key's range; (0, 0) where `mask` is not set."""
+    """(first, end) of a row's or key's range; (0, 0) where `mask` is not set.
+
+    Neither is negative, so that their difference is a number of 32 bits.
+    """
     low = tl.load(TABLE + at + place * 2, mask=mask, other=0)
     high = tl.load(TABLE + at + place * 2 + 1, mask=mask, other=0)
-    return low, high
+    return tl.maximum(low, 0), tl.maximum(high, 0)
 
 
 @triton.jit
