@@ -152,6 +152,28 @@ def test_cudnn_goes_before_flash_attention_2_on_hopper(monkeypatch):
         torch.use_deterministic_algorithms(before)
 
 
+def test_cudnn_takes_no_short_sequences(monkeypatch):
+    monkeypatch.setattr(sdpa_gpu, "implementation", lambda device: "cuDNN")
+    key = Q[:, :, :1]
+    assert sdpa_gpu._by_cudnn(Q, Q)
+    assert not sdpa_gpu._by_cudnn(Q, key)
+    assert not sdpa_gpu._by_cudnn(key, Q)
+    assert not sdpa_gpu._by_cudnn(Q[..., :32], Q[..., :32])
+    assert passed_over(Inputs(Q, Q, Q), triton_can=True) == []
+    assert "cuDNN isn't declared" in passed_over(Inputs(Q, key, key), triton_can=True)[0]
+
+
+def test_torchs_kernels_are_given_what_they_can_read():
+    even = torch.randn(1, 2, 8, 72).bfloat16()
+    for x in (even[..., 8:], even.mT.contiguous().mT, even[..., 1:65], even[..., :64]):
+        found = sdpa_gpu._aligned(x)
+        assert torch.equal(found, x)
+        assert found.stride(-1) == 1
+        assert found.data_ptr() % 16 == 0
+        assert all(n % 8 == 0 for n in found.stride()[:-1])
+    assert sdpa_gpu._aligned(even[..., 8:]).data_ptr() == even[..., 8:].data_ptr()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.plain_empty

@@ -130,7 +130,7 @@ def passed_over(inputs: Inputs, triton_can: bool) -> list[str]:
         return [
             "would hold the whole mask and skip nothing; auto takes it for dense and causal only"
         ]
-    if triton_can and not sdpa_gpu.declared_faster(inputs.query):
+    if triton_can and not sdpa_gpu.declared_faster(inputs.query, inputs.key):
         name = sdpa_gpu.implementation(inputs.query.device)
         return [
             f"{name} isn't declared faster than triton for this head size and length; "

@@ -21,7 +21,6 @@ _cudnn_forward = torch.ops.aten._scaled_dot_product_cudnn_attention
 _cudnn_backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
 _DTYPES = (torch.float16, torch.bfloat16)
 _MAX_DIM = 256
-_CUDNN_DIMS = (64, 128)
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Faster:
 FASTER = (
     Faster("FA3", (64, 128, 256), 512),
     Faster("FA4", (64, 128), 512),
-    Faster("cuDNN", _CUDNN_DIMS, 1024),
+    Faster("cuDNN", (64, 128), 1024),
 )
 
 
@@ -56,14 +55,18 @@ def _cudnn(device: torch.device | None) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def _by_cudnn(query: Tensor) -> bool:
-    """Whether cuDNN runs a call: its lse is the flash operators' too, so either can go back."""
-    return query.shape[3] in _CUDNN_DIMS and implementation(query.device) == "cuDNN"
+def _by_cudnn(query: Tensor, key: Tensor) -> bool:
+    """Whether cuDNN runs a call: its lse is the flash operators' too, so either can go back.
+
+    Only what is declared faster: of short sequences cuDNN refuses some, such as one key.
+    """
+    return implementation(query.device) == "cuDNN" and declared_faster(query, key)
 
 
-def declared_faster(query: Tensor) -> bool:
-    """Whether `FASTER` names the implementation that would run, for this head size and length."""
-    name, dim, length = implementation(query.device), query.shape[3], query.shape[2]
+def declared_faster(query: Tensor, key: Tensor) -> bool:
+    """Whether `FASTER` names the implementation that would run, for this head size and lengths."""
+    name, dim = implementation(query.device), query.shape[3]
+    length = min(query.shape[2], key.shape[2])
     return any(
         f.implementation == name and dim in f.head_dims and length >= f.shortest for f in FASTER
     )
@@ -84,11 +87,19 @@ def reasons(query: Tensor, plain: bool) -> list[str]:
     return found
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """A tensor as these kernels read it: rows of contiguous numbers, all at steps of 16 bytes."""
+    steps = (*x.stride()[:-1], x.storage_offset())
+    even = x.stride(-1) == 1 and all(n * x.element_size() % 16 == 0 for n in steps)
+    return x if even else x.clone(memory_format=torch.contiguous_format)
+
+
 def forward(
     query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output and lse; as many heads of keys as of queries."""
-    if _by_cudnn(query):
+    query, key, value = (_aligned(x) for x in (query, key, value))
+    if _by_cudnn(query, key):
         out, lse, *_ = _cudnn_forward(
             query, key, value, None, True, 0.0, is_causal, False, scale=scale
         )
@@ -108,7 +119,8 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
-    if _by_cudnn(query):
+    query, key, value = (_aligned(x) for x in (query, key, value))
+    if _by_cudnn(query, key):
         none = torch.zeros((), dtype=torch.int64, device=query.device)  # the dropout's state
         dq, dk, dv = _cudnn_backward(
             grad_out.contiguous(), query, key, value, out, lse[..., None], none, none, None, None,
