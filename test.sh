@@ -30,7 +30,7 @@ else
     # The interpreter has to be asked for before Triton is imported: a run of its own.
     if python -c 'import triton' 2>/dev/null; then
         stage triton-interpreter env TRITON_INTERPRET=1 python -m pytest -n "$workers" \
-            -m 'not slow' tests/ops/test_triton.py
+            -m 'not slow' tests/ops/test_triton.py tests/ops/test_triton_paths.py
     fi
 fi
 

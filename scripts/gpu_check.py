@@ -21,7 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = {
     # name: (share of the time, command)
-    "tests": (0.3, ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops/test_triton.py"]),
+    "tests": (0.3, ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops/test_triton.py",
+              "tests/ops/test_triton_paths.py"]),
     "tune": (0.15, ["-m", "foveate.ops.triton.tune"]),
     "kernels": (
         0.4, ["-m", "foveate.cli", "bench", "kernels", "--device", "cuda", "--quick", "--out"],

@@ -153,10 +153,18 @@ def run(
     else:
         with Workers(workers, options, str(device)) as pool:
             jobs = {pool.measure(cells[i], peaks[cells[i].dtype]): i for i in missing}
-            for count, job in enumerate(as_completed(jobs)):
+            failed: Exception | None = None
+            for count, job in enumerate(as_completed(jobs), len(cells) - len(missing)):
                 if begin is not None:
                     begin(str(cells[jobs[job]]), count, len(cells))
-                keep(jobs[job], job.result())
+                try:
+                    values = job.result()
+                except Exception as error:  # what the others measure is kept
+                    failed = failed or error
+                else:
+                    keep(jobs[job], values)
+        if failed is not None:
+            raise failed
     return [{"cell": n, "values": v} for n, v in zip(named, found) if v is not None]
 
 
