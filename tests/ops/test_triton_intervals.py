@@ -11,6 +11,7 @@ from torch import Tensor
 
 from foveate.ops import Layout, Mask, causal, documents, sinks, window
 from foveate.ops.layout import KEY_RANGE, ROW_RANGE
+from foveate.ops.triton import intervals
 from foveate.ops.triton.plan import Plan, plan_of
 
 
@@ -64,6 +65,39 @@ def test_whatever_is_told_is_right(data: st.DataObject) -> None:
     for kind, table in zip((KEY_RANGE, ROW_RANGE), told(layout)):
         if table is not None:
             torch.testing.assert_close(seen_by_ranges(layout, kind, table), layout.dense())
+
+
+@pytest.mark.parametrize("lines", [1, 1 << 22])
+@pytest.mark.parametrize("groups", [(1, 3), (2, 1), (2, 3)])
+def test_each_group_has_its_own(groups, lines, monkeypatch) -> None:
+    monkeypatch.setattr(intervals, "_LINES", lines)
+    low = torch.randint(0, 20, (*groups, 50)).sort(-1).values
+    high = low + torch.randint(0, 30, low.shape)
+    at = torch.arange(45)
+    allowed = (at >= low[..., None]) & (at < high[..., None])
+    by_row = Layout.from_dense(allowed, (16, 8))
+    table = told(by_row)[0]
+    assert table is not None
+    assert seen_by_ranges(by_row, KEY_RANGE, table).equal(allowed)
+    by_key = Layout.from_dense(allowed.mT, (8, 16))
+    table = told(by_key)[1]
+    assert table is not None
+    assert seen_by_ranges(by_key, ROW_RANGE, table).equal(allowed.mT)
+    allowed[-1, -1, 20] = at % 2 == 0  # one row with gaps, in one group
+    assert told(Layout.from_dense(allowed, (16, 8)))[0] is None
+    assert told(Layout.from_dense(allowed.mT, (8, 16)))[1] is None
+
+
+def test_keys_that_no_row_of_a_tile_sees_keep_their_bits() -> None:
+    allowed = torch.zeros(32, 64, dtype=torch.bool)
+    allowed[:10, :10] = True
+    allowed[12:, 20:40] = True
+    assert told(Layout.from_dense(allowed, (16, 64)))[0] is None
+    allowed[10:12, 10:20] = True
+    layout = Layout.from_dense(allowed, (16, 64))
+    table = told(layout)[0]
+    assert table is not None
+    assert seen_by_ranges(layout, KEY_RANGE, table)[0, 0].equal(allowed)
 
 
 def test_decoding_keeps_its_bits() -> None:

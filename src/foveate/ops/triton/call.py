@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.ops.layout import KEY_RANGE, Layout
+from foveate.ops.layout import Layout
 from foveate.ops.triton import interpreted
 from foveate.ops.triton.config import Config, owned_block, padded, streamed_block
 from foveate.ops.triton.plan import Plan, plan_of
@@ -237,7 +237,7 @@ def row_lists(call: Call, cut: Blocks, factor: int) -> dict[str, Any]:
         found |= {"COLS": lists.tiles, "KINDS": lists.kinds, "ORDER": plan.row_order}
         found |= dict(zip(("START", "MID", "END"), plan.ordered_bounds))
         if plan.key_ranges is not None:
-            found |= as_ranges(plan.key_ranges, lists.kinds, KEY_RANGE, "KEY_RANGE", "kr")
+            found |= as_ranges(plan.key_ranges, plan.row_kinds, "KEY_RANGE", "kr")
         elif plan.bits.shape[0]:
             found |= {"WORDS": plan.row_words, "ALIVE": plan.seen_keys}
         kv_tiles = plan.kv_tiles
@@ -251,11 +251,11 @@ def row_lists(call: Call, cut: Blocks, factor: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def as_ranges(table: Tensor, kinds: Tensor, kind: int, name: str, short: str) -> dict[str, Any]:
+def as_ranges(table: Tensor, kinds: Tensor, name: str, short: str) -> dict[str, Any]:
     """Arguments by which bit tiles are taken by ranges of the owned side instead."""
     steps = (s if n > 1 else 0 for s, n in zip(table.stride(), table.shape[:2]))
     return {
-        name: table, "KINDS": torch.where(kinds > 0, kind, kinds),
+        name: table, "KINDS": kinds,
         **dict(zip((f"{short}_b", f"{short}_h"), steps)),
     }  # fmt: skip
 

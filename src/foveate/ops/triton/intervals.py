@@ -100,5 +100,5 @@ def _spans(bits: Tensor, q_tile: int, by_key: bool) -> tuple[Tensor, Tensor] | N
         last = seen.shape[-1] - 1 - seen.flip(-1).int().argmax(-1)
         if not bool(((count == 0) | (last - first + 1 == count)).all()):
             return None
-        found.append((first, first + count))
+        found.append((first.int(), (first + count).int()))
     return tuple(torch.cat(x) for x in zip(*found))  # type: ignore[return-value]

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from foveate.ops.layout import FULL, Layout
+from foveate.ops.layout import FULL, KEY_RANGE, ROW_RANGE, Layout
 from foveate.ops.layout import bits as bitset
 from foveate.ops.triton.intervals import intervals
 
@@ -135,6 +135,16 @@ class Plan(Layout):
             counts.numel(),
         )  # fmt: skip
         return None if found is None else found.reshape(*self.groups, -1, 2)
+
+    @cached_property
+    def row_kinds(self) -> Tensor:
+        """The kinds of `by_row` where bit tiles are taken by `key_ranges`."""
+        return torch.where(self.by_row.kinds > 0, KEY_RANGE, self.by_row.kinds)
+
+    @cached_property
+    def key_kinds(self) -> Tensor:
+        """The kinds of `by_key` where bit tiles are taken by `row_ranges`."""
+        return torch.where(self.by_key.kinds > 0, ROW_RANGE, self.by_key.kinds)
 
     @property
     def _only_bits(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.ops.layout import ROW_RANGE, Layout
+from foveate.ops.layout import Layout
 from foveate.ops.triton.call import (
     Call,
     as_ranges,
@@ -258,7 +258,7 @@ def key_arguments(
         }  # fmt: skip
         together = list_heads == 1 or call.list_size % call.group == 0
         if together and plan.row_ranges is not None:
-            lists |= as_ranges(plan.row_ranges, by_key.kinds, ROW_RANGE, "ROW_RANGE", "rr")
+            lists |= as_ranges(plan.row_ranges, plan.key_kinds, "ROW_RANGE", "rr")
         elif plan.bits.shape[0]:
             lists["WORDS"] = plan.key_words
         direct = plan.keys_stand_once
