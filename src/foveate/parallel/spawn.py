@@ -6,9 +6,9 @@
     run(work, ["attention-0", "ffn-0"], (0.5,), timeout=60)   # {"attention-0": 0.5, "ffn-0": 0.5}
 
 The processes find each other through a store that this process holds on a free port, so no port is
-guessed, and a rank that dies takes no store with it. They come from a fork server that has imported
-torch once, where the platform has one: the first start takes seconds, later ones a fraction. No rank
-outlives this process, or its `timeout`.
+guessed, and a rank that dies takes no store with it. They come from a fork server that has
+imported torch once, where the platform has one: the first start takes seconds, later ones a
+fraction. No rank outlives this process, or its `timeout`.
 """
 
 from __future__ import annotations
@@ -251,7 +251,7 @@ def _child(
     sender: Connection,
     alive: Connection,
 ) -> None:
-    """Run the target in this new process, and send back (True, value) or (False, what was wrong)."""
+    """Run the target in this new process; send (True, value) or (False, what was wrong)."""
     threading.Thread(target=_die_with, args=(alive,), daemon=True).start()
     try:
         port, timeout, threads, backend, environment = settings
