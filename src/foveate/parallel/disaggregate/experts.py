@@ -35,7 +35,7 @@ def route(router: Router | None, rows: Tensor) -> Routes | None:
         return None
     routed = router(rows)
     # A stable sort of "not chosen" brings the chosen experts forward, in ascending order.
-    ids = (~routed.chosen).to(torch.uint8).sort(-1, stable=True).indices[:, : router.top_k]
+    ids = (~routed.chosen).to(torch.uint8).sort(dim=-1, stable=True).indices[:, : router.top_k]
     weights = routed.weights.gather(1, ids) * routed.chosen.gather(1, ids)
     return Routes(ids.to(torch.int32), weights)
 
