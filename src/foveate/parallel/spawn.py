@@ -136,7 +136,7 @@ class Ranks:
         os.kill(self.processes[name].pid, signal.SIGKILL)
 
     def wait(self) -> dict[str, Any]:
-        """What every rank returned, by name.
+        """What every rank returned, by name, in the order of the names.
 
         Raises:
             RanksError: a rank raised, died, or was still running at the end of the time.
@@ -164,6 +164,7 @@ class Ranks:
                     late = f"still running {self.grace:g} s after {name!r} had failed: killed."
                 errors[name] = value
         self.close()
+        results = {name: results[name] for name in self.names if name in results}
         if errors:
             raise RanksError(errors, results)
         return results

@@ -26,7 +26,7 @@ from foveate.nn import Attention, Block
 from foveate.nn.moe import MoE, Router
 from foveate.ops.errors import InputError
 from foveate.parallel.disaggregate.batch import MicroBatch, Request, Running, Step
-from foveate.parallel.disaggregate.experts import check_feedforward, route
+from foveate.parallel.disaggregate.experts import Routes, check_feedforward, route
 from foveate.parallel.disaggregate.link import Link
 from foveate.parallel.disaggregate.message import Head
 from foveate.parallel.disaggregate.plan import Plan
@@ -186,7 +186,9 @@ class Decoder:
                             if m in flights:
                                 self._end(m, flights[m])
                             flights[m] = self._begin(m, turn)
-                        self._stage(m, layer, half, turn, flights[m])
+                        rows, routes = self._stage(m, layer, half, flights[m])
+                    done = layer == 0 and not self.queue and not any(b.load for b in self.batches)
+                    self.link.post(Head(layer, m, turn, len(rows), done), rows, routes)
             if not live:
                 self.link.close()
                 return self.out
@@ -217,19 +219,17 @@ class Decoder:
         x = positioned(self.positions, tokens, step.past, seen, None)
         return Flight(step, x, ctx, begun)
 
-    def _stage(self, m: int, layer: int, half: AttentionHalf, turn: int, flight: Flight) -> None:
-        """Attention of one layer, and its result on the way to the experts."""
+    def _stage(
+        self, m: int, layer: int, half: AttentionHalf, flight: Flight
+    ) -> tuple[Tensor, Routes | None]:
+        """Attention of one layer; what the experts get of it (n, dim), and which of them."""
         with self.trace.span("attention", m, layer=layer, rows=len(flight.x)):
-            rows = flight.x.flatten(0, 1)
-            routes = None
-            if flight.step is not None:
-                ctx = flight.ctx
-                ctx.layer = layer
-                flight.x, inner = half(flight.x, ctx, flight.step.caches[layer])
-                rows = inner.flatten(0, 1)
-                routes = route(half.router, rows)
-        done = layer == 0 and not self.queue and not any(b.load for b in self.batches)
-        self.link.post(Head(layer, m, turn, len(rows), done), rows, routes)
+            if flight.step is None:
+                return flight.x.flatten(0, 1), None
+            flight.ctx.layer = layer
+            flight.x, inner = half(flight.x, flight.ctx, flight.step.caches[layer])
+            rows = inner.flatten(0, 1)
+            return rows, route(half.router, rows)
 
     def _end(self, m: int, flight: Flight) -> None:
         """Choose tokens; finished sequences leave and are told of."""

@@ -243,8 +243,8 @@ class FFNLink:
             self.trace.add("forth", f"from {peer}", head.sent, time.monotonic_ns())
         shares = self.into[m][None]
         if self.groups.inside is not None:
-            work = distributed.all_gather_into_tensor(
-                self.gathered, self.into[m], group=self.groups.inside, async_op=True
+            work = distributed.all_gather(
+                list(self.gathered), self.into[m], group=self.groups.inside, async_op=True
             )
             self.watch.wait(work, *self.inside)
             shares = self.gathered
@@ -299,8 +299,8 @@ class FFNLink:
             for i, piece in enumerate(pieces):
                 t, a = divmod(i, self.plan.attention)
                 self.partial[t, a, : len(piece)] = piece
-            work = distributed.reduce_scatter_tensor(
-                self.summed, self.partial, group=self.groups.inside, async_op=True
+            work = distributed.reduce_scatter(
+                self.summed, list(self.partial), group=self.groups.inside, async_op=True
             )
             self.watch.wait(work, *self.inside)
         own = batch.heads[self._part()]

@@ -81,8 +81,10 @@ class Watch:
         """Whom this rank's vain wait for `peers` leads to."""
         try:
             self.store.set(f"waits/{self.name}", json.dumps([how, list(peers)]))
-            time.sleep(SETTLE)
-            found = self._read("verdict") or self._first(self._culprit(peers, how))
+            settled = time.monotonic() + SETTLE
+            while (found := self._read("verdict")) is None and time.monotonic() < settled:
+                time.sleep(SETTLE / 50)
+            found = found or self._first(self._culprit(peers, how))
         except RuntimeError:  # without the store this rank knows only what it saw itself
             found = _sentence(peers, how, self.patience)
         return RankLostError(*found)

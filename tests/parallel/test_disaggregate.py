@@ -1,0 +1,226 @@
+"""Attention and experts apart: the same tokens, three micro-batches in flight, nothing hangs."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import afd
+import pytest
+import torch
+
+from foveate.models import FoveateConfig, FoveateForCausalLM
+from foveate.ops.errors import InputError
+from foveate.parallel.disaggregate import Plan, Request, chrome_trace, serve_alone
+from foveate.parallel.disaggregate.experts import FFNPart, route
+from foveate.parallel.disaggregate.message import FP8_MOST, quantised, restored
+from foveate.parallel.disaggregate.watch import SETTLE
+from foveate.parallel.spawn import Ranks, RanksError, run
+
+PLANS = {
+    2: [
+        Plan(rows=3),
+        Plan(rows=3, micro_batches=1),
+        Plan(rows=3, micro_batches=2, dispatch="fp8"),
+    ],
+    3: [Plan(ffn=2, rows=3), Plan(attention=2, rows=3, micro_batches=2), Plan(tp=2, rows=4)],
+    4: [Plan(attention=2, ffn=2, rows=3), Plan(attention=2, tp=2, rows=4, micro_batches=2)],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_one_process_gives_each_request_what_it_gets_alone(dtype):
+    model, requests = afd.tiny_step3(dtype), afd.some_requests()
+    for plan in (Plan(rows=3), Plan(rows=2, micro_batches=1)):
+        out = serve_alone(model, requests, plan, keep_logits=True)
+        kinds = {p.kind for p in out.passes}
+        assert kinds == {"decode", "prompt", "idle"}
+        for request in requests:
+            tokens, logits = afd.one_by_one(model, request)
+            assert out.tokens[request.id] == tokens
+            atol = 1e-12 if dtype == torch.float64 else 1e-5
+            torch.testing.assert_close(out.logits[request.id], logits, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_oracle_8_processes_give_the_tokens_of_one(size):
+    model, requests = afd.tiny_step3(), afd.some_requests()
+    names = [f"rank-{i}" for i in range(size)]
+    results = run(afd.plans_of, names, (PLANS[size],), timeout=90)
+    whole = sum(p.numel() for p in model.parameters())
+    router = model.model.blocks[1].feedforward.router.weight.numel()
+    for i, plan in enumerate(PLANS[size]):
+        ranks = [found[i] for found in results.values()]
+        assert [rank["name"] for rank in ranks] == list(plan.names)
+        tokens = {k: v for rank in ranks for k, v in rank["tokens"].items()}
+        logits = {k: v for rank in ranks for k, v in rank["logits"].items()}
+        alone = serve_alone(model, requests, plan, keep_logits=True)
+        assert tokens == alone.tokens
+        for name, found in alone.logits.items():
+            if size == 2:  # the same micro-batches, the same order of sums
+                assert torch.equal(logits[name], found), name
+            else:
+                torch.testing.assert_close(logits[name], found, atol=1e-5, rtol=0)
+        # Experts are held once by the FFN side together, and by no attention rank.
+        attending = [rank["parameters"] for rank in ranks if rank["name"].startswith("attention")]
+        computing = [rank["parameters"] for rank in ranks if rank["name"].startswith("ffn")]
+        assert sum(computing) + attending[0] == whole
+        assert max(computing) - min(computing) < whole / 2
+        assert attending[0] > 2 * router
+        for request in requests if plan.dispatch == "plain" else ():
+            assert tokens[request.id] == afd.one_by_one(model, request)[0]
+    _check_trace(results["rank-0"][0]["events"], PLANS[size][0])
+
+
+def _check_trace(events, plan):
+    assert list(events) == list(plan.names)
+    made = chrome_trace(events)["traceEvents"]
+    assert {e["args"]["name"] for e in made if e["name"] == "process_name"} == set(plan.names)
+    for rank, found in events.items():
+        stages = [e for e in found if e["name"] == ("ffn" if "ffn" in rank else "attention")]
+        assert {e["tid"] for e in stages} == {f"micro-batch {m}" for m in range(3)}
+        assert {e["args"]["layer"] for e in stages} == {0, 1, 2, 3}
+        stages.sort(key=lambda e: e["ts"])  # a rank does one thing at a time
+        for one, other in zip(stages, stages[1:], strict=False):
+            assert one["ts"] + one["dur"] <= other["ts"] + 1e-3
+    # What the FFN side got was sent before.
+    travels = [e for e in events["ffn-0"] if e["name"] == "forth"]
+    assert travels
+    assert all(e["dur"] > 0 for e in travels)
+
+
+def test_three_micro_batches_fill_the_pipeline():
+    """On stages made equal; TPOT = layers max(b t_A, b t_F, b c_AF, b c_FA, the way round)."""
+    seconds, layers = 0.008, 3
+    found = run(afd.paced, ["a", "f"], (seconds, layers), timeout=60)["a"]
+    measured = {b: float(torch.tensor(times).median()) for b, times in found.items()}
+    for b in (1, 3):
+        way_round = seconds + seconds + seconds / 2 + seconds / 2
+        formula = layers * max(b * seconds, b * seconds / 2, way_round)
+        assert measured[b] == pytest.approx(formula, rel=0.1), f"b = {b}"
+    throughput = {b: b / measured[b] for b in (1, 3)}
+    assert throughput[3] >= 1.5 * throughput[1]
+
+
+@pytest.mark.parametrize(
+    ("victim", "sign"), [("ffn-1", signal.SIGKILL), ("attention-1", signal.SIGSTOP)]
+)
+def test_a_lost_rank_is_named_in_time_and_outputs_are_kept(victim, sign):
+    patience = 2.0
+    names = Plan(attention=2, ffn=2).names
+    args = (victim, sign, patience)
+    with Ranks(afd.until_lost, names, args, timeout=60, grace=6) as ranks:
+        ranks.store.wait(["told/short-0", "told/short-1"])
+        begun = time.time()
+        afd.stop(ranks.processes[victim].pid, sign)
+        others = [name for name in names if name != victim]
+        ranks.store.wait([f"ended/{name}" for name in others])
+        if sign == signal.SIGSTOP:
+            ranks.kill(victim)
+        with pytest.raises(RanksError) as caught:
+            ranks.wait()
+        ended = max(float(ranks.store.get(f"ended/{name}")) for name in others)
+    limit = SETTLE + 1.0 if sign == signal.SIGKILL else patience + 2 * SETTLE + 1.0
+    assert ended - begun < limit
+    assert list(caught.value.errors) == [victim]
+    told = {}
+    for name in others:
+        result = caught.value.results[name]
+        assert result["rank"] == victim
+        word = "died" if sign == signal.SIGKILL else "stalled"
+        assert word in result["text"]
+        assert result["finished"] == result["told"]
+        told |= result["told"]
+    assert len(told["short-0"]) == 3
+    assert ("short-1" in told) == (victim != "attention-1")
+
+
+def test_fp8_dispatch_is_within_its_step():
+    rows = torch.randn(50, 33) * torch.logspace(-4, 4, 50)[:, None]
+    tokens, scales = quantised(rows)
+    assert tokens.dtype == torch.float8_e4m3fn
+    back = restored(tokens, scales, torch.float32)
+    # 3 bits of mantissa: half a step is 2^-4 of a number, or of the least normal number, 2^-6.
+    step = torch.maximum(rows.abs(), 2.0**-6 * scales[:, None]) * 2.0**-4
+    assert ((back - rows).abs() <= step * (1 + 1e-6)).all()
+    peaks = rows.abs().argmax(1, keepdim=True)
+    torch.testing.assert_close(back.gather(1, peaks), rows.gather(1, peaks))
+    assert (tokens.float().abs().amax(1) == FP8_MOST).all()
+    model, requests = afd.tiny_step3(), afd.some_requests()
+    plain = serve_alone(model, requests, Plan(), keep_logits=True)
+    fp8 = serve_alone(model, requests, Plan(dispatch="fp8"), keep_logits=True)
+    first = [torch.stack([o.logits[r.id][0] for r in requests]) for o in (plain, fp8)]
+    error = (first[0] - first[1]).norm() / first[0].norm()
+    assert 0 < error < 2.0**-4
+
+
+@pytest.mark.parametrize(("ffn", "tp"), [(1, 1), (2, 1), (1, 3), (3, 2), (7, 1)])
+def test_parts_of_experts_sum_to_the_layer(ffn, tp):
+    model = afd.tiny_step3(torch.float64)
+    plan = Plan(ffn=ffn, tp=tp, rows=6)
+    rows = torch.randn(11, 32, dtype=torch.float64)
+    for block in model.model.blocks[:2]:  # dense, experts
+        layer = block.feedforward
+        router = getattr(layer, "router", None)
+        routes = route(router, rows)
+        whole = layer(rows[None])[0][0] if router is not None else layer(rows)
+        total = sum(FFNPart(layer, plan, i)(rows, routes) for i in range(plan.ffn_ranks))
+        torch.testing.assert_close(total, whole, atol=1e-12, rtol=0)
+        if plan.ffn_ranks == 1:
+            assert torch.equal(total, whole)
+
+
+def test_an_end_token_ends_a_sequence_early():
+    model, requests = afd.tiny_step3(), afd.some_requests()
+    free = serve_alone(model, requests, Plan()).tokens
+    end = free["r6"][2]
+    cut = serve_alone(model, requests, Plan(), end=end).tokens
+    for name, tokens in free.items():
+        stop = tokens.index(end) + 1 if end in tokens else len(tokens)
+        assert cut[name] == tokens[:stop]
+    assert len(cut["r6"]) <= 3
+
+
+@pytest.mark.parametrize(
+    "projection", ["mla", "gqa(kv_heads=2)", "mfa-kr(head_dim=8)", "tpla(groups=2)"]
+)
+def test_other_attentions_join_and_leave_too(projection):
+    torch.manual_seed(0)
+    config = FoveateConfig(vocab_size=afd.VOCAB, hidden_size=32, num_hidden_layers=2,
+                           num_attention_heads=4, projection=projection,
+                           initializer_range=0.2)  # fmt: skip
+    model, requests = FoveateForCausalLM(config).double().eval(), afd.some_requests()
+    out = serve_alone(model, requests, Plan(rows=4))
+    for request in requests:
+        cached = []
+        cache, ids = model.new_cache(), torch.tensor([request.ids])
+        with torch.no_grad():
+            for _ in range(request.new):
+                ids = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+                cached.append(int(ids))
+        assert out.tokens[request.id] == cached
+
+
+def test_what_cannot_be_taken_apart_is_refused():
+    def model(**given):
+        return FoveateForCausalLM(FoveateConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1,
+                                                num_attention_heads=2, **given))  # fmt: skip
+
+    some = [Request("a", (1,), 1)]
+    for given, text in (
+        ({"feedforward": "gelu"}, "GELU"),
+        ({"mixer": "deconstructed-mlp"}, "mixer"),
+        ({"attention": "flowformer"}, "state of its own"),
+    ):
+        with pytest.raises(InputError, match=text):
+            serve_alone(model(**given), some)
+    plain = model()
+    with pytest.raises(InputError, match="outside of the vocabulary"):
+        serve_alone(plain, [Request("a", (8,), 1)])
+    with pytest.raises(InputError, match="different ids"):
+        serve_alone(plain, some * 2)
+    for wrong in ({"rows": 0}, {"rows": 3, "tp": 2}, {"dispatch": "fp4"}, {"patience": 0}):
+        with pytest.raises(InputError):
+            Plan(**wrong)
+    with pytest.raises(InputError):
+        Request("a", (), 1)
