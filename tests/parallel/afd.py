@@ -19,7 +19,7 @@ SHAPES = [(5, 4, 0), (1, 7, 0), (9, 3, 0), (3, 6, 2), (7, 1, 3), (2, 5, 3), (6, 
 
 
 def tiny_step3(dtype: torch.dtype = torch.float32, layers: int = 4) -> FoveateForCausalLM:
-    """MFA; dense layers at both ends; between them 5 experts, 3 for each token, and a shared one."""
+    """MFA; dense layers at both ends, between them 5 experts, 3 a token, and a shared one."""
     torch.manual_seed(0)
     config = FoveateConfig(
         vocab_size=VOCAB,

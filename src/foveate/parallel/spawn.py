@@ -7,8 +7,8 @@
 
 The processes find each other through a store that this process holds on a free port, so no port is
 guessed, and a rank that dies takes no store with it. They come from a fork server that has
-imported torch once, where the platform has one: the first start takes seconds, later ones a
-fraction. No rank outlives this process, or its `timeout`.
+imported torch and transformers once, where the platform has one: the first start takes seconds,
+later ones a fraction. No rank outlives this process, or its `timeout`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from torch import distributed
 from foveate.ops.errors import FoveateError, InputError
 
 HOST = "127.0.0.1"
+_OFTEN = ("transformers.modeling_utils", "transformers.generation.utils")  # what models import
 
 
 class RanksError(FoveateError, RuntimeError):
@@ -239,8 +240,8 @@ def _context() -> Any:  # the contexts' common base has no public type that know
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    # Only torch: the server doesn't know this process's sys.path, and may find another foveate.
-    context.set_forkserver_preload(["torch"])
+    # Not foveate: the server doesn't know this process's sys.path, and may find another one.
+    context.set_forkserver_preload(["torch", *_OFTEN])
     return context
 
 

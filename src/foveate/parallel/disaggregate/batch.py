@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from foveate.ops.errors import InputError
+from foveate.parts.cache import Field
 from foveate.parts.kv_cache import TokenCache
 
 
@@ -76,13 +77,13 @@ class MicroBatch:
     """The rows that go through the layers together.
 
     Args:
-        fields: each layer's cache fields, as `new_cache()` makes them: called for fresh caches.
+        kinds: each layer's cache fields.
         limit: most rows, and most prompt tokens in a pass.
         device: where ids are made.
     """
 
-    def __init__(self, fields: Sequence[TokenCache], limit: int, device: torch.device) -> None:
-        self.kinds = [cache.fields for cache in fields]
+    def __init__(self, kinds: Sequence[Sequence[Field]], limit: int, device: torch.device) -> None:
+        self.kinds = list(kinds)
         self.limit, self.device = limit, device
         self.rows: list[Running] = []
         self.waiting: deque[Running] = deque()
@@ -129,10 +130,8 @@ class MicroBatch:
         _choose(one, logits[0], keep)
         if _finished(one, end):
             return [one]
-        self.caches = [
-            beside(held, new)
-            for held, new in zip(self.caches or [None] * len(one.caches), one.caches, strict=True)
-        ]
+        together = zip(self.caches, one.caches, strict=True) if self.caches else None
+        self.caches = one.caches if together is None else [beside(*both) for both in together]
         self.rows.append(one)
         self.lengths.append(one.read)
         one.caches = []
@@ -161,10 +160,8 @@ class MicroBatch:
         return sum(cache.bytes() for cache in (*self.caches, *own))
 
 
-def beside(held: TokenCache | None, new: TokenCache) -> TokenCache:
+def beside(held: TokenCache, new: TokenCache) -> TokenCache:
     """Rows of both caches in one, the shorter ones with padding in front."""
-    if held is None:
-        return new
     length = max(len(held), len(new))
 
     def padded(cache: TokenCache) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from typing import NamedTuple
 
 import torch
@@ -39,8 +38,8 @@ def check_model(model: FoveateForCausalLM) -> None:
     """Refuse models whose layers can't be taken apart.
 
     Raises:
-        InputError: a mixer, a reference stream, a cache that isn't made of tokens, or a feed-forward
-            layer that can't be split.
+        InputError: a mixer, a reference stream, a cache that isn't made of tokens, or a
+            feed-forward layer that can't be split.
     """
     if model.model.reference is not None:
         raise InputError("disaggregate: a model with a reference stream can't be taken apart.")
@@ -70,7 +69,7 @@ class AttentionHalf(nn.Module):
             self.router = block.feedforward.router
 
     def forward(self, x: Tensor, ctx: Context, cache: TokenCache) -> tuple[Tensor, Tensor]:
-        """x (B, L, dim) with attention added, and its norm, which goes to the experts."""
+        """Add attention to x (B, L, dim); the sum, and its norm, which goes to the experts."""
         assert self.attention_norm is not None
         x = x + self.attention(self.attention_norm(x), ctx=ctx, cache=cache).y
         return x, self.feedforward_norm(x)
@@ -153,9 +152,9 @@ class Decoder:
         self.trace = Trace("local", on=False) if trace is None else trace
         self.pace = Pace() if pace is None else pace
         self.device = self.head.weight.device
-        fields = [layer.attention.new_cache() for layer in self.layers]
+        kinds = [layer.attention.projection.fields for layer in self.layers]
         self.batches = [
-            MicroBatch(fields, plan.rows, self.device) for _ in range(plan.micro_batches)
+            MicroBatch(kinds, plan.rows, self.device) for _ in range(plan.micro_batches)
         ]
         self.queue: deque[Request] = deque()
         self.out = Decoded()
@@ -172,7 +171,9 @@ class Decoder:
         self.queue.extend(requests)
         live = list(range(self.plan.micro_batches))
         flights: dict[int, Flight] = {}
-        for turn in count():
+        turn = -1
+        while live:
+            turn += 1
             for layer, half in enumerate(self.layers):
                 for m in list(live):
                     if m in flights:
@@ -189,9 +190,8 @@ class Decoder:
                         rows, routes = self._stage(m, layer, half, flights[m])
                     done = layer == 0 and not self.queue and not any(b.load for b in self.batches)
                     self.link.post(Head(layer, m, turn, len(rows), done), rows, routes)
-            if not live:
-                self.link.close()
-                return self.out
+        self.link.close()
+        return self.out
 
     def _begin(self, m: int, turn: int) -> Flight:
         """Let waiting requests join, and start the micro-batch's pass."""
@@ -266,5 +266,6 @@ def check_requests(requests: Sequence[Request], vocab: int) -> None:
         wrong = [token for token in request.ids if not 0 <= token < vocab]
         if wrong:
             raise InputError(
-                f"Request({request.id!r}): token {wrong[0]} is outside of the vocabulary of {vocab}."
+                f"Request({request.id!r}): token {wrong[0]} is outside of the vocabulary of "
+                f"{vocab}."
             )

@@ -274,10 +274,7 @@ class FFNLink:
         for a, work in enumerate(self.sends[m]):
             self.watch.wait(work, self.plan.name(a))
         pieces = y.split([head.rows for share in batch.heads for head in share])
-        if self.groups.inside is None:
-            mine = list(pieces)
-        else:
-            mine = self._scattered(batch, pieces)
+        mine = list(pieces) if self.groups.inside is None else self._scattered(batch, pieces)
         own = batch.heads[self._part()]
         self.sends[m] = []
         arrival = self.wire.arrival()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Any
 
 import torch
@@ -156,12 +155,12 @@ def parts_of(model: FoveateForCausalLM, plan: Plan, index: int) -> nn.ModuleList
 
 
 @torch.no_grad()
-def _compute(
-    parts: nn.ModuleList, link: FFNLink, plan: Plan, trace: Trace, pace: Pace
-) -> None:
+def _compute(parts: nn.ModuleList, link: FFNLink, plan: Plan, trace: Trace, pace: Pace) -> None:
     """The FFN side: in the order of the attention side, until nobody has anything left."""
     live = list(range(plan.micro_batches))
-    for turn in count():
+    turn = -1
+    while live:
+        turn += 1
         for layer, part in enumerate(parts):
             for m in list(live):
                 batch = link.get(m, layer, turn)
@@ -170,8 +169,7 @@ def _compute(
                     y = part(tokens, batch.routes) if len(tokens) else tokens
                 if link.respond(m, batch, y):
                     live.remove(m)
-        if not live:
-            return link.close()
+    link.close()
 
 
 def _together(watch: Watch, plan: Plan, rank: int) -> None:
