@@ -15,7 +15,7 @@ from foveate.parallel.spawn import Place
 
 VOCAB = 64
 # (prompt tokens, new tokens, first pass): they come and go at different times, one at once.
-SHAPES = [(5, 4, 0), (1, 7, 0), (9, 3, 0), (3, 6, 2), (7, 1, 3), (2, 5, 3), (6, 8, 5), (4, 3, 40)]
+SHAPES = [(5, 4, 0), (1, 7, 0), (9, 3, 0), (3, 6, 2), (7, 1, 3), (2, 5, 3), (6, 8, 5), (4, 3, 20)]
 
 
 def tiny_step3(dtype: torch.dtype = torch.float32, layers: int = 4) -> FoveateForCausalLM:
@@ -81,7 +81,7 @@ def paced(place: Place, seconds: float, layers: int) -> dict[int, list[float]]:
     pace = Pace(attention=seconds, ffn=seconds, forth=seconds / 2, back=seconds / 2)
     found = {}
     for b in (1, 3):
-        requests = [Request(f"r{i}", (1, 2), 5) for i in range(2 * b)]
+        requests = [Request(f"r{i}", (1, 2), 9) for i in range(2 * b)]
         store = distributed.PrefixStore(f"b{b}", place.store)
         plan = Plan(micro_batches=b, rows=2)
         served = serve(model, requests, plan, store=store, pace=pace)

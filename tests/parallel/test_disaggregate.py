@@ -91,9 +91,10 @@ def _check_trace(events, plan):
 
 def test_three_micro_batches_fill_the_pipeline():
     """On stages made equal; TPOT = layers max(b t_A, b t_F, b c_AF, b c_FA, the way round)."""
-    seconds, layers = 0.008, 3
+    seconds, layers = 0.02, 2
     found = run(afd.paced, ["a", "f"], (seconds, layers), timeout=60)["a"]
-    measured = {b: float(torch.tensor(times).median()) for b, times in found.items()}
+    # No pass can be quicker than its stages; another process on the machine makes some slower.
+    measured = {b: min(times) for b, times in found.items()}
     for b in (1, 3):
         way_round = seconds + seconds + seconds / 2 + seconds / 2
         formula = layers * max(b * seconds, b * seconds / 2, way_round)
