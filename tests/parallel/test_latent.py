@@ -5,7 +5,7 @@ from __future__ import annotations
 import latents
 import pytest
 import torch
-from latents import CASES, CHUNK, DIM, LAYERS, PROMPT, R, ROPE, STEPS
+from latents import CASES, CHUNK, DIM, LAYERS, PROMPT, ROPE, STEPS, R
 
 from foveate.models import FoveateConfig, FoveateForCausalLM
 from foveate.ops.errors import InputError
@@ -80,8 +80,10 @@ def one_rank(place):
     refused = {}
     plain = FoveateForCausalLM(FoveateConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1,
                                              num_attention_heads=2))  # fmt: skip
-    for name, wrong in (("model", lambda: latent_part(plain)),
-                        ("layer", lambda: LatentPart(plain.model.blocks[0].attention))):  # fmt: skip
+    for name, wrong in (
+        ("model", lambda: latent_part(plain)),
+        ("layer", lambda: LatentPart(plain.model.blocks[0].attention)),
+    ):
         try:
             wrong()
         except InputError as error:

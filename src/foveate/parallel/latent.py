@@ -133,7 +133,7 @@ class LatentPart(nn.Module):
         return out
 
     def _sliced(self, held: Tensor) -> Tensor:
-        """chat' and k_pe (B, 1, n, r + d_r) -> this rank's slices (B, g', n, r / g + d_r)."""
+        """Cut chat' and k_pe (B, 1, n, r + d_r): this rank's slices (B, g', n, r / g + d_r)."""
         latent, k_pe = held.tensor_split([self.groups * self.width], -1)
         mine = latent[:, 0].unflatten(-1, (self.groups, -1)).transpose(1, 2)[:, self.slices]
         return torch.cat((mine, k_pe.expand(-1, mine.shape[1], -1, -1)), -1)

@@ -181,8 +181,8 @@ def _parser() -> argparse.ArgumentParser:
         default = getattr(plan, name.replace("-", "_"))
         made.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
     made.add_argument("--dispatch", choices=DISPATCHES, default="plain", help="how tokens travel")
-    made.add_argument("--patience", type=float, default=plan.patience,
-                      help=f"seconds until a rank counts as stalled ({plan.patience:g})")  # fmt: skip
+    text = f"seconds until a rank counts as stalled ({plan.patience:g})"
+    made.add_argument("--patience", type=float, default=plan.patience, help=text)
     made.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
     made.add_argument("--end", type=int, help="a token that ends a sequence")
     made.add_argument("--seed", type=int, default=0, help="of the random model and prompts")
