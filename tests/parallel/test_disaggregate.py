@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import afd
 import pytest
 import torch
+from torch import distributed
 
 from foveate.models import FoveateConfig, FoveateForCausalLM
 from foveate.ops.errors import InputError
-from foveate.parallel.disaggregate import Plan, Request, chrome_trace, serve_alone
+from foveate.parallel.disaggregate import (
+    Plan,
+    RankLostError,
+    Request,
+    chrome_trace,
+    serve_alone,
+)
+from foveate.parallel.disaggregate import watch as watch_module
+from foveate.parallel.disaggregate.__main__ import main
 from foveate.parallel.disaggregate.experts import FFNPart, route
 from foveate.parallel.disaggregate.message import FP8_MOST, quantised, restored
-from foveate.parallel.disaggregate.watch import SETTLE
+from foveate.parallel.disaggregate.watch import SETTLE, Watch
 from foveate.parallel.spawn import Ranks, RanksError, run
 
 PLANS = {
@@ -34,7 +49,7 @@ def test_one_process_gives_each_request_what_it_gets_alone(dtype):
     for plan in (Plan(rows=3), Plan(rows=2, micro_batches=1)):
         out = serve_alone(model, requests, plan, keep_logits=True)
         kinds = {p.kind for p in out.passes}
-        assert kinds == {"decode", "prompt", "idle"}
+        assert kinds == {"decode", "prompt"} | ({"idle"} if plan.micro_batches > 1 else set())
         for request in requests:
             tokens, logits = afd.one_by_one(model, request)
             assert out.tokens[request.id] == tokens
@@ -136,6 +151,46 @@ def test_a_lost_rank_is_named_in_time_and_outputs_are_kept(victim, sign):
     assert ("short-1" in told) == (victim != "attention-1")
 
 
+def _watching(name: str, store: distributed.Store, patience: float = 0.2) -> Watch:
+    return Watch(store, name, patience)
+
+
+def _fail(text: str):
+    raise RuntimeError(text)
+
+
+def test_who_waits_for_another_is_innocent(monkeypatch):
+    monkeypatch.setattr(watch_module, "SETTLE", 0.3)
+
+    def lost(store, name, peer, *, late):
+        def vain():
+            time.sleep(0.25 if late else 0)
+            _fail("gone")
+
+        with pytest.raises(RankLostError) as caught:
+            _watching(name, store).call(vain, peer)
+        return caught.value.rank, caught.value.reason
+
+    with ThreadPoolExecutor(2) as both:  # a waits for f, which waits for b, which says nothing
+        store = distributed.HashStore()
+        a = both.submit(lost, store, "a", "f", late=False)
+        f = both.submit(lost, store, "f", "b", late=True)
+        assert a.result() == f.result() == ("b", "stalled: nothing came from it for 0.2 s")
+    store = distributed.HashStore()  # f said that it waits, long before it died by itself
+    with _watching("f", store) as watch:
+        watch.call(lambda: time.sleep(0.2), "b")
+        assert store.check(["watch/waits/f"])
+        assert lost(store, "a", "f", late=False) == ("f", "died: its connections closed")
+    store = distributed.HashStore()  # it waited long, and goes on: nothing is said of it any more
+    with _watching("f", store) as watch:
+        watch.call(lambda: time.sleep(0.2), "b")
+        time.sleep(0.1)
+        assert not store.check(["watch/waits/f"])
+    store = distributed.HashStore()
+    _watching("f", store).confess(ValueError("no such expert\nand more"))
+    assert lost(store, "a", "f", late=False) == ("f", "failed: ValueError: no such expert")
+
+
 def test_fp8_dispatch_is_within_its_step():
     rows = torch.randn(50, 33) * torch.logspace(-4, 4, 50)[:, None]
     tokens, scales = quantised(rows)
@@ -225,3 +280,59 @@ def test_what_cannot_be_taken_apart_is_refused():
             Plan(**wrong)
     with pytest.raises(InputError):
         Request("a", (), 1)
+
+
+def test_the_command_says_what_is_wrong(tmp_path, capsys, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"id": "a", "ids": [1], "new": 2}\n{"id": "b"}\n')
+    for given, text in (
+        (["--rows", "3", "--tp", "2"], "expected a multiple of tp=2"),
+        (["--requests", str(bad)], "line 2: expected"),
+        (["--model", str(tmp_path)], "expected a folder with a saved foveate model"),
+        ([], "torchrun --nproc-per-node 2"),
+    ):
+        assert main([*given, "--out", str(tmp_path / "out")]) == 2
+        assert text in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_torchrun_starts_it_and_a_killed_rank_is_named(tmp_path):
+    requests = [{"id": f"r{i}", "ids": [i + 1], "new": 3} for i in range(3)]
+    lines = {"short": requests, "long": [*requests, {"id": "long", "ids": [9], "new": 100_000}]}
+    source = Path(watch_module.__file__).parents[3]
+    found = {}
+    for name, told in lines.items():
+        asked, out = tmp_path / f"{name}.jsonl", tmp_path / name
+        asked.write_text("".join(json.dumps(one) + "\n" for one in told))
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        command += ["--master-port", "0", "--standalone", "-m", "foveate.parallel.disaggregate"]
+        command += ["--requests", str(asked), "--out", str(out)]
+        path = os.pathsep.join(filter(None, (str(source), os.environ.get("PYTHONPATH"))))
+        job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"PYTHONPATH": path})  # fmt: skip
+        try:
+            ids = dict(job.stdout.readline().split(": process ") for _ in range(2))
+            if name == "long":
+                while not (out / "attention-0.jsonl").is_file() or len(
+                    (out / "attention-0.jsonl").read_text().splitlines()
+                ) < len(requests):
+                    assert job.poll() is None
+                    time.sleep(0.05)
+                os.kill(int(ids["ffn-0"]), signal.SIGKILL)
+            text, errors = job.communicate(timeout=60)
+        finally:
+            job.kill()
+        found[name] = job.returncode, text, errors
+        done = [json.loads(line) for line in (out / "attention-0.jsonl").read_text().splitlines()]
+        assert sorted(one["id"] for one in done) == ["r0", "r1", "r2"]
+        assert all(len(one["tokens"]) == 3 for one in done)
+    code, text, errors = found["short"]
+    assert code == 0, errors
+    assert "attention-0: " in text
+    assert "3 sequences, 9 tokens" in text
+    assert json.loads((tmp_path / "short" / "trace.json").read_text())["traceEvents"]
+    code, _, errors = found["long"]
+    assert code != 0
+    assert "ffn-0 died: its connections closed. 3 finished outputs of here are kept." in errors

@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -28,6 +31,7 @@ from foveate.parallel.disaggregate.plan import DISPATCHES, Plan
 from foveate.parallel.disaggregate.run import Served, serve
 from foveate.parallel.disaggregate.stages import write_trace
 
+LAST_WORDS = 5  # seconds from being told to end, by when a rank has said what it saw
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -71,8 +75,12 @@ def _run(
     if backend == "nccl":
         torch.cuda.set_device(rank % torch.cuda.device_count())
         model = model.to("cuda")
-    distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
     name = plan.name(rank)
+    print(f"{name}: process {os.getpid()}", flush=True)
+    signal.signal(signal.SIGTERM, _say_why)
+    distributed.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=5)
+    )
     out.mkdir(parents=True, exist_ok=True)
     finished = out / f"{name}.jsonl"
     if rank < plan.attention:
@@ -89,6 +97,11 @@ def _run(
     print(_summary(served, time.monotonic() - begun), flush=True)
     distributed.destroy_process_group()
     return 0
+
+
+def _say_why(*_: object) -> None:
+    """Live on for a moment: torchrun ends all ranks when one dies, before they know which."""
+    signal.alarm(LAST_WORDS)
 
 
 def _summary(served: Served, seconds: float) -> str:

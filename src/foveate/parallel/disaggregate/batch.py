@@ -47,7 +47,7 @@ class Request:
             )
 
 
-@dataclass
+@dataclass(eq=False)
 class Running:
     """A request that has joined: what it produced, and its logits if they are kept."""
 

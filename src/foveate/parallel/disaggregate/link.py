@@ -8,7 +8,10 @@ NCCL each has its own stream. All sends and receives of a pair come in the same 
 from __future__ import annotations
 
 import time
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, distributed, nn
@@ -30,12 +33,13 @@ class Groups(NamedTuple):
 
 def make_groups(plan: Plan, rank: int) -> Groups:
     """Called by all ranks alike."""
-    forth, back = distributed.new_group(), distributed.new_group()
+    limit = timedelta(seconds=plan.patience)
+    forth, back = distributed.new_group(timeout=limit), distributed.new_group(timeout=limit)
     inside = None
     for instance in range(plan.ffn if plan.tp > 1 else 0):
         first = plan.attention + instance * plan.tp
         members = range(first, first + plan.tp)
-        made = distributed.new_group(list(members))
+        made = distributed.new_group(list(members), timeout=limit)
         inside = made if rank in members else inside
     return Groups(forth, back, inside)
 
@@ -127,13 +131,19 @@ class AttentionLink:
             self.forth.write(buffer, rows[at], mine)
             told = Head(head.layer, m, head.turn, len(rows[at]), head.done, arrival, now)
             self.forth.write_head(buffer, told)
+        peers = [self._peer(f) for f in range(self.plan.ffn_ranks)]
         self.receives[m] = [
-            distributed.irecv(into, self._peer(f)[0], self.groups.back, m)
-            for f, into in enumerate(self.into[m])
+            self.watch.call(partial(distributed.irecv, into, peer, self.groups.back, m), name)
+            for (peer, name), into in zip(peers, self.into[m], strict=True)
         ]
         self.sends[m] = [
-            distributed.isend(self.out[m][f % self.plan.tp], self._peer(f)[0], self.groups.forth, m)
-            for f in range(self.plan.ffn_ranks)
+            self.watch.call(
+                partial(
+                    distributed.isend, self.out[m][f % self.plan.tp], peer, self.groups.forth, m
+                ),
+                name,
+            )
+            for f, (peer, name) in enumerate(peers)
         ]
         self.sent[m] = head
 
@@ -227,7 +237,10 @@ class FFNLink:
 
     def _listen(self, m: int) -> None:
         self.receives[m] = [
-            distributed.irecv(self.into[m][a], a, self.groups.forth, m)
+            self.watch.call(
+                partial(distributed.irecv, self.into[m][a], a, self.groups.forth, m),
+                self.plan.name(a),
+            )
             for a in range(self.plan.attention)
         ]
 
@@ -243,10 +256,7 @@ class FFNLink:
             self.trace.add("forth", f"from {peer}", head.sent, time.monotonic_ns())
         shares = self.into[m][None]
         if self.groups.inside is not None:
-            work = distributed.all_gather(
-                list(self.gathered), self.into[m], group=self.groups.inside, async_op=True
-            )
-            self.watch.wait(work, *self.inside)
+            self._collect(distributed.all_gather, list(self.gathered), self.into[m])
             shares = self.gathered
         heads = [[self.forth.head(buffer) for buffer in share] for share in shares]
         read = [
@@ -283,8 +293,14 @@ class FFNLink:
             self.back.view(buffer, "rows")[: len(rows)] = rows
             told = Head(head.layer, m, head.turn, head.rows, done, arrival, time.monotonic_ns())
             self.back.write_head(buffer, told)
-            self.sends[m].append(distributed.isend(buffer, a, self.groups.back, m))
+            send = partial(distributed.isend, buffer, a, self.groups.back, m)
+            self.sends[m].append(self.watch.call(send, self.plan.name(a)))
         return done
+
+    def _collect(self, collective: Callable[..., Any], *given: Any) -> None:
+        """Run a collective of this rank's instance."""
+        start = partial(collective, *given, group=self.groups.inside, async_op=True)
+        self.watch.wait(self.watch.call(start, *self.inside), *self.inside)
 
     def _part(self) -> int:
         return 0 if self.groups.inside is None else distributed.get_rank(self.groups.inside)
@@ -296,10 +312,7 @@ class FFNLink:
             for i, piece in enumerate(pieces):
                 t, a = divmod(i, self.plan.attention)
                 self.partial[t, a, : len(piece)] = piece
-            work = distributed.reduce_scatter(
-                self.summed, list(self.partial), group=self.groups.inside, async_op=True
-            )
-            self.watch.wait(work, *self.inside)
+            self._collect(distributed.reduce_scatter, self.summed, list(self.partial))
         own = batch.heads[self._part()]
         return [self.summed[a, : head.rows] for a, head in enumerate(own)]
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,23 +92,27 @@ def serve(
     forth, back, device = *layouts(model, plan), model.lm_head.weight.device
     served = Served(name)
     decoder: Decoder | None = None
+    others = [other for other in plan.names if other != name]
     try:
-        groups = make_groups(plan, rank)
-        given = (forth, back, groups, watch, trace, pace, device)
-        if rank < plan.attention:
-            link = AttentionLink(plan, *given)
-            decoder = Decoder(model, plan, link, end=end, told=told, keep_logits=keep_logits,
-                              trace=trace, pace=pace)  # fmt: skip
-            mine = nn.ModuleList([*decoder.layers, decoder.embedding, decoder.norm, decoder.head])
-            served.parameters = _count(mine)
-            served.decoded = decoder.run(requests[rank :: plan.attention])
-        else:
-            parts = parts_of(model, plan, rank - plan.attention)
-            served.parameters = _count(parts)
-            _compute(parts, FFNLink(plan, rank, *given), plan, trace, pace)
-        _together(watch, plan, rank)
-        if traced:
-            served.events = _events(watch.store, trace, plan, watch.patience)
+        with watch:
+            groups = watch.call(lambda: make_groups(plan, rank), *others)
+            given = (forth, back, groups, watch, trace, pace, device)
+            if rank < plan.attention:
+                link = AttentionLink(plan, *given)
+                decoder = Decoder(model, plan, link, end=end, told=told, keep_logits=keep_logits,
+                                  trace=trace, pace=pace)  # fmt: skip
+                mine = nn.ModuleList(
+                    [*decoder.layers, decoder.embedding, decoder.norm, decoder.head]
+                )
+                served.parameters = _count(mine)
+                served.decoded = decoder.run(requests[rank :: plan.attention])
+            else:
+                parts = parts_of(model, plan, rank - plan.attention)
+                served.parameters = _count(parts)
+                _compute(parts, FFNLink(plan, rank, *given), plan, trace, pace)
+            watch.wait(watch.call(lambda: distributed.barrier(async_op=True), *others), *others)
+            if traced:
+                served.events = _events(watch, trace, plan)
     except RankLostError as error:
         finished = None if decoder is None else decoder.out.tokens
         raise RankLostError(error.rank, error.reason, finished) from error
@@ -172,20 +178,16 @@ def _compute(parts: nn.ModuleList, link: FFNLink, plan: Plan, trace: Trace, pace
     link.close()
 
 
-def _together(watch: Watch, plan: Plan, rank: int) -> None:
-    """Nobody leaves while another may still be reading from it."""
-    others = [name for r, name in enumerate(plan.names) if r != rank]
-    watch.wait(distributed.barrier(async_op=True), *others)
-
-
-def _events(
-    store: distributed.Store, trace: Trace, plan: Plan, patience: float
-) -> dict[str, list[dict[str, Any]]]:
+def _events(watch: Watch, trace: Trace, plan: Plan) -> dict[str, list[dict[str, Any]]]:
     """All ranks' events on the first one, through the store; the others get only their own."""
-    store.set(f"trace/{trace.name}", json.dumps(trace.events))
+    watch.store.set(f"trace/{trace.name}", json.dumps(trace.events))
     if trace.name != plan.names[0]:
         return {trace.name: trace.events}
-    return {name: json.loads(store.get(f"trace/{name}")) for name in plan.names}
+    watch.store.set_timeout(timedelta(seconds=watch.patience))
+    return {
+        name: json.loads(watch.call(partial(watch.store.get, f"trace/{name}"), name))
+        for name in plan.names
+    }
 
 
 def _count(module: nn.Module) -> int:
