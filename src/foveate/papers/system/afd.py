@@ -13,9 +13,14 @@ compared with those of the same model in one process.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from foveate.papers.harness import Found, Trial, at_least, at_most, ratio
+
+if TYPE_CHECKING:
+    from foveate.models import FoveateForCausalLM
 
 ONE, THREE = "AFD, one micro-batch", "AFD, three micro-batches"
 STAGE, LAYERS, ROWS = 0.02, 3, 2  # seconds; layers; sequences of a micro-batch
@@ -67,7 +72,7 @@ def rank_of(place: object, seed: int, tokens: int) -> Found:
     return found
 
 
-def _model(seed: int) -> torch.nn.Module:
+def _model(seed: int) -> FoveateForCausalLM:
     from foveate.models import FoveateConfig, FoveateForCausalLM
 
     torch.manual_seed(seed)

@@ -104,10 +104,11 @@ class Watch:
                 if told is not None and told is not now:
                     self.store.delete_key(key)
                     told = None
-                if now is not told and now is not None:
-                    if time.monotonic() - now[0] > self.patience / 2:
-                        self.store.set(key, json.dumps([WAITING, list(now[1])]))
-                        told = now
+                if now is None or now is told:
+                    continue
+                if time.monotonic() - now[0] > self.patience / 2:
+                    self.store.set(key, json.dumps([WAITING, list(now[1])]))
+                    told = now
 
     def confess(self, error: BaseException) -> None:
         """Tell the others that this rank fails by itself."""
