@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 
 import torch
@@ -61,7 +59,10 @@ def plans_of(place: Place, plans: list[Plan]) -> list[dict]:
     model, found = tiny_step3(), []
     for i, plan in enumerate(plans):
         store = distributed.PrefixStore(f"plan{i}", place.store)
-        served = serve(model, some_requests(), plan, store=store, keep_logits=True, traced=i == 0)
+        served = serve(
+            model, some_requests(), plan, store=store, keep_logits=True, traced=i == 0,
+            release=i == len(plans) - 1,
+        )  # fmt: skip
         decoded = served.decoded
         found.append(
             {
@@ -70,6 +71,7 @@ def plans_of(place: Place, plans: list[Plan]) -> list[dict]:
                 "events": served.events,
                 "tokens": {} if decoded is None else decoded.tokens,
                 "logits": {} if decoded is None else decoded.logits,
+                "left": sum(p.numel() for p in model.parameters()),
             }
         )
     return found
@@ -90,13 +92,11 @@ def paced(place: Place, seconds: float, layers: int) -> dict[int, list[float]]:
     return found
 
 
-def until_lost(place: Place, victim: str, sign: int, patience: float) -> dict:
-    """Decode without end; the victim stops or dies by itself in the middle of a layer."""
+def until_lost(place: Place, plan: Plan) -> dict:
+    """Decode without end, until another rank is lost; what is then known here."""
     model = tiny_step3()
-    plan = Plan(attention=2, ffn=2, rows=2, patience=patience)
     requests = [Request("short-0", (1, 2), 3), Request("short-1", (3,), 2)]
     requests += [Request(f"long-{i}", (1,), 100_000) for i in range(4)]
-    model.model.blocks[0].attention.register_forward_pre_hook(lambda *_: time.sleep(0.002))
     told: dict[str, list[int]] = {}
 
     def tell(name: str, tokens: list[int]) -> None:
@@ -109,7 +109,3 @@ def until_lost(place: Place, victim: str, sign: int, patience: float) -> dict:
         place.store.set(f"ended/{place.name}", str(time.time()))
         return {"rank": error.rank, "text": str(error), "finished": error.finished, "told": told}
     raise AssertionError("it ended without an error")
-
-
-def stop(pid: int, sign: int = signal.SIGSTOP) -> None:
-    os.kill(pid, sign)

@@ -82,6 +82,10 @@ def test_oracle_8_processes_give_the_tokens_of_one(size):
         assert sum(computing) + attending[0] == whole
         assert max(computing) - min(computing) < whole / 2
         assert attending[0] > 2 * router
+        last = plan is PLANS[size][-1]  # which released what it didn't need
+        for rank in ranks if last else ():
+            attends = rank["name"].startswith("attention")
+            assert rank["left"] == (rank["parameters"] if attends else 2 * router)
         for request in requests if plan.dispatch == "plain" else ():
             assert tokens[request.id] == afd.one_by_one(model, request)[0]
     _check_trace(results["rank-0"][0]["events"], PLANS[size][0])
@@ -107,37 +111,47 @@ def _check_trace(events, plan):
 def test_three_micro_batches_fill_the_pipeline():
     """On stages made equal; TPOT = layers max(b t_A, b t_F, b c_AF, b c_FA, the way round)."""
     seconds, layers = 0.02, 2
-    found = run(afd.paced, ["a", "f"], (seconds, layers), timeout=60)["a"]
-    # No pass can be quicker than its stages; another process on the machine makes some slower.
-    measured = {b: min(times) for b, times in found.items()}
+    way_round = seconds + seconds + seconds / 2 + seconds / 2
+    formula = {b: layers * max(b * seconds, b * seconds / 2, way_round) for b in (1, 3)}
+    measured = dict.fromkeys(formula, float("inf"))
+    # No pass can be quicker than its stages; what else runs on the machine makes some slower, so
+    # the quickest counts, and a busy machine gets a second and a third try.
+    for _ in range(3):
+        found = run(afd.paced, ["a", "f"], (seconds, layers), timeout=60)["a"]
+        measured = {b: min(measured[b], *times) for b, times in found.items()}
+        if all(measured[b] < 1.1 * formula[b] for b in formula):
+            break
     for b in (1, 3):
-        way_round = seconds + seconds + seconds / 2 + seconds / 2
-        formula = layers * max(b * seconds, b * seconds / 2, way_round)
-        assert measured[b] == pytest.approx(formula, rel=0.1), f"b = {b}"
+        assert measured[b] == pytest.approx(formula[b], rel=0.1), f"b = {b}"
     throughput = {b: b / measured[b] for b in (1, 3)}
     assert throughput[3] >= 1.5 * throughput[1]
 
 
-@pytest.mark.parametrize(
-    ("victim", "sign"), [("ffn-1", signal.SIGKILL), ("attention-1", signal.SIGSTOP)]
-)
-def test_a_lost_rank_is_named_in_time_and_outputs_are_kept(victim, sign):
-    patience = 2.0
-    names = Plan(attention=2, ffn=2).names
-    args = (victim, sign, patience)
-    with Ranks(afd.until_lost, names, args, timeout=60, grace=6) as ranks:
+PATIENCE = 2.0
+LOST = {
+    # ffn-0.0 then waits in a collective, both attention ranks for either of them.
+    "ffn-0.1": (Plan(attention=2, tp=2, rows=2, patience=PATIENCE), signal.SIGKILL),
+    # Both FFN ranks then wait for it, and attention-0 for them.
+    "attention-1": (Plan(attention=2, ffn=2, rows=2, patience=PATIENCE), signal.SIGSTOP),
+}
+
+
+@pytest.mark.parametrize("victim", LOST)
+def test_a_lost_rank_is_named_in_time_and_outputs_are_kept(victim):
+    plan, sign = LOST[victim]
+    with Ranks(afd.until_lost, plan.names, (plan,), timeout=60, grace=6) as ranks:
         ranks.store.wait(["told/short-0", "told/short-1"])
         begun = time.time()
-        afd.stop(ranks.processes[victim].pid, sign)
-        others = [name for name in names if name != victim]
+        os.kill(ranks.processes[victim].pid, sign)
+        others = [name for name in plan.names if name != victim]
         ranks.store.wait([f"ended/{name}" for name in others])
         if sign == signal.SIGSTOP:
             ranks.kill(victim)
         with pytest.raises(RanksError) as caught:
             ranks.wait()
         ended = max(float(ranks.store.get(f"ended/{name}")) for name in others)
-    limit = SETTLE + 1.0 if sign == signal.SIGKILL else patience + 2 * SETTLE + 1.0
-    assert ended - begun < limit
+    stated = SETTLE if sign == signal.SIGKILL else PATIENCE + SETTLE
+    assert ended - begun < stated + 1.5  # a second and a half for a busy machine
     assert list(caught.value.errors) == [victim]
     told = {}
     for name in others:
@@ -260,7 +274,7 @@ def test_other_attentions_join_and_leave_too(projection):
 def test_what_cannot_be_taken_apart_is_refused():
     def model(**given):
         return FoveateForCausalLM(FoveateConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1,
-                                                num_attention_heads=2, **given))  # fmt: skip
+                                                num_attention_heads=2, **given)).eval()  # fmt: skip
 
     some = [Request("a", (1,), 1)]
     for given, text in (
@@ -270,6 +284,8 @@ def test_what_cannot_be_taken_apart_is_refused():
     ):
         with pytest.raises(InputError, match=text):
             serve_alone(model(**given), some)
+    with pytest.raises(InputError, match="training mode"):
+        serve_alone(model().train(), some)
     plain = model()
     with pytest.raises(InputError, match="outside of the vocabulary"):
         serve_alone(plain, [Request("a", (8,), 1)])

@@ -77,21 +77,26 @@ def _run(
         model = model.to("cuda")
     name = plan.name(rank)
     print(f"{name}: process {os.getpid()}", flush=True)
+    finished = out / f"{name}.jsonl"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if rank < plan.attention:
+            finished.write_text("")
+    except OSError as error:
+        raise InputError(f"--out {out}: outputs can't be written there ({error}).") from error
     signal.signal(signal.SIGTERM, _say_why)
     distributed.init_process_group(
         backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=5)
     )
-    out.mkdir(parents=True, exist_ok=True)
-    finished = out / f"{name}.jsonl"
-    if rank < plan.attention:
-        finished.write_text("")
 
     def told(request: str, tokens: list[int]) -> None:
         with finished.open("a") as file:
             file.write(json.dumps({"id": request, "tokens": tokens}) + "\n")
 
     begun = time.monotonic()
-    served = serve(model, requests, plan, store=store, end=end, told=told, traced=True)
+    served = serve(
+        model, requests, plan, store=store, end=end, told=told, traced=True, release=True
+    )
     if rank == 0:
         write_trace(out / "trace.json", served.events)
     print(_summary(served, time.monotonic() - begun), flush=True)

@@ -38,9 +38,11 @@ def check_model(model: FoveateForCausalLM) -> None:
     """Refuse models whose layers can't be taken apart.
 
     Raises:
-        InputError: a mixer, a reference stream, a cache that isn't made of tokens, or a
-            feed-forward layer that can't be split.
+        InputError: a mixer, a reference stream, a cache that isn't made of tokens, a feed-forward
+            layer that can't be split, or a model in training mode.
     """
+    if model.training:
+        raise InputError("disaggregate: the model is in training mode; call model.eval() before.")
     if model.model.reference is not None:
         raise InputError("disaggregate: a model with a reference stream can't be taken apart.")
     for i, block in enumerate(model.model.blocks):

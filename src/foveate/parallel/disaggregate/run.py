@@ -11,7 +11,7 @@ directions are process groups of their own, as NCCL needs it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -21,10 +21,15 @@ import torch
 from torch import distributed, nn
 
 from foveate.models.causal_lm import FoveateForCausalLM
-from foveate.nn.moe import MoE
+from foveate.nn.moe import MoE, Router
 from foveate.ops.errors import InputError
 from foveate.parallel.disaggregate.batch import Request
-from foveate.parallel.disaggregate.decoder import Decoded, Decoder, check_model
+from foveate.parallel.disaggregate.decoder import (
+    Decoded,
+    Decoder,
+    check_model,
+    check_requests,
+)
 from foveate.parallel.disaggregate.experts import FFNPart
 from foveate.parallel.disaggregate.link import AttentionLink, FFNLink, LocalLink, make_groups
 from foveate.parallel.disaggregate.message import Back, Forth
@@ -58,6 +63,7 @@ def serve(
     keep_logits: bool = False,
     traced: bool = False,
     pace: Pace | None = None,
+    release: bool = False,
 ) -> Served:
     """Run this rank's part until all requests are decoded.
 
@@ -65,7 +71,7 @@ def serve(
     rank a takes requests a, a + N_A, ... and returns what they produced.
 
     Args:
-        model: the whole model, in its dtype and on this rank's device.
+        model: the whole model, in its dtype, in eval mode and on this rank's device.
         requests: prompts; see `Request`.
         plan: who does what.
         store: shared by all ranks and outliving each of them, such as that of `rendezvous`.
@@ -74,6 +80,8 @@ def serve(
         keep_logits: whether to return the logits of all produced tokens.
         traced: whether to keep what each stage took.
         pace: least lengths of the stages, for measuring the pipeline itself.
+        release: whether to free the weights that this rank doesn't need; the model is then of no
+            other use.
 
     Raises:
         InputError: the group's size isn't the plan's, the model can't be taken apart, or requests
@@ -86,6 +94,7 @@ def serve(
             f"serve: the plan has {plan.size} ranks ({', '.join(plan.names)}), the group {size}."
         )
     check_model(model)
+    check_requests(requests, model.config.vocab_size)
     name = plan.name(rank)
     watch, trace = Watch(store, name, plan.patience), Trace(name, traced)
     pace = Pace() if pace is None else pace
@@ -105,10 +114,14 @@ def serve(
                     [*decoder.layers, decoder.embedding, decoder.norm, decoder.head]
                 )
                 served.parameters = _count(mine)
+                if release:
+                    _free(block.feedforward for block in model.model.blocks)
                 served.decoded = decoder.run(requests[rank :: plan.attention])
             else:
                 parts = parts_of(model, plan, rank - plan.attention)
                 served.parameters = _count(parts)
+                if release:
+                    _free([model])
                 _compute(parts, FFNLink(plan, rank, *given), plan, trace, pace)
             watch.wait(watch.call(lambda: distributed.barrier(async_op=True), *others), *others)
             if traced:
@@ -180,14 +193,24 @@ def _compute(parts: nn.ModuleList, link: FFNLink, plan: Plan, trace: Trace, pace
 
 def _events(watch: Watch, trace: Trace, plan: Plan) -> dict[str, list[dict[str, Any]]]:
     """All ranks' events on the first one, through the store; the others get only their own."""
-    watch.store.set(f"trace/{trace.name}", json.dumps(trace.events))
+    watch.store.set(f"trace/{trace.name}", json.dumps(list(trace.events)))
     if trace.name != plan.names[0]:
-        return {trace.name: trace.events}
+        return {trace.name: list(trace.events)}
     watch.store.set_timeout(timedelta(seconds=watch.patience))
     return {
         name: json.loads(watch.call(partial(watch.store.get, f"trace/{name}"), name))
         for name in plan.names
     }
+
+
+def _free(modules: Iterable[nn.Module]) -> None:
+    """Let go of weights; routers stay, which are the attention side's."""
+    for module in modules:
+        routers = [m for m in module.modules() if isinstance(m, Router)]
+        kept = {id(p) for router in routers for p in router.parameters()}
+        for p in module.parameters():
+            if id(p) not in kept:
+                p.data = p.data.new_empty(0)
 
 
 def _count(module: nn.Module) -> int:
