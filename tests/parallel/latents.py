@@ -94,6 +94,14 @@ def through(model: FoveateForCausalLM) -> dict:
     }
 
 
+def generated(model: FoveateForCausalLM) -> list[list[int]]:
+    """What transformers' beam search makes of both rows."""
+    ids, real = tokens()
+    out = model.generate(ids, attention_mask=real, max_new_tokens=5, num_beams=2, do_sample=False,
+                         pad_token_id=0)  # fmt: skip
+    return out.tolist()
+
+
 def sizes_of(case: str) -> tuple[int, ...]:
     """The group sizes that a case is run on."""
     if case == "four":
@@ -109,5 +117,8 @@ def on_ranks(place: Place) -> dict[tuple[str, int], dict]:
         model = model_of(case)
         for size in sizes_of(case):
             if place.rank < size:
-                found[case, size] = through(latent_part(model, pair if size == 2 else None))
+                part = latent_part(model, pair if size == 2 else None)
+                found[case, size] = through(part)
+                if case == "pca":
+                    found[case, size]["generated"] = generated(part)
     return found

@@ -37,6 +37,12 @@ def test_oracle_9_ranks_give_what_one_process_gives(ranks, alone, case):
             torch.testing.assert_close(found["logits"], alone[case]["logits"], **EXACT)
 
 
+def test_generate_with_beams_works_on_ranks(ranks):
+    wanted = latents.generated(latents.model_of("pca"))
+    for size in (2, 4):
+        assert all(found["generated"] == wanted for found in _of(ranks, "pca", size))
+
+
 def test_plain_mla_on_ranks_is_exact_and_keeps_the_whole_latent(ranks, alone):
     for size in (2, 4):
         for found in _of(ranks, "mla", size):

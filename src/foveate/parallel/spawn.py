@@ -178,7 +178,7 @@ class Ranks:
             try:
                 good, value = pickle.loads(pipe.recv_bytes())
                 return bool(good), value
-            except EOFError:
+            except (EOFError, OSError):  # it died before, or within, its answer
                 process.join(1.0)
                 ended = True
         if not ended:
