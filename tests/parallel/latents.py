@@ -19,6 +19,7 @@ CASES = {
     "hadamard": ("all", 2, "hadamard", True),
     "identity": ("all", 2, "identity", True),
     "together": ("all", 2, "pca", False),
+    "norm": ("all", 2, "pca", True),
     "gla": ("blocks", 2, "identity", True),
     "four": ("all", 4, "hadamard", True),
     "halves": ("all", 2, "identity", False),
@@ -56,10 +57,15 @@ def model_of(case: str) -> FoveateForCausalLM:
         return model
     if case == "halves":
         model = equal_halves(model)
-    recipe = TPLA(groups=groups, heads=form, pd_sep=apart)
+    norm = "exact" if case == "norm" else "local"
+    recipe = TPLA(groups=groups, heads=form, norm=norm, pd_sep=apart)
     text = torch.randint(0, 50, (2, 40), generator=torch.Generator().manual_seed(1))
     draw = torch.Generator().manual_seed(2)
     return to_tpla(model, recipe, transform, text, generator=draw)
+
+
+def exact_softmax() -> FoveateForCausalLM:
+    return to_tpla(mla_model(), TPLA(softmax="exact"), "identity")
 
 
 def tokens() -> tuple[torch.Tensor, torch.Tensor]:

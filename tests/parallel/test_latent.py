@@ -76,7 +76,7 @@ def test_oracle_4a_equal_halves_on_ranks_are_mla_exactly(ranks):
 def test_a_decoded_token_costs_one_sum_of_the_width_and_no_gather(ranks):
     for case in CASES:
         for found in _of(ranks, case, latents.sizes_of(case)[-1]):
-            assert found["summed"] == DIM
+            assert found["summed"] == DIM + (case == "norm")
             assert found["gathered"] == 0
 
 
@@ -89,6 +89,8 @@ def one_rank(place):
     for name, wrong in (
         ("model", lambda: latent_part(plain)),
         ("layer", lambda: LatentPart(plain.model.blocks[0].attention)),
+        ("gradient", lambda: latent_part(model)(latents.tokens()[0])),
+        ("softmax", lambda: latent_part(latents.exact_softmax())),
     ):
         try:
             wrong()
@@ -102,3 +104,5 @@ def test_a_group_of_one_changes_nothing_and_other_layers_are_refused(alone):
     torch.testing.assert_close(logits, alone["pca"]["logits"], **EXACT)
     assert "no layer of this model has a latent" in refused["model"]
     assert "expected 'mla'" in refused["layer"]
+    assert "torch.no_grad()" in refused["gradient"]
+    assert "local norm and softmax" in refused["softmax"]

@@ -10,10 +10,11 @@ Each rank then runs the model as ever, on the same tokens; what differs is in th
             ranks, k / g ranks of a slice split the heads
     "gla"   head block j on slice j                               r / g + d_r
 
-and one all-reduce of y (D numbers for a token) closes the layer. Prefill of "tpla" and "gla" runs
-in MLA's form (`pd_sep`): heads are split over all ranks, norm and softmax are those of the whole
-latent, and each rank keeps its slice of chat', whatever its heads. A later chunk of a prompt first
-gathers the slices of those before. Only decoding sees an approximation.
+and one all-reduce of y (D numbers for a token) closes the layer; an exact norm sums one more. An
+exact softmax would sum h scores a key and is refused. Prefill of "tpla" and "gla" runs in MLA's
+form (`pd_sep`): heads are split over all ranks, norm and softmax are those of the whole latent, and
+each rank keeps its slice of chat', whatever its heads. A later chunk of a prompt first gathers the
+slices of those before. Only decoding sees an approximation. No gradients: a part is for inference.
 
 The basis (PCA, Hadamard, identity), alpha and mu come with the model, from
 `foveate.models.to_tpla`.
@@ -56,7 +57,7 @@ class LatentPart(nn.Module):
     """One rank's part of a latent attention layer; stands where the whole layer stood.
 
     Args:
-        layer: an attention over MLA, or over TPLA or GLA with local norm and softmax.
+        layer: an attention over MLA, or over TPLA or GLA with a local softmax and any norm.
         group: the ranks that share it; None is the default group.
 
     Raises:
@@ -80,11 +81,26 @@ class LatentPart(nn.Module):
         self.slices = slice(0, 1)
         if isinstance(p, TPLAProjection):
             self.slices, self.groups, self.width = p.groups_of(rank, ranks), p.groups, p.slice_width
-            self.decode = _with(layer, p.for_decoding().shard(rank, ranks))
+            self.decode = _with(layer, self._slice_of(p))
             if p.pd_sep:
                 self.prefill = _with(layer, whole_latent(p).shard(rank, ranks))
         else:
             self.decode = _with(layer, p.shard(rank, ranks))
+
+    def _slice_of(self, p: TPLAProjection) -> TPLAProjection:
+        """The rank's slices, with a norm of their own, or the whole latent's."""
+        if p.local_norm:
+            return p.for_decoding().shard(self.rank, self.ranks)
+        local = deepcopy(p)
+        local.local_norm = True
+        made = local.for_decoding().shard(self.rank, self.ranks)
+        made.local_norm, made.over_ranks = False, self._over_slices
+        return made
+
+    def _over_slices(self, mine: Tensor) -> Tensor:
+        """The sum of a number for each token over all slices; several ranks may have the same."""
+        copies = max(1, self.ranks // self.groups)
+        return self._sum(mine / copies)
 
     def new_cache(self, capacity: int = 0) -> TokenCache:
         """An empty cache of what this rank keeps."""
@@ -149,7 +165,12 @@ class LatentPart(nn.Module):
         return torch.cat((latent[:, None], held[:, :1, :, self.width :]), -1)
 
     def _sum(self, y: Tensor) -> Tensor:
-        """Step 16; there is no weighting: each rank supplies its part of the value."""
+        """Step 16, for y; there is no weighting: each rank supplies its part of the value."""
+        if y.requires_grad:
+            raise InputError(
+                "LatentPart: gradients don't pass the sum over ranks; call it under "
+                "torch.no_grad(), and train the whole model."
+            )
         y = y.contiguous()
         distributed.all_reduce(y, group=self.group)
         self.traffic.summed += y.numel()
