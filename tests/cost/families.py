@@ -46,7 +46,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "deepseek_v2": BASE | MLA | ROUTED | {"num_key_value_heads": 4, "q_lora_rank": None},
     "minimax": BASE | LOCAL | {"head_dim": 16},
     "qwen3_next": BASE | DELTA | FEW | {"head_dim": 24, "shared_expert_intermediate_size": 20},
-    "olmo_hybrid": BASE | DELTA | {"linear_num_key_heads": 4},
+    "olmo_hybrid": BASE | DELTA | {"linear_num_key_heads": 4, "pad_token_id": None},
     "jamba": BASE | {"num_experts": 6, "num_experts_per_tok": 2, "attn_layer_period": 4,
                      "attn_layer_offset": 2, "mamba_d_state": 12, "mamba_dt_rank": 10,
                      "use_mamba_kernels": False},
@@ -65,7 +65,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "lfm2": BASE | {"layer_types": ["conv", "full_attention", "conv", "conv"], "conv_L_cache": 3,
                     "block_multiple_of": 16},
     "kimi_linear": BASE | MLA | {
-        "num_key_value_heads": 4, "q_lora_rank": None, "num_experts": 6,
+        "num_key_value_heads": 4, "q_lora_rank": None, "num_experts": 6, "pad_token_id": 0,
         "num_experts_per_token": 2, "moe_intermediate_size": 24, "num_shared_experts": 1,
         "linear_head_dim": 16, "linear_num_heads": 4,
         "layer_types": ["linear_attention", "linear_attention", "full_attention",

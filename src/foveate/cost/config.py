@@ -8,12 +8,17 @@ know it refuses by name, so that no model is priced as something else.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from foveate.cost.fields import Given, given
 from foveate.cost.layer import FeedForward, Layer, Model
 from foveate.cost.mixers import mixing_of
 from foveate.ops.errors import InputError
+
+_NOT_COUNTED = re.compile(
+    r"(\.gate\.weight|router|bias|wpe|embed_positions|shared_expert_gate|A_log|sinks|norm)"
+)
 
 # Blocks whose parts the fields that they share with others don't tell.
 UNREADABLE = {
@@ -46,6 +51,38 @@ def read(folder: str | Path) -> Model:
         InputError: it can't be read, or describes what isn't known here.
     """
     return model_of(given(folder))
+
+
+def matrices_of_class(folder: str | Path) -> int | None:
+    """Numbers in all matrices of the model that transformers' own class makes of a config.
+
+    The model is built without memory (on torch's meta device). Routers, positions, convolutions'
+    biases and norms aren't counted, as in `Model.parameters`.
+
+    Args:
+        folder: as for `read`.
+
+    Returns:
+        None where transformers isn't there, doesn't know the type, or can't build it.
+    """
+    try:
+        import torch
+        from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    except ImportError:
+        return None
+    config = given(folder)
+    if config.kind not in CONFIG_MAPPING or config.kind == "foveate":
+        return None
+    try:
+        made = CONFIG_MAPPING[config.kind].from_dict(config.plain)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(made)
+    except Exception:  # whatever a class raises on a config that it can't take
+        return None
+    return sum(
+        p.numel() for name, p in model.named_parameters()
+        if p.dim() >= 2 and not _NOT_COUNTED.search(name)
+    )  # fmt: skip
 
 
 def model_of(config: Given) -> Model:

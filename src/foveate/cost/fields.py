@@ -50,7 +50,7 @@ class Given:
                 values = nested | values
         if values.get("is_encoder_decoder"):
             raise InputError(f"{name} is an encoder and a decoder; expected a decoder alone.")
-        self.name, self._values = name, _filled(values)
+        self.name, self.plain, self._values = name, dict(values), _filled(values)
         self.kind = str(self._values.get("model_type", ""))
 
     def get(self, name: str, default: Any = None, layer: int | None = None) -> Any:

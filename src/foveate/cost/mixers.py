@@ -59,6 +59,8 @@ def attention(config: Given, layer: int, kind: str = "full_attention") -> Mixing
     kv = config.number("num_key_value_heads", heads, layer)
     if config.kind in ("falcon", "gpt_bigcode") and config.get("multi_query"):
         kv = kv if config.get("new_decoder_architecture") else 1
+    if config.kind == "mimo_v2_flash" and window is not None:
+        kv *= 2
     return grouped(
         dim, heads, kv, width, value=config.get("v_head_dim"), window=window,
         chunked=kind == "chunked_attention",
