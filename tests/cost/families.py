@@ -12,8 +12,15 @@ MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_
           "mamba_d_conv": 4, "mamba_expand": 2}  # fmt: skip
 FEW = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 LOCAL = {"num_local_experts": 6, "num_experts_per_tok": 2}
-ROUTED = {"n_routed_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 2,
-          "moe_intermediate_size": 24, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}
+ROUTED = {
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+}
 
 FAMILIES: dict[str, dict[str, object]] = {
     "llama": BASE,

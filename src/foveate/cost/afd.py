@@ -1,9 +1,9 @@
 """Times of a disaggregated decoder from a model and its chips, and how many instances it takes.
 
-An attention instance and an FFN instance are servers of `Chip.chips` chips. Attention is
-data-parallel over chips: each holds all attention weights and the caches of its own tokens; an FFN
-instance holds its share of the experts, and the tokens of all attention instances visit it (G1). For
-one micro-batch with B_a tokens on each attention chip, B in all, by the roofline of each side:
+Attention and FFN instances are servers of `Chip.chips` chips. Attention is data-parallel over
+chips: each holds all attention weights and the caches of its own tokens; an FFN instance holds its
+share of the experts, and the tokens of all attention instances visit it (G1). For one micro-batch
+with B_a tokens on each attention chip, B in all, by the roofline of each side:
 
     t_A  = max(B_a F_attn / X, B_a BYTES / M) + max(2 B_a W / X, w W / M)
     t_F  = max(B F_ffn / X, weights touched / M) over all FFN chips
@@ -166,6 +166,7 @@ def fewest(model: Model, at: Deployment, context: int, tpot: float) -> Outcome |
     Returns:
         None if none do: the FFN side, the network or the attention weights alone take longer.
     """
+
     def tried(count: int) -> Outcome:
         return outcome(model, replace(at, attention=count), context)
 
@@ -194,5 +195,5 @@ def scaled(per_chip: float, attention: int, ffn: int, more: int) -> float:
 
 
 def budget(tpot: float, layers: int, pipeline: int = 3) -> float:
-    """Seconds of one stage in one layer, where a token's time is shared by the pipeline's stages."""
+    """Seconds of one stage in one layer: a token's time is shared by the pipeline's stages."""
     return tpot / pipeline / layers

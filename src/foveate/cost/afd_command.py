@@ -220,5 +220,3 @@ def _slow(text: str | None, attention: int, ffn: int) -> tuple[list[float], list
             "--instances has them."
         )
     return sides[0], sides[1]
-
-

@@ -166,7 +166,9 @@ def simulate(
         raise InputError("A pipeline needs the times of at least one layer.")
     for name, factors in (("attention", attention), ("ffn", ffn)):
         if not factors or not all(math.isfinite(f) and f > 0 for f in factors):
-            raise InputError(f"{name}={list(factors)}: expected a factor above 0 for each instance.")
+            raise InputError(
+                f"{name}={list(factors)}: expected a factor above 0 for each instance."
+            )
     slow = (attention, attention, ffn, ffn)  # whose factors each stage takes
     times = [one.each for one in layers]
     rounds = tokens * len(layers)
