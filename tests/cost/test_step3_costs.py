@@ -6,7 +6,6 @@ import itertools
 import random
 
 import pytest
-from tables_step3 import CHIPS, COUNTS, PRICES
 
 from foveate.cost.afd import Deployment, budget, fewest, outcome, scaled, stages
 from foveate.cost.decode import (
@@ -25,6 +24,7 @@ from foveate.cost.layer import mla
 from foveate.cost.pipeline import Stages, simulate, steady
 from foveate.cost.released import RELEASED, kernel_values
 from foveate.ops.errors import InputError
+from foveate.papers.system.printed import CHIPS, COUNTS, PRICES
 
 K8, K32 = Setting(8192), Setting(32768)
 HARDWARE = table()

@@ -88,7 +88,7 @@ def test_every_arm_is_the_model_of_its_sheet(key, tmp_path, monkeypatch):
         raise Stop(model.config.num_hidden_layers, model.config.hidden_size, caches)
 
     monkeypatch.setattr(module, "trained_on_bytes", trained)
-    cells = [name for name in made.cells if name not in ("speed", "at size")]
+    cells = [name for name in made.cells if name not in ("speed", "at size", "costs")]
     assert set(cells) == set(CACHES[key])
     for name in cells:
         with pytest.raises(Stop) as stopped:
@@ -113,6 +113,23 @@ def test_step3_counts_the_papers_caches(tmp_path):
     assert {arm: metrics["cache"] for arm, metrics in found.items()} == {
         "Step-3 MFA": 512, "Qwen3-235B GQA": 1024, "DeepSeek-V3 MLA": 576,
     }  # fmt: skip
+    assert set(counted(made, found).values()) == {Verdict.HOLDS}
+
+
+def test_step3_counts_costs_as_the_report_prints_them(tmp_path):
+    made, found = cell("step3", "costs", tmp_path)
+    assert found["cost model"] == {"prices": 108, "counts": 54}
+    usd = [[round(found[arm][f"USD at {n}K"], 3) for n in (8, 32)]
+           for arm in ("Step-3 costs", "DeepSeek-V3 costs", "Qwen3-235B costs")]  # fmt: skip
+    assert usd == [[0.055, 0.129], [0.068, 0.211], [0.062, 0.193]]
+    assert len(counted(made, found)) == 8
+    assert set(counted(made, found).values()) == {Verdict.HOLDS}
+
+
+def test_tpla_at_the_roofline(tmp_path):
+    made, found = cell("tpla", "costs", tmp_path)
+    assert found["MLA on 2 H800"]["us at 32K"] == pytest.approx(32768 * 576 * 2 / 3.35e6)
+    assert found["TPLA on 2 H800"]["us at 32K"] == pytest.approx(32768 * 320 * 2 / 3.35e6)
     assert set(counted(made, found).values()) == {Verdict.HOLDS}
 
 

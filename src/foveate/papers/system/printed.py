@@ -1,4 +1,6 @@
-"""What Step-3's report prints (arXiv 2507.19427): tables 2, 3 and 6, by the presets' keys."""
+"""What Step-3's report prints (arXiv 2507.19427), tables 2, 3 and 6, by the presets' keys."""
+
+from __future__ import annotations
 
 # BYTES, F_attn, F_lin, F_ffn at 8K | BYTES, F_attn at 32K, three digits
 COUNTS = {
