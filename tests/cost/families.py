@@ -69,6 +69,11 @@ FAMILIES: dict[str, dict[str, object]] = {
         "moe_shared_expert_intermediate_size": 20, "num_experts_per_tok": 2,
         "use_mamba_kernels": False,
     },
+    "mamba": {"hidden_size": 64, "num_hidden_layers": 3, "vocab_size": 100, "state_size": 12},
+    "mamba2": {"hidden_size": 64, "num_hidden_layers": 3, "vocab_size": 100, "state_size": 12,
+               "num_heads": 8, "head_dim": 16, "n_groups": 2},
+    "arcee": BASE,
+    "nanochat": BASE,
     "lfm2": BASE | {"layer_types": ["conv", "full_attention", "conv", "conv"], "conv_L_cache": 3,
                     "block_multiple_of": 16},
     "kimi_linear": BASE | MLA | {

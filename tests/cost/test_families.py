@@ -144,6 +144,7 @@ def test_foveates_own_models(tmp_path):
         ("new", BASE | MLA | {"layer_types": ["sliding_attention"] * 4}, "MLA with"),
         ("new", {k: v for k, v in BASE.items() if k != "hidden_size"}, "hidden_size or n_embd"),
         ("new", BASE | {"num_key_value_heads": "two"}, "an integer"),
+        ("new", BASE | {"layer_types": ["hybrid"] * 4}, "state isn't told"),
         ("t5", BASE | {"is_encoder_decoder": True}, "decoder alone"),
         ("new", BASE | {"num_kv_shared_layers": 2}, "layers share"),
         ("foveate", BASE | {"mixer": "grassmann"}, "mixer"),

@@ -30,14 +30,21 @@ UNREADABLE = {
     "mllama": "layers that attend to an image",
     "diffllama": "two softmaxes in each head",
     "deepseek_v32": "an indexer that picks keys",
+    "recurrent_gemma": "recurrences of their own kind",
+    "jetmoe": "experts in attention",
+    "hrm_text": "blocks that run several times",
+    "zaya": "attention of their own kind",
     "rwkv": "token mixing of its own kind",
     "xlstm": "token mixing of its own kind",
 }
 
+STATES_ALONE = ("mamba", "mamba2", "falcon_mamba")  # nothing but states
+
 # Families with two matrices and an activation between them in place of a gated feed-forward.
 PLAIN = (
-    "bert", "bloom", "codegen", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj",
-    "mpt", "nemotron", "nemotron_h", "opt", "persimmon", "phi", "roberta", "starcoder2", "xglm",
+    "apertus", "arcee", "bert", "biogpt", "bloom", "codegen", "falcon", "gpt2", "gpt_bigcode",
+    "gpt_neo", "gpt_neox", "gpt_neox_japanese", "gptj", "jais2", "mpt", "nanochat", "nemotron",
+    "nemotron_h", "openai-gpt", "opt", "persimmon", "phi", "roberta", "starcoder2", "xglm",
 )  # fmt: skip
 
 
@@ -76,7 +83,7 @@ def matrices_of_class(folder: str | Path) -> int | None:
     try:
         made = CONFIG_MAPPING[config.kind].from_dict(config.plain)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(made)
+            model = AutoModelForCausalLM.from_config(made, trust_remote_code=False)
     except Exception:  # whatever a class raises on a config that it can't take
         return None
     return sum(
@@ -108,7 +115,7 @@ def model_of(config: Given) -> Model:
         if kind in ("mlp", "moe"):  # Nemotron-H: every block is one thing
             layers.append(Layer((), feedforward_of(config, i, experts=kind == "moe")))
             continue
-        alone = "mlp" in kinds or "moe" in kinds
+        alone = "mlp" in kinds or "moe" in kinds or config.kind in STATES_ALONE
         layers.append(Layer(mixing_of(config, kind, i),
                             None if alone else feedforward_of(config, i)))  # fmt: skip
     return Model(
@@ -134,7 +141,7 @@ def layer_kinds(config: Given) -> list[str]:
     listed = config.get("attn_type_list")  # MiniMax-01: 1 attends
     if listed:
         return ["full_attention" if kind else "linear_attention" for kind in listed]
-    if config.kind in ("mamba", "mamba2", "falcon_mamba"):
+    if config.kind in STATES_ALONE:
         return ["mamba"] * count
     if config.kind == "falcon_h1":
         return ["hybrid"] * count
@@ -153,7 +160,7 @@ def layer_kinds(config: Given) -> list[str]:
 def feedforward_of(config: Given, layer: int, experts: bool | None = None) -> FeedForward:
     """The feed-forward of a layer; `experts` says whether it has some, None asks the config."""
     count = config.number("experts", 0)
-    count = count if count > 1 else 0
+    count = count if count > 1 and config.get("is_moe", True) else 0
     matrices = 2 if config.kind in PLAIN else 3
     width = _dense_width(config, layer)
     shared = config.get("shared_width")

@@ -166,8 +166,8 @@ def _prices(rows: list[dict[str, Any]], chips: list[Chip]) -> Any:
         mine = rows[start : start + len(chips)]
         made.add_row(
             mine[0]["model"], short(mine[0]["context"]),
-            *(f"{r['usd_attention']:.3f}{'*' if r['bound'] == 'memory' else ''} + "
-              f"{r['usd_ffn']:.3f}" for r in mine),
+            *(f"{_usd(r['usd_attention'])}{'*' if r['bound'] == 'memory' else ''} + "
+              f"{_usd(r['usd_ffn'])}" for r in mine),
         )  # fmt: skip
     return made
 
@@ -175,8 +175,8 @@ def _prices(rows: list[dict[str, Any]], chips: list[Chip]) -> Any:
 def _choices(rows: list[dict[str, Any]]) -> Any:
     made = table("Cheapest", "model", "context", "one chip", "USD", "attention + FFN apart", "USD")
     for row in rows:
-        made.add_row(row["model"], short(row["context"]), row["alone"], f"{row['usd_alone']:.3f}",
-                     f"{row['attention']} + {row['ffn']}", f"{row['usd']:.3f}")  # fmt: skip
+        made.add_row(row["model"], short(row["context"]), row["alone"], _usd(row["usd_alone"]),
+                     f"{row['attention']} + {row['ffn']}", _usd(row["usd"]))  # fmt: skip
     return made
 
 
@@ -192,3 +192,8 @@ def _sparse(rows: list[dict[str, Any]]) -> Any:
                      str(row["experts"]) if sparse else "", needed,
                      style=None if row["fits"] else "yellow")  # fmt: skip
     return made
+
+
+def _usd(value: float) -> str:
+    """Three decimals as the report prints them, or two digits of what would be nearly 0 there."""
+    return f"{value:.3f}" if value >= 0.01 else f"{value:.2g}"

@@ -131,8 +131,9 @@ def _lightning(config: Given) -> Parts:
 def _mamba(config: Given) -> Parts:
     """Mamba 2, whose heads share a decay, or Mamba 1, where every channel has its own."""
     dim = config.number("hidden_size")
-    n = next(int(v) for v in map(config.get, ("mamba_d_state", "ssm_state_size", "state_size"))
-             if v)  # fmt: skip
+    n = _first(config, "mamba_d_state", "ssm_state_size", "state_size")
+    if n is None:
+        raise InputError(f"{config.name}: the size of its Mamba layers' state isn't told.")
     kernel = int(config.get("mamba_d_conv") or config.get("conv_kernel") or 4)
     heads = _first(config, "mamba_n_heads", "mamba_num_heads")
     if config.kind == "mamba2":
