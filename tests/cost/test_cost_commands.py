@@ -59,6 +59,21 @@ def test_decode_of_a_folder_on_a_users_chip(capsys, tmp_path):
     assert found["notes"] == []
 
 
+def test_bf16_leaves_fp8_alone(capsys):
+    args = ("--preset", "step-3", "--contexts", "8K", "--bf16")
+    rows = parsed(capsys, "decode", *args)["prices"]
+    assert rows[0]["usd_ffn"] == pytest.approx(1e6 * 5.33e10 * 2 / 3600 / 9.89e14, rel=1e-3)
+    assert rows[2]["usd_ffn"] == pytest.approx(1e6 * 5.33e10 * 0.75 / 3600 / 3.12e14, rel=1e-3)
+    slow, fast = (
+        parsed(capsys, "memory", *a)["machines"][0]["time_to_first"] for a in (args, args[:-1])
+    )
+    assert slow / fast == pytest.approx(1.98 / 0.989)
+    slow, fast = (
+        parsed(capsys, "afd", *a)["pipeline"]["us_of_first_layer"] for a in (args, args[:-1])
+    )
+    assert slow[2] / fast[2] == pytest.approx(1.98 / 0.989)
+
+
 def test_decode_warns_of_a_model_that_it_reads_wrongly(capsys, tmp_path, monkeypatch):
     from foveate.cost import options
 
@@ -110,6 +125,7 @@ def test_afd_of_a_model(capsys):
     assert counts == sorted(counts)
     assert all(row["tpot"] <= 0.05 for row in found["contexts"])
     first = found["contexts"][0]
+    assert first["usd"] == pytest.approx(1e6 * 2.00 / 3600 / first["per_chip"])
     assert first["per_chip_as_given"] == pytest.approx(6144 / first["tpot_as_given"] / 32)
     never = parsed(capsys, "afd", "--preset", "step-3", "--tpot", "1")["contexts"]
     assert {row["attention"] for row in never} == {None}
@@ -149,6 +165,11 @@ def test_memory_of_a_model(capsys):
         (["afd", "--times", "1,2,3,4", "--preset", "step-3"], "one of them"),
         (["afd", "--preset", "all"], "one model at a time"),
         (["afd", "--preset", "step-3", "--instances", "2A"], "2A2F"),
+        (["afd", "--preset", "step-3", "--ffn-chip", "all"], "one kind of chip"),
+        (["afd", "--preset", "step-3", "--tokens", "0"], "at least 1"),
+        (["decode", "--preset", ""], "step-3"),
+        (["memory", "--preset", "step-3", "--count", "0"], "at least 1"),
+        (["memory", "--preset", "step-3", "--weight-bits", "0"], "more than"),
         (["afd", "--times", "1,2,3,4", "--slow", "1/1"], "2 factors"),
         (["afd", "--times", "/nowhere.json"], "can't be read"),
         (["afd", "--preset", "step-3", "--efficiency", "2"], "efficiency"),
@@ -235,9 +256,13 @@ def test_cutting_the_latent_makes_room():
 def test_times_against_both_roofs():
     chip, model = table()["H800"], RELEASED["qwen3-32b"]()
     fit = Fit(model, Machine(chip, 4))
-    # One sequence decodes at the speed of memory, a long prompt at that of compute.
-    read = model.parameters - model.dim * model.vocab + model.bytes(8192)
-    assert fit.time_per_token(1, 8192) == pytest.approx(read / chip.bandwidth / 4)
+    # One sequence decodes at the speed of memory, its cache on one chip; a prompt computes.
+    weights = model.parameters - model.dim * model.vocab
+    read = weights / 4 + model.bytes(8192)
+    assert fit.time_per_token(1, 8192) == pytest.approx(read / chip.bandwidth)
+    assert fit.time_per_token(4, 8192) == pytest.approx(read / chip.bandwidth)
+    both = Fit(model, Machine(chip, 4, 2)).time_per_token(1, 8192)
+    assert both == pytest.approx((weights / 4 + model.bytes(8192) / 2) / chip.bandwidth)
     n = 8192
     flops = n * (model.linear + model.feedforward) + 2 * model.dim * model.vocab
     flops += 64 * 4 * 64 * 128 * n * (n + 1) // 2

@@ -14,6 +14,7 @@ from foveate.cost.afd import Deployment, Outcome, budget, fewest, outcome, stage
 from foveate.cost.curves import draw_pipeline
 from foveate.cost.layer import Model
 from foveate.cost.options import (
+    Bf16Option,
     FigureOption,
     HardwareOption,
     JsonOption,
@@ -68,6 +69,7 @@ def afd(
         ),
     ] = None,
     hardware_file: HardwareOption = None,
+    bf16: Bf16Option = False,
     figure: FigureOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -91,7 +93,7 @@ def afd(
             raise InputError(f"--preset {preset}: cost afd takes one model at a time.")
         one, kv = at_bits(found[0], kv_bits)
         chips = hardware.table(hardware_file)
-        (a,), (f,) = hardware.choose(chips, attention_chip), hardware.choose(chips, ffn_chip)
+        a, f = (_chip(chips, name, bf16) for name in (attention_chip, ffn_chip))
         at = Deployment(a, f, count_a, count_f, tokens, micro_batches, kv, weight_bits / 8,
                         efficiency)  # fmt: skip
         swept = contexts(lengths)
@@ -164,6 +166,13 @@ def _tables(pipeline: dict[str, Any], rows: list[dict[str, Any]], tpot: float) -
             )  # fmt: skip
         found.append(swept)
     return found
+
+
+def _chip(chips: dict[str, hardware.Chip], name: str, bf16: bool) -> hardware.Chip:
+    found = hardware.choose(chips, name, bf16=bf16)
+    if len(found) > 1:
+        raise InputError(f"{name!r}: each side is made of one kind of chip; name one.")
+    return found[0]
 
 
 def _instances(text: str) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from foveate.cost.decode import (
 from foveate.cost.hardware import Chip
 from foveate.cost.layer import Model
 from foveate.cost.options import (
+    Bf16Option,
     FigureOption,
     HardwareOption,
     JsonOption,
@@ -51,6 +52,7 @@ def decode(
     ] = "8K,32K",
     chips: Annotated[str, typer.Option(help="Of the table, or all.")] = "all",
     hardware_file: HardwareOption = None,
+    bf16: Bf16Option = False,
     kv_bits: KvBitsOption = None,
     mla_values: MlaOption = "entry",
     drafted: Annotated[int, typer.Option(help="Tokens that one pass computes.")] = 1,
@@ -74,7 +76,7 @@ def decode(
     if tpot <= 0:
         raise InputError(f"--tpot {tpot}: expected milliseconds above 0.")
     given = models(model, preset, mla_values)
-    wanted = hardware.choose(hardware.table(hardware_file), chips)
+    wanted = hardware.choose(hardware.table(hardware_file), chips, bf16=bf16)
     each = [at_bits(one, kv_bits) for one in given]
     settings = [
         [Setting(n, b, drafted, drafted if accepted is None else accepted)
@@ -186,7 +188,7 @@ def _sparse(rows: list[dict[str, Any]]) -> Any:
                  "needed", left=2)  # fmt: skip
     for row in rows:
         sparse = row["experts"] is not None
-        needed = f"{row['experts_needed']:.1f}" if sparse else ""
+        needed = f"{max(0.0, row['experts_needed']):.1f}" if sparse else ""
         made.add_row(row["model"], row["hardware"], f"{row['balance']:.0f}",
                      f"{row['dense_batch']:.0f}", f"{row['sparsity']:.3f}", f"{row['least']:.3f}",
                      str(row["experts"]) if sparse else "", needed,

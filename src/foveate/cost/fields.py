@@ -105,7 +105,7 @@ def given(folder: str | Path) -> Given:
         raise InputError(f"{path} is no JSON ({error}).") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a JSON object.")
-    return Given(values, path.parent.name or str(path))
+    return Given(values, path.resolve().parent.name or str(path))
 
 
 def _filled(values: dict[str, Any]) -> dict[str, Any]:

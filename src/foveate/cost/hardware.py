@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +89,19 @@ def table(path: str | Path | None = None) -> dict[str, Chip]:
     return found if path is None else found | _read(Path(path).expanduser())
 
 
-def choose(chips: dict[str, Chip], names: str) -> list[Chip]:
+def choose(chips: dict[str, Chip], names: str, *, bf16: bool = False) -> list[Chip]:
     """Chips by their names, comma-separated; "all" is every one.
+
+    Args:
+        chips: as `table` gives them.
+        names: of those that are wanted.
+        bf16: their FP8 is left alone.
 
     Raises:
         InputError: an unknown name.
     """
+    if bf16:
+        chips = {name: replace(chip, fp8=None) for name, chip in chips.items()}
     if names == "all":
         return list(chips.values())
     chosen = []

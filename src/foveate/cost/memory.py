@@ -7,10 +7,11 @@ counts what a chip holds at once while it runs a chunk of a prompt: the residual
 the widest of attention's or the feed-forward's inner maps, in 16 bit; and logits in fp32 for each
 sequence. A share of memory is left alone, for everything else.
 
-    TTFT = max(operations / X, weights / M for each chunk)     of a prompt of n tokens
-    TPOT = max(operations / X, (weights touched + caches) / M) of a step over the whole batch
+    TTFT = max(operations / X, weights / M for each chunk)     of a prompt of n tokens, on all chips
+    TPOT = max(operations / X, (weights touched + caches) / M) of a step over the whole batch, on
+           the chip that has most sequences
 
-Both over all chips, divided by what kernels reach of the roofline. Communication is left out.
+Both are divided by what kernels reach of the roofline. Communication is left out.
 """
 
 from __future__ import annotations
@@ -139,21 +140,23 @@ class Fit:
         read = 0.0
         for begin in range(0, context, machine.chunk):
             read += model.touched(min(machine.chunk, context - begin)) * machine.weight_bytes
-        return self._seconds(flops, read)
+        return self._seconds(flops / machine.count, read / machine.count)
 
     def time_per_token(self, batch: int, context: int) -> float:
         """Seconds of a decoding step over so many sequences, with the cache at this length."""
         model, machine = self.model, self.machine
         each = model.linear + model.feedforward + 2 * model.dim * model.vocab
-        attended = sum(one.flops(context) for one in self._mixing) * machine.ranks
-        cached = sum(one.bytes(context, machine.kv_bytes) for one in self._mixing) * machine.ranks
-        read = model.touched(batch) * machine.weight_bytes + batch * cached
-        return self._seconds(batch * (each + attended), read)
+        own = -(-batch // (machine.count // machine.ranks))  # sequences of the fullest chip
+        flops = batch * each / machine.count
+        flops += own * sum(one.flops(context) for one in self._mixing)
+        read = model.touched(batch) * machine.weight_bytes / machine.count
+        read += own * sum(one.bytes(context, machine.kv_bytes) for one in self._mixing)
+        return self._seconds(flops, read)
 
     def _seconds(self, flops: float, read: float) -> float:
+        """By the roofline of one chip."""
         chip = self.machine.chip
-        slower = max(flops / chip.peak, read / chip.bandwidth)
-        return slower / self.machine.count / self.machine.efficiency
+        return max(flops / chip.peak, read / chip.bandwidth) / self.machine.efficiency
 
 
 def _most(good: Callable[[int], bool], limit: int) -> int:

@@ -9,6 +9,7 @@ import typer
 from foveate.cost import hardware
 from foveate.cost.memory import Fit, Machine
 from foveate.cost.options import (
+    Bf16Option,
     HardwareOption,
     JsonOption,
     KvBitsOption,
@@ -49,6 +50,7 @@ def memory(
         float, typer.Option(help="Share of the roofline that kernels reach, for times.")
     ] = 1.0,
     hardware_file: HardwareOption = None,
+    bf16: Bf16Option = False,
     as_json: JsonOption = False,
 ) -> None:
     """What fits: weights, cache and activations, the largest batch, the longest context; and times.
@@ -57,7 +59,7 @@ def memory(
     1.0 none is as fast.
     """
     given = models(model, preset, mla_values)
-    wanted = hardware.choose(hardware.table(hardware_file), chips)
+    wanted = hardware.choose(hardware.table(hardware_file), chips, bf16=bf16)
     rows = []
     for one, each in (at_bits(found, kv_bits) for found in given):
         groups = latent_groups if any(part.kind == "mla" for part in one.mixing) else 1

@@ -36,6 +36,9 @@ KvBitsOption = Annotated[
     float | None,
     typer.Option("--kv-bits", help="Of every cached number; default 8, or as a preset says."),
 ]
+Bf16Option = Annotated[
+    bool, typer.Option("--bf16", help="Multiply in BF16 on chips that have FP8, too.")
+]
 MlaOption = Annotated[
     str,
     typer.Option(
