@@ -51,6 +51,9 @@ FAMILIES: dict[str, dict[str, object]] = {
     },
     "deepseek_v3": BASE | MLA | ROUTED | {"num_key_value_heads": 4},
     "deepseek_v2": BASE | MLA | ROUTED | {"num_key_value_heads": 4, "q_lora_rank": None},
+    "deepseek_v32": BASE | MLA | ROUTED | {
+        "num_key_value_heads": 4, "index_topk": 6, "index_head_dim": 16, "index_n_heads": 2,
+    },
     "minimax": BASE | LOCAL | {"head_dim": 16},
     "qwen3_next": BASE | DELTA | FEW | {"head_dim": 24, "shared_expert_intermediate_size": 20},
     "olmo_hybrid": BASE | DELTA | {"linear_num_key_heads": 4, "pad_token_id": None},

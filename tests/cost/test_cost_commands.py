@@ -158,6 +158,7 @@ def test_memory_of_a_model(capsys):
         (["decode", "--model", "/nowhere"], "config.json"),
         (["decode", "--preset", "step-3", "--hardware", "/nowhere.toml"], "can't be read"),
         (["memory", "--preset", "step-3", "--tp", "3"], "divide"),
+        (["memory", "--preset", "step-3", "--tp", "2", "--latent-groups", "2"], "no latent"),
         (["memory", "--preset", "step-3", "--batch", "0"], "at least 1"),
         (["memory", "--preset", "step-3", "--reserve", "1"], "reserve"),
         (["afd", "--times", "1,2,3"], "four numbers"),

@@ -81,6 +81,17 @@ def test_windows_and_chunks_by_layer(tmp_path):
     assert [one.seen(n) for n in (3, 5, 9)] == [3, 5, 5]
 
 
+def test_an_indexer_reads_all_keys_and_attention_the_best(tmp_path):
+    found = read(folder_of(tmp_path, "deepseek_v32", FAMILIES["deepseek_v32"]))
+    picked, index = found.layers[1].mixing
+    assert [picked.seen(n) for n in (5, 6, 100)] == [5, 6, 6]
+    assert picked.held(100, 1) == 100 * (32 + 8)
+    assert picked.bytes(100, 1) == 6 * (32 + 8)
+    assert (index.bytes(100, 1), index.flops(1)) == (1600, 2 * 2 * 17)
+    assert index.on_rank(2).kv == 16
+    assert index.on_rank(2).pair == 2 * 17
+
+
 def test_an_unknown_type_is_read_as_it_stands(tmp_path):
     found = read(folder_of(tmp_path, "never-seen", BASE))
     assert found.parameters == 135_680
@@ -144,6 +155,7 @@ def test_foveates_own_models(tmp_path):
         ("new", BASE | MLA | {"layer_types": ["sliding_attention"] * 4}, "MLA with"),
         ("new", {k: v for k, v in BASE.items() if k != "hidden_size"}, "hidden_size or n_embd"),
         ("new", BASE | {"num_key_value_heads": "two"}, "an integer"),
+        ("new", BASE | {"layer_types": ["indexed_attention"] * 4}, "without MLA"),
         ("new", BASE | {"layer_types": ["hybrid"] * 4}, "state isn't told"),
         ("t5", BASE | {"is_encoder_decoder": True}, "decoder alone"),
         ("new", BASE | {"num_kv_shared_layers": 2}, "layers share"),

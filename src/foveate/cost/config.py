@@ -1,9 +1,9 @@
 """Costs of a model from its config.json: every layer's attention or state, and its feed-forward.
 
-`foveate cost ... --model FOLDER` reads multi-head, grouped and multi-query attention, MLA, MFA,
-windows and chunks by layer, and layers with states (gated delta nets, Kimi's delta attention,
-lightning attention, Mamba 1 and 2, short convolutions), dense and with experts. What it doesn't
-know it refuses by name, so that no model is priced as something else.
+`foveate cost ... --model FOLDER` reads multi-head, grouped and multi-query attention, MLA, with an
+indexer or without, MFA, windows and chunks by layer, and layers with states (gated delta nets,
+Kimi's delta attention, lightning attention, Mamba 1 and 2, short convolutions), dense and with
+experts. What it doesn't know it refuses by name, so that no model is priced as something else.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ UNREADABLE = {
     "zamba2": "blocks that share one attention",
     "mllama": "layers that attend to an image",
     "diffllama": "two softmaxes in each head",
-    "deepseek_v32": "an indexer that picks keys",
     "recurrent_gemma": "recurrences of their own kind",
     "jetmoe": "experts in attention",
     "hrm_text": "blocks that run several times",

@@ -29,11 +29,12 @@ class Mixing:
     """One attention or linear layer, without its feed-forward.
 
     Attributes:
-        kind: "heads", "mla", "mfa" or "linear".
+        kind: "heads", "mla", "mfa", "index" (keys by which another part picks tokens) or "linear".
         weights: numbers that a token is multiplied with, F_lin / 2.
         kv: numbers cached for each token.
         pair: FLOPs of one query token with one cached token, all heads, as it decodes.
         window: tokens seen at most; None is all.
+        reads: tokens read at most, of all that are kept; None is all.
         chunked: the window is a chunk that begins anew, and doesn't slide.
         prefill_pair: FLOPs of such a pair in a prompt, where that has a form of its own.
         state: numbers of a state of constant size.
@@ -46,7 +47,7 @@ class Mixing:
         width: of all queries and outputs together; what a token needs of memory in passing.
     """
 
-    kind: Literal["heads", "mla", "mfa", "linear"]
+    kind: Literal["heads", "mla", "mfa", "index", "linear"]
     weights: int
     kv: int = 0
     pair: int = 0
@@ -62,10 +63,16 @@ class Mixing:
     latent: int = 0
     rope: int = 0
     width: int = 0
+    reads: int | None = None
+
+    def kept(self, context: int) -> int:
+        """Tokens that the cache of a sequence of this length holds."""
+        return context if self.window is None else min(context, self.window)
 
     def seen(self, context: int) -> int:
         """Cached tokens that a new token reads at this context."""
-        return context if self.window is None else min(context, self.window)
+        kept = self.kept(context)
+        return kept if self.reads is None else min(kept, self.reads)
 
     def bytes(self, context: int, each: float) -> float:
         """Bytes of cache and state that a new token reads (and, of a state, writes)."""
@@ -75,7 +82,7 @@ class Mixing:
     def held(self, context: int, each: float) -> float:
         """Bytes that a sequence of this length keeps."""
         each = each if self.kv_bytes is None else self.kv_bytes
-        return self.kv * each * self.seen(context) + self.state * self.state_bytes
+        return self.kv * each * self.kept(context) + self.state * self.state_bytes
 
     def flops(self, context: int) -> int:
         """F_attn of a new token."""
@@ -83,7 +90,7 @@ class Mixing:
 
     def prefill_flops(self, tokens: int) -> int:
         """F_attn of a whole prompt; every token sees itself and those before."""
-        w = tokens if self.window is None else min(tokens, self.window)
+        w = self.seen(tokens)
         if self.chunked:
             whole, rest = divmod(tokens, w) if w else (0, 0)
             pairs = whole * (w * (w + 1) // 2) + rest * (rest + 1) // 2
@@ -339,6 +346,20 @@ def mfa(dim: int, heads: int, width: int, query_rank: int, reuse: bool = False) 
         "mfa", weights, width if reuse else 2 * width, 4 * heads * width, heads=heads,
         width=2 * heads * width,
     )  # fmt: skip
+
+
+def indexer(dim: int, heads: int, width: int, query_rank: int) -> Mixing:
+    """The lightning indexer of DeepSeek-V3.2: sum over its heads of w_h relu(q_h k), one key.
+
+    Args:
+        dim: D.
+        heads: of its own.
+        width: of its queries and its key.
+        query_rank: r_q, of the latent that its queries come from.
+    """
+    weights = query_rank * heads * width + dim * width + dim * heads
+    return Mixing("index", weights, width, 2 * heads * (width + 1), heads=heads,
+                  width=heads * width)  # fmt: skip
 
 
 def linear(

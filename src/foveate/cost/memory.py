@@ -75,11 +75,19 @@ class Fit:
     Args:
         model: to serve.
         machine: where.
+
+    Raises:
+        InputError: numbers that don't divide, or groups for a model without a latent.
     """
 
     def __init__(self, model: Model, machine: Machine) -> None:
         self.model, self.machine = model, machine
-        self._mixing = [one.on_rank(machine.ranks, machine.groups) for one in model.mixing]
+        if machine.groups > 1 and not any(one.kind == "mla" for one in model.mixing):
+            raise InputError(f"{machine.groups} groups: {model.name} has no latent to cut.")
+        self._mixing = [
+            one.on_rank(machine.ranks, machine.groups if one.kind == "mla" else 1)
+            for one in model.mixing
+        ]
 
     @property
     def weights(self) -> float:

@@ -25,7 +25,6 @@ from foveate.cost.options import (
     warning,
 )
 from foveate.cost.released import at_bits
-from foveate.ops.errors import InputError
 
 
 def memory(
@@ -62,11 +61,8 @@ def memory(
     wanted = hardware.choose(hardware.table(hardware_file), chips, bf16=bf16)
     rows = []
     for one, each in (at_bits(found, kv_bits) for found in given):
-        groups = latent_groups if any(part.kind == "mla" for part in one.mixing) else 1
-        if groups != latent_groups and len(given) == 1:
-            raise InputError(f"--latent-groups {latent_groups}: {one.name} has no latent to cut.")
         for chip in wanted:
-            machine = Machine(chip, count, tp, groups, weight_bits / 8, each, reserve, chunk,
+            machine = Machine(chip, count, tp, latent_groups, weight_bits / 8, each, reserve, chunk,
                               efficiency)  # fmt: skip
             fit = Fit(one, machine)
             longest = fit.longest_context(batch)

@@ -9,9 +9,10 @@ stand beside them in 16 bit.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from foveate.cost.fields import Given
-from foveate.cost.layer import Mixing, grouped, linear, mfa, mla
+from foveate.cost.layer import Mixing, grouped, indexer, linear, mfa, mla
 from foveate.ops.errors import InputError
 
 Parts = tuple[Mixing, ...]
@@ -27,13 +28,16 @@ def mixing_of(config: Given, kind: str, layer: int) -> Parts:
         return (attention(config, layer),)
     if kind in ("sliding_attention", "chunked_attention", "local_attention"):
         return (attention(config, layer, kind),)
+    if kind == "indexed_attention":
+        return _indexed(config, layer)
     if kind == "hybrid":  # Falcon-H1, Hymba: side by side
         return (attention(config, layer), *_mamba(config))
     if kind in ("mamba", "mamba2", "linear_attention", "conv", "recurrent"):
         return _state_of(config, kind)(config)
     raise InputError(
         f"{config.name}: layer {layer} is of kind {kind!r}; known are full_attention, "
-        "sliding_attention, chunked_attention, linear_attention, mamba, hybrid, conv."
+        "sliding_attention, chunked_attention, indexed_attention, linear_attention, mamba, hybrid, "
+        "conv."
     )
 
 
@@ -65,6 +69,23 @@ def attention(config: Given, layer: int, kind: str = "full_attention") -> Mixing
         dim, heads, kv, width, value=config.get("v_head_dim"), window=window,
         chunked=kind == "chunked_attention",
         gate=config.kind.startswith(("qwen3_next", "qwen3_5")),
+    )  # fmt: skip
+
+
+def _indexed(config: Given, layer: int) -> Parts:
+    """DeepSeek-V3.2: an indexer reads its own key of every token, MLA the best of them."""
+    shared = set(config.get("indexer_types") or ()) - {"full"}
+    if not config.get("kv_lora_rank") or not config.get("q_lora_rank") or shared:
+        raise InputError(
+            f"{config.name}: indexed_attention without MLA and a query latent, or with an index "
+            "that layers share, is not known."
+        )
+    return (
+        replace(attention(config, layer), reads=config.number("index_topk")),
+        indexer(
+            config.number("hidden_size"), config.number("index_n_heads"),
+            config.number("index_head_dim"), config.number("q_lora_rank"),
+        ),
     )  # fmt: skip
 
 
