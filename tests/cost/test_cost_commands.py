@@ -81,6 +81,21 @@ def test_decode_warns_of_a_model_that_it_reads_wrongly(capsys, tmp_path, monkeyp
     monkeypatch.setattr(options, "matrices_of_class", lambda folder: 150_000_000)
     (note,) = parsed(capsys, "decode", "--model", str(tmp_path))["notes"]
     assert "150,000,000" in note
+    monkeypatch.undo()
+    (tmp_path / "config.json").write_text(json.dumps(SMOLLM2 | {"model_type": "never-seen"}))
+    (note,) = parsed(capsys, "decode", "--model", str(tmp_path))["notes"]
+    assert "fields alone" in note
+
+
+def test_decode_of_a_model_of_ours(capsys, tmp_path):
+    """Step-3 in small, whose own class is what its count is compared with."""
+    pytest.importorskip("transformers")
+    from foveate.models import step3_config
+
+    step3_config().save_pretrained(tmp_path)
+    found = parsed(capsys, "decode", "--model", str(tmp_path))
+    assert found["notes"] == []
+    assert found["models"][0]["kv_bytes"] == 6 * 2 * 16 * 8192
 
 
 def test_decode_on_ranks(capsys):

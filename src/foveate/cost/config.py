@@ -17,7 +17,8 @@ from foveate.cost.mixers import mixing_of
 from foveate.ops.errors import InputError
 
 _NOT_COUNTED = re.compile(
-    r"(\.gate\.weight|router|bias|wpe|embed_positions|shared_expert_gate|A_log|sinks|norm)"
+    r"((mlp|moe|mixer|feed_forward|ffn)\.gate\.weight|router|shared_expert_gate|bias|norm"
+    r"|wpe|embed_positions|A_log|sinks)"
 )
 
 # Blocks whose parts the fields that they share with others don't tell.
@@ -77,10 +78,10 @@ def matrices_of_class(folder: str | Path) -> int | None:
     except ImportError:
         return None
     config = given(folder)
-    if config.kind not in CONFIG_MAPPING or config.kind == "foveate":
+    if config.kind not in CONFIG_MAPPING:
         return None
     try:
-        made = CONFIG_MAPPING[config.kind].from_dict(config.plain)
+        made = CONFIG_MAPPING[config.kind].from_dict(dict(config.plain))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(made, trust_remote_code=False)
     except Exception:  # whatever a class raises on a config that it can't take

@@ -72,6 +72,8 @@ def models(model: str | None, preset: str | None, mla_values: str = "entry") -> 
 def warning(model: str | None, found: Sequence[Model]) -> str | None:
     """What to say if transformers' own class of a folder's model has other weights than we count.
 
+    Or if there is none to compare with.
+
     Args:
         model: the folder, None for a preset.
         found: what was read from it.
@@ -79,7 +81,12 @@ def warning(model: str | None, found: Sequence[Model]) -> str | None:
     if model is None:
         return None
     theirs, ours = matrices_of_class(model), found[0].parameters
-    if theirs is None or abs(theirs - ours) <= 0.01 * theirs:
+    if theirs is None:
+        return (
+            f"{found[0].name}: not compared with a class of transformers, which doesn't know this "
+            "model type or can't build it; the counts follow the config's fields alone."
+        )
+    if abs(theirs - ours) <= 0.01 * theirs:
         return None
     return (
         f"{found[0].name}: transformers' own class has {theirs:,} numbers in its matrices, this "
