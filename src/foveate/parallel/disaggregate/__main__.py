@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from foveate.models import FoveateConfig, FoveateForCausalLM
+from foveate.models import FoveateForCausalLM, step3_config
 from foveate.ops.errors import FoveateError, InputError
 from foveate.parallel.disaggregate.batch import Request
 from foveate.parallel.disaggregate.plan import DISPATCHES, Plan
@@ -158,25 +158,7 @@ def _model(folder: Path | None, seed: int) -> FoveateForCausalLM:
             raise InputError(f"--model {folder}: expected a folder with a saved foveate model.")
         return FoveateForCausalLM.from_pretrained(folder)
     torch.manual_seed(seed)
-    return FoveateForCausalLM(step3_in_small())
-
-
-def step3_in_small() -> FoveateConfig:
-    """Step-3's composition at a small size: MFA, experts with a shared one, dense at both ends."""
-    return FoveateConfig(
-        vocab_size=256,
-        hidden_size=128,
-        num_hidden_layers=6,
-        num_attention_heads=16,
-        intermediate_size=256,
-        projection="mfa(head_dim=16, query_rank=32)",
-        moe_layers=[1, 2, 3, 4],
-        num_experts=12,
-        num_experts_per_tok=3,
-        moe_intermediate_size=96,
-        shared_expert_intermediate_size=96,
-        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
-    )
+    return FoveateForCausalLM(step3_config())
 
 
 def _parser() -> argparse.ArgumentParser:
