@@ -22,6 +22,7 @@ CASES = {
     "norm": ("all", 2, "pca", True),
     "gla": ("blocks", 2, "identity", True),
     "four": ("all", 4, "hadamard", True),
+    "four, norm": ("all", 4, "hadamard", True),
     "halves": ("all", 2, "identity", False),
 }
 
@@ -57,7 +58,7 @@ def model_of(case: str) -> FoveateForCausalLM:
         return model
     if case == "halves":
         model = equal_halves(model)
-    norm = "exact" if case == "norm" else "local"
+    norm = "exact" if "norm" in case else "local"
     recipe = TPLA(groups=groups, heads=form, norm=norm, pd_sep=apart)
     text = torch.randint(0, 50, (2, 40), generator=torch.Generator().manual_seed(1))
     draw = torch.Generator().manual_seed(2)
@@ -110,8 +111,6 @@ def generated(model: FoveateForCausalLM) -> list[list[int]]:
 
 def sizes_of(case: str) -> tuple[int, ...]:
     """The group sizes that a case is run on."""
-    if case == "four":
-        return (4,)
     return (2,) if case in ("hadamard", "identity", "together") else (2, 4)
 
 
