@@ -26,7 +26,7 @@ from foveate.parallel.disaggregate import (
     serve_alone,
 )
 from foveate.parallel.disaggregate import watch as watch_module
-from foveate.parallel.disaggregate.__main__ import main
+from foveate.parallel.disaggregate.__main__ import main, own_gpu
 from foveate.parallel.disaggregate.experts import FFNPart, route
 from foveate.parallel.disaggregate.message import FP8_MOST, quantised, restored
 from foveate.parallel.disaggregate.watch import SETTLE, Watch
@@ -292,6 +292,13 @@ def test_what_cannot_be_taken_apart_is_refused():
         serve_alone(plain, [Request("a", (8,), 1)])
     with pytest.raises(InputError, match="different ids"):
         serve_alone(plain, some * 2)
+    learned = model(position="learned", max_position_embeddings=5)
+    told = []
+    fits = [Request("a", (1, 2), 4)]
+    with pytest.raises(InputError, match="positions that this model has learned"):
+        serve_alone(learned, [*fits, Request("b", (1, 2), 5)], told=lambda *one: told.append(one))
+    assert not told  # before any work
+    assert len(serve_alone(learned, fits).tokens["a"]) == 4
     for wrong in ({"rows": 0}, {"rows": 3, "tp": 2}, {"dispatch": "fp4"}, {"patience": 0}):
         with pytest.raises(InputError):
             Plan(**wrong)
@@ -312,6 +319,20 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys, monkeypatch):
     ):
         assert main([*given, "--out", str(tmp_path / "out")]) == 2
         assert text in capsys.readouterr().err
+
+
+def test_each_machine_of_several_counts_its_own_gpus(monkeypatch):
+    for name, value in {
+        "RANK": 11,
+        "WORLD_SIZE": 16,
+        "LOCAL_RANK": 3,
+        "LOCAL_WORLD_SIZE": 8,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert own_gpu() == 3
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 7)
+    assert own_gpu() is None
 
 
 @pytest.mark.slow

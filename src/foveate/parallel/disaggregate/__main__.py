@@ -71,9 +71,10 @@ def _run(
             f"{size} processes for {plan.size} ranks ({', '.join(plan.names)}); give torchrun "
             f"--nproc-per-node {plan.size}, or change --attention, --ffn or --tp."
         )
-    backend = "nccl" if torch.cuda.device_count() >= size else "gloo"
-    if backend == "nccl":
-        torch.cuda.set_device(rank % torch.cuda.device_count())
+    gpu = own_gpu()
+    backend = "gloo" if gpu is None else "nccl"
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
         model = model.to("cuda")
     name = plan.name(rank)
     print(f"{name}: process {os.getpid()}", flush=True)
@@ -102,6 +103,14 @@ def _run(
     print(_summary(served, time.monotonic() - begun), flush=True)
     distributed.destroy_process_group()
     return 0
+
+
+def own_gpu() -> int | None:
+    """This rank's GPU, if its machine has one for each of its own ranks; torchrun tells of them."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    if torch.cuda.device_count() < here:
+        return None
+    return int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
 
 
 def _say_why(*_: object) -> None:

@@ -166,10 +166,10 @@ class Decoder:
         """Decode all requests, taking them in as there is room.
 
         Raises:
-            InputError: a token that the model doesn't know, or an id twice.
+            InputError: a token or a position that the model doesn't know, or an id twice.
             RankLostError: from the link, when another rank is lost.
         """
-        check_requests(requests, self.vocab)
+        check_requests(requests, self.vocab, self.positions)
         self.queue.extend(requests)
         live = list(range(self.plan.micro_batches))
         flights: dict[int, Flight] = {}
@@ -255,8 +255,10 @@ class Decoder:
             self.told(name, one.produced)
 
 
-def check_requests(requests: Sequence[Request], vocab: int) -> None:
-    """Refuse ids that repeat, and tokens outside of the vocabulary.
+def check_requests(
+    requests: Sequence[Request], vocab: int, positions: nn.Embedding | None = None
+) -> None:
+    """Refuse ids that repeat, tokens outside of the vocabulary, and more than learned positions.
 
     Raises:
         InputError: so.
@@ -270,4 +272,11 @@ def check_requests(requests: Sequence[Request], vocab: int) -> None:
             raise InputError(
                 f"Request({request.id!r}): token {wrong[0]} is outside of the vocabulary of "
                 f"{vocab}."
+            )
+        length = len(request.ids) + request.new - 1  # the last new token isn't read again
+        if positions is not None and length > positions.num_embeddings:
+            raise InputError(
+                f"Request({request.id!r}): {len(request.ids)} tokens and {request.new} new ones "
+                f"don't fit into the {positions.num_embeddings} positions that this model has "
+                "learned."
             )

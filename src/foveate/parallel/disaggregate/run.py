@@ -94,7 +94,7 @@ def serve(
             f"serve: the plan has {plan.size} ranks ({', '.join(plan.names)}), the group {size}."
         )
     check_model(model)
-    check_requests(requests, model.config.vocab_size)
+    check_requests(requests, model.config.vocab_size, model.model.embed_positions)
     name = plan.name(rank)
     watch, trace = Watch(store, name, plan.patience), Trace(name, traced)
     pace = Pace() if pace is None else pace
