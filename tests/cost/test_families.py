@@ -108,6 +108,29 @@ def test_an_unknown_type_is_read_as_it_stands(tmp_path):
     assert read(folder_of(tmp_path, "step3_vl", nested)).layers == found.layers
 
 
+def test_the_text_part_takes_its_type_from_the_whole(tmp_path):
+    """As in Step-3's release, whose text part has no model_type and calls h_kv groups."""
+    inner = {k: v for k, v in BASE.items() if k != "num_key_value_heads"}
+    inner |= {"head_dim": 24, "num_attention_groups": 1}
+    nested = {"text_config": inner | {"share_q_dim": 20}, "tie_word_embeddings": True}
+    found = read(folder_of(tmp_path, "step3_vl", nested))
+    assert {one.kind for one in found.mixing} == {"mfa"}
+    assert found.tied
+    grouped = read(folder_of(tmp_path, "step1", inner))
+    assert [one.kv for one in grouped.mixing] == [2 * 24] * 4
+    # What the text part leaves out on purpose stays out: no query latent.
+    text = {"model_type": "deepseek_v3"} | FAMILIES["deepseek_v2"]
+    nested = read(folder_of(tmp_path, "some_vl", {"text_config": text}))
+    assert nested.layers == read(folder_of(tmp_path, "deepseek_v3", text)).layers
+
+
+def test_an_indexer_shows_by_its_fields(tmp_path):
+    """Also where neither the file nor a class of transformers lists the layers."""
+    values = FAMILIES["deepseek_v32"]
+    known = read(folder_of(tmp_path, "deepseek_v32", values))
+    assert read(folder_of(tmp_path, "never-seen", values)).layers == known.layers
+
+
 def test_smollm2_by_hand(tmp_path):
     """A config that no preset has: 30 layers, 9 heads on 3, 134.5 million weights."""
     smollm2 = {

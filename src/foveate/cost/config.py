@@ -150,6 +150,8 @@ def layer_kinds(config: Given) -> list[str]:
         return ["full_attention" if i % period == offset else "mamba" for i in range(count)]
     if (at := config.get("attn_layer_indices")) is not None or config.kind == "bamba":
         return ["full_attention" if i in (at or ()) else "mamba" for i in range(count)]
+    if config.get("index_topk") and config.get("kv_lora_rank"):  # DeepSeek-V3.2
+        return ["indexed_attention"] * count
     window = config.get("sliding_window")
     if window and config.get("use_sliding_window", True):
         first = config.get("max_window_layers", 0) if config.get("use_sliding_window") else 0

@@ -16,7 +16,8 @@ ALIASES = {
     "hidden_size": ("n_embd", "d_model", "dim"),
     "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
     "num_attention_heads": ("n_head", "n_heads"),
-    "num_key_value_heads": ("num_kv_heads", "kv_n_heads", "n_kv_heads", "multi_query_group_num"),
+    "num_key_value_heads": ("num_kv_heads", "kv_n_heads", "n_kv_heads", "multi_query_group_num",
+                            "num_attention_groups"),
     "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size", "d_ff"),
     "experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
     "top_k": ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k", "moe_topk",
@@ -26,6 +27,8 @@ ALIASES = {
                      "shared_intermediate_size"),
     "shared_count": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
 }  # fmt: skip
+
+OUTER = ("model_type", "tie_word_embeddings")  # that the part for text may leave to the whole
 
 
 class Given:
@@ -42,7 +45,9 @@ class Given:
     def __init__(self, values: dict[str, Any], name: str = "config") -> None:
         for part in ("text_config", "language_config", "llm_config"):
             if isinstance(values.get(part), dict):
-                values = values[part]
+                inner = values[part]
+                missing = [k for k in OUTER if inner.get(k) is None and values.get(k) is not None]
+                values = inner | {k: values[k] for k in missing}
         for part in ("attn_config", "ffn_config"):  # of DBRX and MPT
             if isinstance(values.get(part), dict):
                 nested = {k: v for k, v in values[part].items() if k not in ("model_type",)}
