@@ -165,7 +165,11 @@ def test_memory_of_a_model(capsys):
         (["decode", "--preset", "step-3", "--contexts", "8Q"], "1K..128K"),
         (["decode", "--preset", "step-3", "--contexts", "8K..4K"], "1K..128K"),
         (["decode", "--preset", "step-3", "--latent-groups", "2"], "no latent"),
+        (["decode", "--preset", "step-3", "--tp", "0"], "at least 1"),
+        (["decode", "--preset", "deepseek-v3", "--tp", "0", "--latent-groups", "2"], "at least 1"),
         (["decode", "--preset", "step-3", "--tpot", "0"], "--tpot"),
+        (["decode", "--preset", "step-3", "--tpot", "nan"], "--tpot"),
+        (["decode", "--preset", "step-3", "--kv-bits", "nan"], "above 0"),
         (["decode", "--preset", "step-3", "--accepted", "2"], "drafted"),
         (["decode", "--preset", "step-3", "--kv-bits", "0"], "above 0"),
         (["decode", "--preset", "step-3", "--mla-values", "some"], "entry or latent"),
@@ -189,6 +193,9 @@ def test_memory_of_a_model(capsys):
         (["afd", "--times", "1,2,3,4", "--slow", "1/1"], "2 factors"),
         (["afd", "--times", "/nowhere.json"], "can't be read"),
         (["afd", "--preset", "step-3", "--efficiency", "2"], "efficiency"),
+        (["afd", "--preset", "step-3", "--kv-bits", "0"], "more than 0"),
+        (["afd", "--preset", "step-3", "--weight-bits", "-8"], "more than 0"),
+        (["afd", "--times", "1,2,3,4", "--tpot", "nan"], "--tpot"),
     ],
 )
 def test_commands_refuse_what_makes_no_sense(capsys, args, says):

@@ -18,6 +18,7 @@ Source: StepFun 2025, arXiv 2507.19427, sections 5 and 6.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from foveate.cost.hardware import Chip
@@ -44,7 +45,7 @@ class Deployment:
         efficiency: share of the roofline that kernels reach, and of its rate the network.
 
     Raises:
-        InputError: a number below 1, or an efficiency outside 0 to 1.
+        InputError: a number below 1, an efficiency outside 0 to 1, or no bytes.
     """
 
     attention_chip: Chip
@@ -62,6 +63,8 @@ class Deployment:
             whole("deployment", name, getattr(self, name), least=1)
         if not 0 < self.efficiency <= 1:
             raise InputError(f"efficiency {self.efficiency}: expected above 0, at most 1.")
+        if not (0 < self.weight_bytes < math.inf and 0 < self.kv_bytes < math.inf):
+            raise InputError("Weights and cached numbers need more than 0 bytes each.")
 
     @property
     def chips(self) -> int:

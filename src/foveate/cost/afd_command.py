@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -78,7 +79,7 @@ def afd(
     The closed form stands beside a simulation, event by event; with a model also the fewest
     attention instances that keep within --tpot as the context grows.
     """
-    if tpot <= 0:
+    if not 0 < tpot < math.inf:
         raise InputError(f"--tpot {tpot}: expected milliseconds above 0.")
     count_a, count_f = _instances(instances)
     rows: list[dict[str, Any]] = []

@@ -19,6 +19,7 @@ Source: StepFun 2025, arXiv 2507.19427, sections 3 and 4.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,7 +51,7 @@ class Setting:
     accepted: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.context < 1 or self.kv_bytes <= 0:
+        if self.context < 1 or not 0 < self.kv_bytes < math.inf:
             raise InputError(
                 f"context {self.context}, {self.kv_bytes} bytes: expected 1 or more, above 0."
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,7 +74,7 @@ def decode(
     takes longer, and the projections and the feed-forward at the chip's peak. Weights are amortised
     by batching, communication overlaps.
     """
-    if tpot <= 0:
+    if not 0 < tpot < math.inf:
         raise InputError(f"--tpot {tpot}: expected milliseconds above 0.")
     given = models(model, preset, mla_values)
     wanted = hardware.choose(hardware.table(hardware_file), chips, bf16=bf16)
@@ -109,7 +110,7 @@ def _row(model: Model, at: Setting, tp: int, groups: int) -> dict[str, Any]:
         "attention_flops": model.attention(at.context), "linear_flops": model.linear,
         "ffn_flops": model.feedforward, "intensity": intensity(model, at),
     }  # fmt: skip
-    if tp > 1 or groups > 1:
+    if tp != 1 or groups != 1:
         parts = [one.on_rank(tp, groups if one.kind == "mla" else 1) for one in model.mixing]
         if groups > 1 and not any(one.kind == "mla" for one in model.mixing):
             raise InputError(f"--latent-groups {groups}: {model.name} has no latent to cut.")

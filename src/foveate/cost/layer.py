@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from foveate.ops.errors import InputError
+from foveate.ops.masks.checks import whole
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,11 @@ class Mixing:
         runs h / (ranks / groups) heads on them. Weights are left as they are.
 
         Raises:
-            InputError: numbers that don't divide, or groups of something without a latent.
+            InputError: numbers below 1 or that don't divide, or groups of something without a
+                latent.
         """
+        whole("on_rank", "ranks", ranks, least=1)
+        whole("on_rank", "groups", groups, least=1)
         if groups > 1:
             if self.kind != "mla":
                 raise InputError("Groups split a latent: they need MLA, this layer has none.")

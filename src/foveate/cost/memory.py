@@ -16,6 +16,7 @@ Both are divided by what kernels reach of the roofline. Communication is left ou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -65,7 +66,7 @@ class Machine:
                 f"reserve {self.reserve}, efficiency {self.efficiency}: expected 0 up to, not "
                 "with, 1; and above 0, at most 1."
             )
-        if self.weight_bytes <= 0 or self.kv_bytes <= 0:
+        if not (0 < self.weight_bytes < math.inf and 0 < self.kv_bytes < math.inf):
             raise InputError("Weights and cached numbers need more than 0 bytes each.")
 
 
