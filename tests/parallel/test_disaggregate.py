@@ -26,7 +26,7 @@ from foveate.parallel.disaggregate import (
     serve_alone,
 )
 from foveate.parallel.disaggregate import watch as watch_module
-from foveate.parallel.disaggregate.__main__ import main, own_gpu
+from foveate.parallel.disaggregate.__main__ import main, own_gpu, unfinished
 from foveate.parallel.disaggregate.experts import FFNPart, route
 from foveate.parallel.disaggregate.message import FP8_MOST, quantised, restored
 from foveate.parallel.disaggregate.watch import SETTLE, Watch
@@ -335,18 +335,29 @@ def test_each_machine_of_several_counts_its_own_gpus(monkeypatch):
     assert own_gpu() is None
 
 
+def test_what_an_earlier_run_finished_is_left_out(tmp_path):
+    asked = [Request(name, (1,), 2) for name in ("a", "b", "c", "d")]
+    assert unfinished(asked, tmp_path / "nowhere") == asked
+    (tmp_path / "attention-0.jsonl").write_text('{"id": "a", "tokens": [1, 2]}\n{"id": "b", "tok')
+    (tmp_path / "attention-1.jsonl").write_text('{"id": "d", "tokens": [3]}\n\n7\n')
+    assert [request.id for request in unfinished(asked, tmp_path)] == ["b", "c"]
+
+
 @pytest.mark.slow
 def test_torchrun_starts_it_and_a_killed_rank_is_named(tmp_path):
     requests = [{"id": f"r{i}", "ids": [i + 1], "new": 3} for i in range(3)]
-    lines = {"short": requests, "long": [*requests, {"id": "long", "ids": [9], "new": 100_000}]}
+    more = {"id": "more", "ids": [4], "new": 3}
+    lines = {"short": requests, "long": [*requests, {"id": "long", "ids": [9], "new": 100_000}],
+             "again": [*requests, more]}  # fmt: skip
     source = Path(watch_module.__file__).parents[3]
     found = {}
     for name, told in lines.items():
-        asked, out = tmp_path / f"{name}.jsonl", tmp_path / name
+        asked, out = tmp_path / f"{name}.jsonl", tmp_path / ("long" if name == "again" else name)
         asked.write_text("".join(json.dumps(one) + "\n" for one in told))
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
         command += ["--master-port", "0", "--standalone", "-m", "foveate.parallel.disaggregate"]
         command += ["--requests", str(asked), "--out", str(out)]
+        command += ["--resume"] if name == "again" else []
         path = os.pathsep.join(filter(None, (str(source), os.environ.get("PYTHONPATH"))))
         job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env=os.environ | {"PYTHONPATH": path})  # fmt: skip
@@ -363,14 +374,19 @@ def test_torchrun_starts_it_and_a_killed_rank_is_named(tmp_path):
         finally:
             job.kill()
         found[name] = job.returncode, text, errors
-        done = [json.loads(line) for line in (out / "attention-0.jsonl").read_text().splitlines()]
-        assert sorted(one["id"] for one in done) == ["r0", "r1", "r2"]
+        done = [json.loads(line) for line in (out / "attention-0.jsonl").read_text().splitlines()
+                if line]  # fmt: skip
+        names = ["more"] if name == "again" else []
+        assert sorted(one["id"] for one in done) == [*names, "r0", "r1", "r2"]
         assert all(len(one["tokens"]) == 3 for one in done)
     code, text, errors = found["short"]
     assert code == 0, errors
     assert "attention-0: " in text
     assert "3 sequences, 9 tokens" in text
     assert json.loads((tmp_path / "short" / "trace.json").read_text())["traceEvents"]
+    code, text, errors = found["again"]
+    assert code == 0, errors
+    assert "1 sequences, 3 tokens" in text
     code, _, errors = found["long"]
     assert code != 0
     assert "ffn-0 died: its connections closed. 3 finished outputs of here are kept." in errors

@@ -49,15 +49,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             patience=given.patience,
         )
         requests = _requests(given.requests) if given.requests else _some(given.seed)
+        if given.resume:  # all ranks read this before they meet, and write after it
+            requests = unfinished(requests, given.out)
         model = _model(given.model, given.seed).to(DTYPES[given.dtype]).eval()
-        return _run(model, requests, plan, given.out, given.end)
+        return _run(model, requests, plan, given.out, given.end, given.resume)
     except FoveateError as error:
         print(f"foveate.parallel.disaggregate: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, InputError) else 1
 
 
 def _run(
-    model: FoveateForCausalLM, requests: list[Request], plan: Plan, out: Path, end: int | None
+    model: FoveateForCausalLM,
+    requests: list[Request],
+    plan: Plan,
+    out: Path,
+    end: int | None,
+    resume: bool,
 ) -> int:
     try:
         store, rank, size = next(distributed.rendezvous("env://"))
@@ -82,7 +89,8 @@ def _run(
     try:
         out.mkdir(parents=True, exist_ok=True)
         if rank < plan.attention:
-            finished.write_text("")
+            with finished.open("a" if resume else "w") as file:
+                file.write("\n" if resume and file.tell() else "")  # behind a line cut short
     except OSError as error:
         raise InputError(f"--out {out}: outputs can't be written there ({error}).") from error
     signal.signal(signal.SIGTERM, _say_why)
@@ -150,6 +158,18 @@ def _requests(path: Path) -> list[Request]:
     return found
 
 
+def unfinished(requests: list[Request], out: Path) -> list[Request]:
+    """Those whose outputs an earlier run hasn't left in the folder, by their ids."""
+    done = set()
+    for path in sorted(out.glob("attention-*.jsonl")):
+        for line in path.read_text().splitlines():
+            try:
+                done.add(str(json.loads(line)["id"]))
+            except (ValueError, KeyError, TypeError):  # empty, or cut short when a rank was killed
+                continue
+    return [request for request in requests if request.id not in done]
+
+
 def _some(seed: int) -> list[Request]:
     """Twelve prompts of random tokens, some of which come later."""
     draw = torch.Generator().manual_seed(seed)
@@ -180,6 +200,8 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--model", type=Path, help="folder of a saved foveate model")
     made.add_argument("--requests", type=Path, help="JSON lines; random prompts without it")
     made.add_argument("--out", type=Path, default=Path("decoded"), help="folder for what comes out")
+    text = "keep what an earlier run left in --out, and decode only requests whose ids aren't there"
+    made.add_argument("--resume", action="store_true", help=text)
     for name, text in (
         ("attention", "attention ranks"),
         ("ffn", "FFN instances: experts are dealt to them"),
