@@ -139,8 +139,8 @@ def test_step3_counts_costs_as_the_report_prints_them(tmp_path):
 
 def test_tpla_at_the_roofline(tmp_path):
     made, found = cell("tpla", "costs", tmp_path)
-    assert found["MLA on 2 H800"]["us at 32K"] == pytest.approx(32768 * 576 * 2 / 3.35e6)
-    assert found["TPLA on 2 H800"]["us at 32K"] == pytest.approx(32768 * 320 * 2 / 3.35e6)
+    assert found["MLA on 2 H800"]["roofline us at 32K"] == pytest.approx(32768 * 576 * 2 / 3.35e6)
+    assert found["TPLA on 2 H800"]["roofline us at 32K"] == pytest.approx(32768 * 320 * 2 / 3.35e6)
     assert set(counted(made, found).values()) == {Verdict.HOLDS}
 
 

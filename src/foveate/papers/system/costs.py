@@ -42,7 +42,7 @@ STEP3_CHECKS: tuple[Check, ...] = (
 )  # fmt: skip
 TPLA_ARMS = ("MLA on 2 H800", "TPLA on 2 H800")
 TPLA_CHECKS: tuple[Check, ...] = (
-    ratio("MLA on 2 H800", "TPLA on 2 H800", 1.79, "us at 32K", exact=True),
+    ratio("MLA on 2 H800", "TPLA on 2 H800", 1.79, "roofline us at 32K", exact=True),
 )  # fmt: skip
 
 
@@ -112,5 +112,5 @@ def _on_h800(layer: Mixing, context: int = 32768) -> dict[str, float]:
     read, flops = layer.bytes(context, 2.0), layer.flops(context)
     return {
         "bytes for each token": layer.kv * 2.0,
-        "us at 32K": 1e6 * max(read / chip.bandwidth, flops / chip.bf16),
+        "roofline us at 32K": 1e6 * max(read / chip.bandwidth, flops / chip.bf16),
     }
