@@ -169,6 +169,13 @@ def _watching(name: str, store: distributed.Store, patience: float = 0.2) -> Wat
     return Watch(store, name, patience)
 
 
+def _until(true, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def _fail(text: str):
     raise RuntimeError(text)
 
@@ -190,16 +197,21 @@ def test_who_waits_for_another_is_innocent(monkeypatch):
         a = both.submit(lost, store, "a", "f", late=False)
         f = both.submit(lost, store, "f", "b", late=True)
         assert a.result() == f.result() == ("b", "stalled: nothing came from it for 0.2 s")
-    store = distributed.HashStore()  # f said that it waits, long before it died by itself
+    store = distributed.HashStore()  # f says that it waits, long before it dies by itself
+
+    def said():
+        return store.check(["watch/waits/f"])
+
+    def dies_waiting():
+        _until(said)
+        return lost(store, "a", "f", late=False)
+
     with _watching("f", store) as watch:
-        watch.call(lambda: time.sleep(0.2), "b")
-        assert store.check(["watch/waits/f"])
-        assert lost(store, "a", "f", late=False) == ("f", "died: its connections closed")
+        assert watch.call(dies_waiting, "b") == ("f", "died: its connections closed")
     store = distributed.HashStore()  # it waited long, and goes on: nothing is said of it any more
     with _watching("f", store) as watch:
-        watch.call(lambda: time.sleep(0.2), "b")
-        time.sleep(0.1)
-        assert not store.check(["watch/waits/f"])
+        watch.call(lambda: _until(said), "b")
+        _until(lambda: not said())
     store = distributed.HashStore()
     _watching("f", store).confess(ValueError("no such expert\nand more"))
     assert lost(store, "a", "f", late=False) == ("f", "failed: ValueError: no such expert")
