@@ -27,10 +27,12 @@ from foveate.parallel.disaggregate import (
 )
 from foveate.parallel.disaggregate import watch as watch_module
 from foveate.parallel.disaggregate.__main__ import main, own_gpu, unfinished
+from foveate.parallel.disaggregate.batch import MicroBatch
 from foveate.parallel.disaggregate.experts import FFNPart, route
 from foveate.parallel.disaggregate.message import FP8_MOST, quantised, restored
 from foveate.parallel.disaggregate.watch import SETTLE, Watch
 from foveate.parallel.spawn import Ranks, RanksError, run
+from foveate.parts.kv_cache import token_field
 
 PLANS = {
     2: [
@@ -251,6 +253,34 @@ def test_parts_of_experts_sum_to_the_layer(ffn, tp):
         total = sum(FFNPart(layer, plan, i)(rows, routes) for i in range(plan.ffn_ranks))
         assert total.dtype == dtype
         torch.testing.assert_close(total, whole, atol=0 if alone else 1e-12, rtol=0)
+
+
+def test_a_micro_batch_keeps_no_padding_that_nobody_needs():
+    """Caches hold what rows have read, the shorter behind padding, which goes with the longest."""
+    batch = MicroBatch([[token_field("k", 1, 1)]], 8, torch.device("cpu"))
+
+    def passed():
+        step = batch.next()
+        step.caches[0].append({"k": step.ids[:, None, :, None].float()})
+        rows = len(step.ids)
+        return batch.took(step, torch.eye(100)[[50] * rows], None, False)
+
+    def held():
+        return batch.caches[0].entries["k"][:, 0, :, 0].tolist()
+
+    batch.join(Request("long", (1, 2, 3, 4, 5), 3))
+    batch.join(Request("short", (6, 7), 9))
+    passed(), passed()
+    assert held() == [[1, 2, 3, 4, 5], [0, 0, 0, 6, 7]]
+    passed()
+    assert held() == [[1, 2, 3, 4, 5, 50], [0, 0, 0, 6, 7, 50]]
+    (gone,) = passed()
+    assert gone.request.id == "long"
+    assert held() == [[6, 7, 50, 50]]
+    assert batch.bytes() == 4 * 4
+    batch.join(Request("next", (8, 9, 10, 11, 12), 2))
+    passed()
+    assert held() == [[0, 6, 7, 50, 50], [8, 9, 10, 11, 12]]
 
 
 def test_an_end_token_ends_a_sequence_early():
