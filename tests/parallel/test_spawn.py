@@ -21,8 +21,16 @@ def one_fails(place: Place) -> str:
     if place.name == "b":
         raise ValueError("no such expert")
     if place.name == "c":
-        distributed.barrier()  # waits for b, who never comes
+        distributed.recv(torch.zeros(1), src=1)  # waits for b, who sends nothing
     return place.name
+
+
+def fail_in_turn(place: Place) -> None:
+    if place.name == "second":
+        place.store.wait(["first"])
+        time.sleep(0.05)
+    place.store.set(place.name, "fails")
+    raise ValueError(place.name)
 
 
 def asleep(place: Place) -> None:
@@ -48,6 +56,15 @@ def test_a_failure_is_told_by_name_and_stops_the_others():
     assert next(iter(caught.value.errors)) == "b"
     assert set(caught.value.errors) == {"b", "c"}
     assert caught.value.results == {"a": "a"}
+
+
+def test_the_first_to_fail_stands_first_whoever_is_heard_first():
+    with Ranks(fail_in_turn, ["second", "first"], timeout=60, backend=None) as ranks:
+        for process in ranks.processes.values():
+            process.join()
+        with pytest.raises(RanksError, match="'first' first") as caught:
+            ranks.wait()
+    assert list(caught.value.errors) == ["first", "second"]
 
 
 def test_a_killed_rank_and_one_out_of_time_are_named():

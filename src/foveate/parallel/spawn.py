@@ -144,6 +144,7 @@ class Ranks:
         """
         results: dict[str, Any] = {}
         errors: dict[str, str] = {}
+        failed: dict[str, float] = {}  # when, by the clock that all processes share
         end, late = self.end, f"still running after {self.timeout:g} s: killed."
         while waiting := [n for n in self.names if n not in results and n not in errors]:
             left = end - time.monotonic()
@@ -156,37 +157,39 @@ class Ranks:
                 outcome = self._outcome(name)
                 if outcome is None:
                     continue
-                good, value = outcome
+                good, value, when = outcome
                 if good:
                     results[name] = value
                     continue
                 if not errors and time.monotonic() + self.grace < end:
                     end = time.monotonic() + self.grace
                     late = f"still running {self.grace:g} s after {name!r} had failed: killed."
-                errors[name] = value
+                errors[name], failed[name] = value, when
         self.close()
         results = {name: results[name] for name in self.names if name in results}
+        errors = {name: errors[name] for name in sorted(errors, key=lambda n: failed.get(n, end))}
         if errors:
             raise RanksError(errors, results)
         return results
 
-    def _outcome(self, name: str) -> tuple[bool, Any] | None:
-        """(did it end well, its value or what went wrong), or None while it runs."""
+    def _outcome(self, name: str) -> tuple[bool, Any, float] | None:
+        """(did it end well, its value or what went wrong, when), or None while it runs."""
         process, pipe = self.processes[name], self.results_of[name]
         ended = not process.is_alive()  # asked first: what it sent before is then in the pipe
         if pipe.poll():
             try:
-                good, value = pickle.loads(pipe.recv_bytes())
-                return bool(good), value
+                good, value, when = pickle.loads(pipe.recv_bytes())
+                return bool(good), value, when
             except (EOFError, OSError):  # it died before, or within, its answer
                 process.join(1.0)
                 ended = True
         if not ended:
             return None
-        code = process.exitcode
+        code, now = process.exitcode, time.monotonic()
         if code is not None and code < 0:
-            return False, f"died: {signal.Signals(-code).name} (pid {process.pid})."
-        return False, f"ended with exit code {code} and without a result (pid {process.pid})."
+            return False, f"died: {signal.Signals(-code).name} (pid {process.pid}).", now
+        text = f"ended with exit code {code} and without a result (pid {process.pid})."
+        return False, text, now
 
     def close(self) -> None:
         """Kill what still runs. Harmless when everything has ended."""
@@ -253,7 +256,7 @@ def _child(
     sender: Connection,
     alive: Connection,
 ) -> None:
-    """Run the target in this new process; send (True, value) or (False, what was wrong)."""
+    """Run the target in this new process; send (True, value, when) or (False, why not, when)."""
     threading.Thread(target=_die_with, args=(alive,), daemon=True).start()
     try:
         port, timeout, threads, backend, environment = settings
@@ -275,12 +278,12 @@ def _child(
             )
         target, args = pickle.loads(job)
         value = target(Place(names[rank], rank, names, store), *args)
-        sender.send_bytes(pickle.dumps((True, value)))
+        sender.send_bytes(pickle.dumps((True, value, time.monotonic())))
         sender.close()
         if distributed.is_initialized():
             distributed.destroy_process_group()
     except BaseException:  # whatever it was, the one who waits must hear of it
-        sender.send_bytes(pickle.dumps((False, traceback.format_exc())))
+        sender.send_bytes(pickle.dumps((False, traceback.format_exc(), time.monotonic())))
         sender.close()
         sys.stderr.flush()
         os._exit(1)  # without a goodbye to ranks that may never answer
