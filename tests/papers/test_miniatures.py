@@ -88,7 +88,8 @@ def test_every_arm_is_the_model_of_its_sheet(key, tmp_path, monkeypatch):
         raise Stop(model.config.num_hidden_layers, model.config.hidden_size, caches)
 
     monkeypatch.setattr(module, "trained_on_bytes", trained)
-    cells = [name for name in made.cells if name not in ("speed", "at size")]
+    apart = ("speed", "at size", "costs", "afd", "ranks")
+    cells = [name for name in made.cells if name not in apart]
     assert set(cells) == set(CACHES[key])
     for name in cells:
         with pytest.raises(Stop) as stopped:
@@ -113,6 +114,33 @@ def test_step3_counts_the_papers_caches(tmp_path):
     assert {arm: metrics["cache"] for arm, metrics in found.items()} == {
         "Step-3 MFA": 512, "Qwen3-235B GQA": 1024, "DeepSeek-V3 MLA": 576,
     }  # fmt: skip
+    assert set(counted(made, found).values()) == {Verdict.HOLDS}
+
+
+def test_step3_decodes_with_attention_and_experts_apart(tmp_path):
+    made, found = cell("step3", "afd", tmp_path)
+    one, three = found["AFD, one micro-batch"], found["AFD, three micro-batches"]
+    assert one["same tokens"] == three["same tokens"] == 1
+    assert three["tokens a second"] >= 1.5 * one["tokens a second"]
+    # 3 layers of stages of 20 ms, three of them one after the other for each token.
+    assert one["seconds a token"] >= 0.99 * 0.18
+    assert three["seconds a token"] >= 0.99 * 0.18
+
+
+def test_step3_counts_costs_as_the_report_prints_them(tmp_path):
+    made, found = cell("step3", "costs", tmp_path)
+    assert found["cost model"] == {"prices": 108, "counts": 54}
+    usd = [[round(found[arm][f"USD at {n}K"], 3) for n in (8, 32)]
+           for arm in ("Step-3 costs", "DeepSeek-V3 costs", "Qwen3-235B costs")]  # fmt: skip
+    assert usd == [[0.055, 0.129], [0.068, 0.211], [0.062, 0.193]]
+    assert len(counted(made, found)) == 8
+    assert set(counted(made, found).values()) == {Verdict.HOLDS}
+
+
+def test_tpla_at_the_roofline(tmp_path):
+    made, found = cell("tpla", "costs", tmp_path)
+    assert found["MLA on 2 H800"]["roofline us at 32K"] == pytest.approx(32768 * 576 * 2 / 3.35e6)
+    assert found["TPLA on 2 H800"]["roofline us at 32K"] == pytest.approx(32768 * 320 * 2 / 3.35e6)
     assert set(counted(made, found).values()) == {Verdict.HOLDS}
 
 
@@ -143,9 +171,18 @@ def test_tpla_counts_deepseek_v3_on_two_devices(tmp_path):
     assert set(counted(made, found).values()) == {Verdict.HOLDS}
 
 
+def test_tpla_on_two_ranks_keeps_five_ninths(tmp_path):
+    made, found = cell("tpla", "ranks", tmp_path)
+    bytes_ = {arm: metrics["cached bytes"] for arm, metrics in found.items()}
+    assert bytes_ == {"MLA on 2 ranks": 32 * 576 * 8, "TPLA on 2 ranks": 32 * 320 * 8}
+    assert all(metrics["numbers summed for a token"] == 64 for metrics in found.values())
+    assert set(counted(made, found).values()) == {Verdict.HOLDS}
+
+
 def test_tpla_converts_what_it_trained(tmp_path):
     made, found = cell("tpla", "trained", tmp_path)
-    arms = {arm for arm in (*made.baseline, *made.ours) if "V3" not in arm}
+    elsewhere = ("V3", "ranks", "H800")
+    arms = {a for a in (*made.baseline, *made.ours) if not any(word in a for word in elsewhere)}
     assert arms == set(found)
     same = found["TPLA values only"]["loss"]
     assert same == pytest.approx(found["MLA"]["loss"], abs=1e-4)

@@ -146,6 +146,29 @@ def test_people_see_the_figures_and_how_to_load_it(run, tmp_path):
     assert "Writing model shards" not in err
 
 
+def test_step3_in_small(run, tmp_path):
+    """Experts between dense layers, decoded by plain transformers, and gone on with."""
+    args = ("--like", "step3", "--layers", "3", "--steps", "4", "--every", "2", "--length", "32",
+            "--batch", "4")  # fmt: skip
+    code, out, err = run(*args, "--json")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert (facts["like"], facts["steps"]) == ("step3", 4)
+    assert facts["projection"].startswith("mfa(head_dim=16, query_rank=32")
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert (model.config.moe_layers, model.config.router_renormalize) == ([1], False)
+    assert (model.config.vocab_size, model.config.hidden_size) == (259, 112)
+    code, out, err = run(*args[:4], "--steps", "6", *args[6:], "--resume", "--json")
+    assert code == 2  # another regime: the checkpoints are of 4 steps
+    for wrong, said in ((("--like", "step4"), "step3"), (("--like", "step3", "--dim", "64"), "own"),
+                        (("--like", "step3", "--layers", "2"), "3 layers")):  # fmt: skip
+        code, _, err = run(*wrong, out="other")
+        assert code == 2
+        assert said in err
+
+
 def test_mixers_in_attentions_place(run, tmp_path):
     hybrid = "grassmann(rank=8, offsets=[1, 2]),none"
     code, out, err = run(*SMALL, "--mixer", hybrid)

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from foveate.cli.progress import Screen, console
-from foveate.ops.errors import MissingPackageError
+from foveate.ops.errors import InputError, MissingPackageError
 
 
 def register(app: typer.Typer) -> None:
@@ -33,6 +33,13 @@ def train(
         typer.Option(
             help="In attention's place: a mixer such as grassmann; or one for each layer, with "
             '"none" for attention, such as grassmann,none,grassmann,none.'
+        ),
+    ] = None,
+    like: Annotated[
+        str | None,
+        typer.Option(
+            help="A released model's composition in small, with its own widths and heads: step3 "
+            "(MFA, experts beside a shared one, dense layers at both ends)."
         ),
     ] = None,
     data: Annotated[
@@ -72,6 +79,11 @@ def train(
         from foveate.papers.training import job
     except ModuleNotFoundError as error:
         raise _missing(error) from error
+    if like is not None and (projection, mixer, dim, heads) != ("mha", None, 128, 8):
+        raise InputError(
+            f"--like {like} brings its own projection, width and heads; leave out --projection, "
+            "--mixer, --dim and --heads."
+        )
     made = job.Job(
         projection=projection,
         attention=attention,
@@ -85,9 +97,10 @@ def train(
         device=parse_device(device),
         resume=resume,
         mixer=_by_layer(mixer, layers),
+        like=like,
     )  # fmt: skip
     with Screen() as screen:
-        screen.begin(f"training {mixer or projection}", steps)
+        screen.begin(f"training {like or mixer or projection}", steps)
         begun = False
 
         def tell(share: float, doing: str) -> None:
@@ -110,7 +123,6 @@ def train(
 def _by_layer(mixer: str | None, layers: int) -> str | tuple[str | None, ...] | None:
     """What --mixer says: nothing, one text for all layers, or one for each."""
     from foveate.methods.naming import split
-    from foveate.ops.errors import InputError
 
     if mixer is None:
         return None

@@ -1,1 +1,5 @@
-"""What attention costs before anyone runs it: `foveate cost tiles` for neighborhoods."""
+"""What attention costs before anyone runs it.
+
+`foveate cost decode`, `memory` and `afd` for language models, `foveate cost tiles` for
+neighborhoods.
+"""

@@ -1,4 +1,4 @@
-"""`foveate cost tiles`: options, table, figure."""
+"""`foveate cost`: its commands, and `foveate cost tiles`: options, table, figure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from foveate.cost.afd_command import afd
+from foveate.cost.decode_command import decode
 from foveate.cost.figure import draw
+from foveate.cost.memory_command import memory
 from foveate.cost.presets import PRESETS
 from foveate.cost.search import KERNELS, Pair, search
 from foveate.cost.tiles import Tile, Visited, end_to_end, simulate
@@ -24,6 +27,9 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
     cost = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
     cost.callback()(_group)
+    cost.command("decode")(decode)
+    cost.command("memory")(memory)
+    cost.command("afd")(afd)
     cost.command("tiles")(tiles)
     app.add_typer(cost, name="cost", help="What attention will cost, before anyone runs it.")
 

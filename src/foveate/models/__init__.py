@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from foveate.models.look import attention_maps
     from foveate.models.nat import NAT
     from foveate.models.skip import without_layers
+    from foveate.models.step3 import step3_config
 
 _HOMES = {
     "CausalLMOutput": "causal_lm",
@@ -38,6 +39,7 @@ _HOMES = {
     "attention_maps": "look",
     "config_from": "layouts",
     "load_layout": "layouts",
+    "step3_config": "step3",
     "to_tpla": "latent",
     "weights_from": "layouts",
     "without_layers": "skip",
@@ -60,6 +62,7 @@ __all__ = [
     "attention_maps",
     "config_from",
     "load_layout",
+    "step3_config",
     "to_tpla",
     "weights_from",
     "without_layers",

@@ -16,6 +16,7 @@ Cache per device: r / g + d_r numbers for each token, instead of r + d_r.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Literal, Self
@@ -115,6 +116,8 @@ class TPLAProjection(MLAProjection):
         self.local_norm = recipe.norm == "local"
         self.local_softmax = recipe.softmax == "local"
         self.pd_sep = recipe.pd_sep
+        # Sums (B, 1, n, 1) over the slices of all ranks, for an exact norm there.
+        self.over_ranks: Callable[[Tensor], Tensor] | None = None
         self.register_buffer("alpha", torch.full((groups,), float(groups)))
         self.register_buffer("mu", torch.full((groups,), 1.0 if self.blocks else float(groups)))
 
@@ -149,8 +152,10 @@ class TPLAProjection(MLAProjection):
         mean = wide.square().mean(-1, keepdim=True)
         if self.local_norm and not self._separate(phase):
             mean = mean * (self.alpha / self.all_groups)[:, None, None]
-        else:
+        elif self.over_ranks is None:
             mean = mean.mean(1, keepdim=True)
+        else:
+            mean = self.over_ranks(mean.sum(1, keepdim=True)) / self.all_groups
         chat = (wide / (mean + self.eps).sqrt()).to(c.dtype)
         k_pe = k_pe[:, None].expand(-1, self.groups, -1, -1)
         return {"latent": torch.cat((chat, k_pe), -1)}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from foveate.hf.demo_models import quiet
-from foveate.ops.errors import InputError
+from foveate.ops.errors import InputError, nearest
 from foveate.papers.tasks.text import ByteText, text_file
 from foveate.papers.training.language import Sizes, language_model
 from foveate.papers.training.loop import Trained, train
@@ -21,6 +21,8 @@ from foveate.papers.training.regime import Regime
 from foveate.runs.records import writable_folder
 from foveate.runs.text import default_text
 
+LIKE = ("step3",)
+BALANCE = 0.01  # of the experts' load; Step-3's report doesn't say how it keeps them in use
 SPECIAL = 3  # ByT5's tokens: padding, end, unknown, then the 256 bytes
 
 
@@ -31,6 +33,8 @@ class Job:
     Attributes:
         projection, attention: as `foveate.Attention` takes them.
         mixer: in attention's place, for all layers or one for each; None is attention everywhere.
+        like: the composition and widths of a released model in small, "step3"; None is none. Of
+            the sizes its layers, length and vocabulary are taken.
         data: a text file; None is the text that is shipped (WikiText-2).
         sizes: of the model.
         regime: of the training.
@@ -48,6 +52,7 @@ class Job:
     device: torch.device
     resume: bool
     mixer: str | tuple[str | None, ...] | None = None
+    like: str | None = None
 
 
 def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]) -> dict[str, Any]:
@@ -73,10 +78,7 @@ def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]
         say(f"{checkpoints} holds no checkpoint to go on from; the training begins.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.regime.seed)
-        mixer = list(job.mixer) if isinstance(job.mixer, tuple) else job.mixer
-        model = language_model(
-            job.sizes, job.projection, job.attention, mixer=mixer, pad_token_id=0, eos_token_id=1
-        )
+        model = _model(job)
     _give_reference(model, task)
     writable_folder(job.out)
     model.to(job.device)
@@ -91,6 +93,33 @@ def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]
     new.write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     new.replace(job.out / "training.json")
     return facts
+
+
+def _model(job: Job) -> Any:
+    """The model with fresh weights."""
+    ids = {"pad_token_id": 0, "eos_token_id": 1}
+    if job.like is None:
+        mixer = list(job.mixer) if isinstance(job.mixer, tuple) else job.mixer
+        return language_model(job.sizes, job.projection, job.attention, mixer=mixer, **ids)
+    if job.like not in LIKE:
+        raise InputError(f"--like {job.like} is not known; {nearest(job.like, LIKE)}")
+    from foveate.models import step3_config
+
+    if job.sizes.layers < 3:
+        raise InputError("--like step3 needs 3 layers or more: dense ones at both ends.")
+    made = step3_config(
+        vocab_size=job.sizes.vocab, num_hidden_layers=job.sizes.layers, router_balance=BALANCE
+    )
+    sizes = Sizes(
+        job.sizes.layers, made.hidden_size, made.num_attention_heads, job.sizes.length,
+        job.sizes.vocab,
+    )  # fmt: skip
+    rest = {name: getattr(made, name) for name in (
+        "head_dim", "intermediate_size", "rope_parameters", "rms_norm_eps", "moe_layers",
+        "num_experts", "num_experts_per_tok", "moe_intermediate_size",
+        "shared_expert_intermediate_size", "router_score", "router_renormalize", "router_balance",
+    )}  # fmt: skip
+    return language_model(sizes, str(made.projection), job.attention, **rest, **ids)
 
 
 def _give_reference(model: Any, task: ByteText) -> None:
@@ -110,9 +139,10 @@ def _text(job: Job) -> ByteText:
 def _facts(job: Job, task: ByteText, model: Any, done: Trained) -> dict[str, Any]:
     found = evaluate(model, task, "test", job.regime.batch)
     return {
-        "projection": job.projection,
+        "projection": model.config.of_layer("projection", 0) if job.like else job.projection,
         "attention": job.attention,
         "mixer": job.mixer,
+        "like": job.like,
         "parameters": sum(p.numel() for p in model.parameters()),
         "data": task.describe(),
         "regime": job.regime.as_dict(),
