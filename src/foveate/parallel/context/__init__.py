@@ -2,6 +2,7 @@
 
 from foveate.parallel.context.all_gather import AllGather
 from foveate.parallel.context.attend import SHARDINGS, ContextParallel, Sequence, sharding_of
+from foveate.parallel.context.decode import ShardedCache
 from foveate.parallel.context.group_cast import GroupCast
 from foveate.parallel.context.groups import GroupLinks, MeshLinks, links_of
 from foveate.parallel.context.links import LinkError, Links, Traffic
@@ -16,7 +17,9 @@ from foveate.parallel.context.sharding import (
     striped,
     zigzag,
 )
+from foveate.parallel.context.theory import Sizes, Volume, volume
 from foveate.parallel.context.ulysses import Ulysses
+from foveate.parallel.context.varlen import Varlen, varlen
 from foveate.parallel.context.work import Balance, balance, row_pairs
 
 __all__ = [
@@ -33,9 +36,13 @@ __all__ = [
     "MeshLinks",
     "Ring",
     "Sequence",
+    "ShardedCache",
     "Sharding",
+    "Sizes",
     "Traffic",
     "Ulysses",
+    "Varlen",
+    "Volume",
     "balance",
     "by_work",
     "contiguous",
@@ -46,5 +53,7 @@ __all__ = [
     "scheme_of",
     "sharding_of",
     "striped",
+    "varlen",
+    "volume",
     "zigzag",
 ]

@@ -126,7 +126,10 @@ class Ulysses:
             got = self.inner.backward(
                 group.rings, k_rows, v_rows, mine, tuple(more), group.plan, how
             )
-        dq, dk, dv = group.to_tokens(list(got), "dqkv")
+        # Heads that were repeated are summed after the way back: that keeps the dtype of sums.
+        whole_heads = group.kv_heads == k.shape[1]
+        going = [g.to(q_rows.dtype) for g in got] if whole_heads else list(got)
+        dq, dk, dv = group.to_tokens(going, "dqkv")
         return Three(dq, group.summed(dk, k.shape[1]), group.summed(dv, v.shape[1]))
 
 
