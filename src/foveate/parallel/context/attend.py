@@ -181,6 +181,7 @@ class Sequence:
 
     def __init__(self, cp: ContextParallel, plan: Plan, mask: Mask | None, keep: object) -> None:
         self.cp, self.plan, self.mask, self._keep = cp, plan, mask, keep
+        self._under: dict[Mask | None, Sequence] = {}
 
     @property
     def sharding(self) -> Sharding:
@@ -201,6 +202,18 @@ class Sequence:
     def index(self) -> Tensor:
         """(L,) the tokens of this rank: their positions, for rotary embeddings."""
         return self.sharding.index[self.cp.rank]
+
+    def under(self, mask: Mask | None) -> Sequence:
+        """The same tokens on the same ranks under another mask, as layers of one model have them.
+
+        Raises:
+            InputError: the mask is made for another length.
+        """
+        found = self if mask == self.mask else self._under.get(mask)
+        if found is None:
+            plan = Plan(rule_of(mask, self.length), self.sharding)
+            found = self._under[mask] = Sequence(self.cp, plan, mask, None)
+        return found
 
     def split(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's tokens of x, which has all."""

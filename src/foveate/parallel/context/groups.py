@@ -115,6 +115,11 @@ class MeshLinks(GroupLinks):
                 f"A mesh of {mesh.ndim} axes: expected the one that the sequence lies on (such as "
                 'mesh["cp"]), or two, ring by Ulysses.'
             )
+        if mesh.ndim == 2 and mesh.mesh_dim_names is None:
+            raise InputError(
+                "A mesh of two axes needs names for them: init_device_mesh(..., "
+                'mesh_dim_names=("ring", "ulysses")).'
+            )
         flat = mesh if mesh.ndim == 1 else mesh._flatten()
         super().__init__(flat.get_group(), timeout)
         self.mesh = mesh
