@@ -11,7 +11,7 @@ import torch
 
 from foveate.bench import decode, kernels
 from foveate.bench.ideal import counts, ideal_seconds, useful_flops
-from foveate.bench.lengths import distributions, draw_documents
+from foveate.parts.longcontext.lengths import distributions, draw_documents
 from foveate.bench.roofs import Pool, Product
 from foveate.bench.show import decode_summary, decode_table, kernel_tables, summary
 from foveate.cli import main

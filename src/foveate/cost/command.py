@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from foveate.cost.context_command import context
 from foveate.cost.figure import draw
 from foveate.cost.presets import PRESETS
 from foveate.cost.search import KERNELS, Pair, search
@@ -25,6 +26,7 @@ def register(app: typer.Typer) -> None:
     cost = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
     cost.callback()(_group)
     cost.command("tiles")(tiles)
+    cost.command("context")(context)
     app.add_typer(cost, name="cost", help="What attention will cost, before anyone runs it.")
 
 
