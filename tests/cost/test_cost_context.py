@@ -6,9 +6,8 @@ import json
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from foveate.cli.app import app
+from foveate.cli import main
 from foveate.cost.context import Machine, candidates, cost
 from foveate.parallel.context import Sizes, scheme_of, volume, zigzag
 
@@ -69,19 +68,23 @@ def test_candidates_can_run():
             scheme_of(name).check(ranks, 64)
 
 
-def test_the_command_extrapolates_to_a_thousand_ranks():
-    got = CliRunner().invoke(
-        app, ["cost", "context", "--ranks", "8,1024", "--per-rank", "64", "--json",
-              "--mask", "causal-document", "--documents", "short"],
-    )  # fmt: skip
-    assert got.exit_code == 0, got.output
-    rows = json.loads(got.output)
+def run(capsys, *args):
+    code = main(["cost", "context", *args])
+    return code, capsys.readouterr()
+
+
+def test_the_command_extrapolates_to_a_thousand_ranks(capsys):
+    code, said = run(capsys, "--ranks", "8,1024", "--per-rank", "64", "--json",
+                     "--mask", "causal-document", "--documents", "short")  # fmt: skip
+    assert code == 0
+    rows = json.loads(said.out)
     assert {row["ranks"] for row in rows} == {8, 1024}
     for row in rows:
         assert row["seconds_together"] <= row["seconds_apart"]
         assert 0 < row["efficiency_apart"] <= row["efficiency_together"] <= 1.0 + 1e-9
-    table = CliRunner().invoke(app, ["cost", "context", "--ranks", "8", "--per-rank", "64"])
-    assert table.exit_code == 0
-    assert "usp(ulysses=8)" in table.output or "ulysses" in table.output
-    wrong = CliRunner().invoke(app, ["cost", "context", "--mask", "casual"])
-    assert wrong.exit_code != 0
+    code, said = run(capsys, "--ranks", "8", "--per-rank", "64")
+    assert code == 0
+    assert "ulysses" in said.out
+    code, said = run(capsys, "--mask", "casual")
+    assert code == 2
+    assert "causal" in said.err
