@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from foveate.compare.dense import Watch, dense
-from foveate.compare.memory import Peak
+from foveate.runs.memory import Peak
 from foveate.hf import use
 from foveate.ops import AttentionOutput, Layout
 from foveate.parts import Attention, Context

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from foveate import catalog
-from foveate.compare.memory import how
+from foveate.runs.memory import how
 from foveate.compare.plan import FOLLOWED, Entry
 
 if TYPE_CHECKING:
