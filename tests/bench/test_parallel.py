@@ -1,4 +1,4 @@
-"""`foveate bench parallel`: every figure is there, bytes are the formulas', wrong ones get no speed."""
+"""`foveate bench parallel`: all figures are there, bytes are theory's, errors get no speed."""
 
 from __future__ import annotations
 

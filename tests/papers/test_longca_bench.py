@@ -6,7 +6,7 @@ import pytest
 
 from foveate.papers import load
 from foveate.papers.harness import Trial
-from foveate.papers.longca_bench import SCHEMES, balance, run
+from foveate.papers.longca_bench import SCHEMES, balance, plan, run
 
 
 def test_counted_cells_quickly():
@@ -33,7 +33,12 @@ def test_balance_at_the_sheets_size():
     for kind in ("short", "medium", "long"):
         assert found["document zigzag"][f"imbalance, {kind}"] < 1.02
         assert found["by work"][f"imbalance, {kind}"] < 1.02
-    assert found["striped"]["tiles of 128 visited"] > found["document zigzag"]["tiles of 128 visited"]
+    visited = {name: one.get("tiles of 128 visited") for name, one in found.items()}
+    assert visited["striped"] > visited["document zigzag"]
+    planned = plan(Trial("plan", 0))
+    for check in load("longca-bench").checks:
+        if check.name.startswith("ms apart"):
+            assert check.verdict([planned]) == "holds", check.text
 
 
 def test_kernel_cell_quickly():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from foveate.ops import attention
-from foveate.parallel.context import ContextParallel, Links
+from foveate.parallel.context import ContextParallel, Links, run_local
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -63,6 +63,11 @@ def this_rank(
     return {
         **found, "forward": forward, "backward": backward, "sharding": sequence.sharding,
     }  # fmt: skip
+
+
+def on_ranks(ranks: int, *args: Any, **options: Any) -> list[dict[str, Any]]:
+    """What `this_rank` returns on each of some threads."""
+    return run_local(ranks, lambda links: this_rank(links, *args, **options))
 
 
 def joined(found: list[dict[str, Any]]) -> dict[str, Tensor]:

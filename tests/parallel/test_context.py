@@ -7,9 +7,9 @@ from fractions import Fraction
 
 import pytest
 import torch
-from sequences import check_equal, one_rank, problem, this_rank
+from sequences import check_equal, on_ranks, one_rank, problem, this_rank
 
-from foveate.ops import Layout, blocks, causal, documents, padding, prefix, sinks, window
+from foveate.ops import Layout, attention, blocks, causal, documents, padding, prefix, sinks, window
 from foveate.ops.errors import InputError
 from foveate.parallel.context import (
     ContextParallel,
@@ -44,8 +44,9 @@ MASKS = {
     "empty-rows": causal() & ~window(30, -1),
 }
 SCHEMES = [
-    (2, "ring"), (4, "ring"), (4, "ring(window=2)"), (4, "ring(window=1)"), (3, "ring(overlap=False)"),
-    (2, "all-gather"), (4, "all-gather(groups=2)"), (2, "ulysses"), (4, "ulysses"),
+    (2, "ring"), (4, "ring"), (4, "ring(window=2)"), (4, "ring(window=1)"),
+    (3, "ring(overlap=False)"), (2, "all-gather"), (4, "all-gather(groups=2)"),
+    (2, "ulysses"), (4, "ulysses"),
     (4, "usp(ulysses=2)"), (4, "usp(ulysses=2, placement='context')"),
     (8, "loongtrain(ulysses=2, window=2)"), (3, "magi"), (4, "magi(stages=2)"), (1, "ring"),
 ]  # fmt: skip
@@ -68,7 +69,7 @@ def test_oracle_1_schemes_equal_one_rank(ranks, scheme, answers):
     first = SCHEMES.index((ranks, scheme))
     for number, (name, mask) in enumerate(MASKS.items()):
         sharding = SHARDINGS[(first + number) % 5]
-        found = run_local(ranks, lambda links: this_rank(links, p, scheme, sharding, mask))
+        found = on_ranks(ranks, p, scheme, sharding, mask)
         check_equal(found, want[name], torch.float64)
 
 
@@ -77,7 +78,7 @@ def test_oracle_1_ratios_of_heads(heads):
     p = problem(70, heads)
     want = one_rank(p, causal())
     for ranks, scheme in ((2, "ulysses"), (2, "ring"), (4, "usp(ulysses=2)"), (2, "magi")):
-        found = run_local(ranks, lambda links: this_rank(links, p, scheme, "zigzag", causal()))
+        found = on_ranks(ranks, p, scheme, "zigzag", causal())
         check_equal(found, want, torch.float64)
 
 
@@ -88,7 +89,7 @@ def test_oracle_1_other_precisions(dtype):
     want = one_rank(p, mask)
     for ranks, scheme in ((4, "ring"), (2, "ulysses"), (4, "usp(ulysses=2)"), (4, "magi"),
                           (2, "all-gather")):  # fmt: skip
-        found = run_local(ranks, lambda links: this_rank(links, p, scheme, "zigzag", mask))
+        found = on_ranks(ranks, p, scheme, "zigzag", mask)
         check_equal(found, want, dtype)
 
 
@@ -99,7 +100,7 @@ def test_masks_that_differ_by_head_and_batch_entry():
         want = one_rank(p, mask)
         for ranks, scheme in ((4, "ulysses"), (4, "usp(ulysses=2)"), (2, "all-gather(groups=2)"),
                               (3, "magi")):  # fmt: skip
-            found = run_local(ranks, lambda links: this_rank(links, p, scheme, "zigzag", mask))
+            found = on_ranks(ranks, p, scheme, "zigzag", mask)
             check_equal(found, want, torch.float64)
 
 
@@ -129,9 +130,7 @@ def test_any_layout_is_shared_out():
         for ranks, scheme, sharding in ((4, "ring", "zigzag"), (4, "ulysses", "contiguous"),
                                         (3, "magi(stages=2)", "by-work(8)"),
                                         (2, "all-gather(groups=2)", "striped")):  # fmt: skip
-            found = run_local(
-                ranks, lambda links: this_rank(links, p, scheme, sharding, layout=layout)
-            )
+            found = on_ranks(ranks, p, scheme, sharding, layout=layout)
             try:
                 check_equal(found, want, torch.float64)
             except AssertionError as error:
@@ -145,13 +144,55 @@ def test_what_a_restricted_layout_visits():
         assert torch.equal(small.dense(), layout.dense()[:, :, rows][..., cols])
 
 
+@pytest.mark.parametrize("length", [1, 3, 5])
+def test_fewer_tokens_than_ranks(length):
+    p = problem(length)
+    for scheme in ("ring", "all-gather", "ulysses", "usp(ulysses=2)", "magi", "ring(window=2)"):
+        for sharding in ("zigzag", "contiguous"):
+            check_equal(
+                on_ranks(4, p, scheme, sharding, causal()), one_rank(p, causal()), torch.float64
+            )
+
+
+def test_inputs_with_strides_of_their_own():
+    p = problem(40)
+    wide = {n: x.transpose(1, 2).contiguous().transpose(1, 2) for n, x in p.items() if n != "dlse"}
+    found = on_ranks(2, wide | {"dlse": p["dlse"]}, "usp(ulysses=2)", "zigzag", causal())
+    check_equal(found, one_rank(p, causal()), torch.float64)
+
+
+def test_one_of_two_gradients_is_enough():
+    """A loss of the output alone, and one of the lse alone."""
+    p = problem(40)
+    for name in ("dout", "dlse"):
+        some = p | {name: torch.zeros_like(p[name])}
+        for scheme in ("ring", "ulysses"):
+            check_equal(
+                on_ranks(2, some, scheme, "zigzag", causal()), one_rank(some, causal()),
+                torch.float64,
+            )  # fmt: skip
+
+    def work(links):
+        sequence = ContextParallel(links, "ulysses").sequence(40, causal())
+        q, k, v = (sequence.split(p[n], 2).requires_grad_() for n in "qkv")
+        lse = sequence.attention(q, k, v).lse
+        return torch.autograd.grad(lse.sum(), (q, k))
+
+    q, k = (p[n].clone().requires_grad_() for n in "qk")
+    lse = attention(q, k, p["v"], causal(), backend="reference").lse
+    want = torch.autograd.grad(lse.sum(), (q, k))
+    found = run_local(2, work)
+    whole = zigzag(40, 2)
+    for i in range(2):
+        got = whole.join([f[i] for f in found], 2)
+        torch.testing.assert_close(got, want[i], rtol=0, atol=1e-12)
+
+
 def test_options_of_the_op():
     p = problem(64)
     sinks_of = torch.randn(4, dtype=torch.float64)
     for options in ({"scale": 0.3}, {"softcap": 2.0}, {"sink_logits": sinks_of}):
-        found = run_local(
-            2, lambda links: this_rank(links, p, "ring", "zigzag", causal(), **options)
-        )
+        found = on_ranks(2, p, "ring", "zigzag", causal(), **options)
         check_equal(found, one_rank(p, causal(), **options), torch.float64)
 
 
@@ -161,9 +202,7 @@ def test_positions_of_a_batch_that_is_padded_in_front():
     mask = causal() & padding([64, 51])
     dense = mask.dense(64, 64, q_positions=at, kv_positions=at)
     want = one_rank(p, blocks(dense, 1))
-    found = run_local(
-        4, lambda links: this_rank(links, p, "ring", "zigzag", mask, positions=at)
-    )
+    found = on_ranks(4, p, "ring", "zigzag", mask, positions=at)
     check_equal(found, want, torch.float64)
 
 
@@ -253,7 +292,7 @@ def test_oracle_5_numbers_sent(heads):
                          (2, 2, "ulysses"), (4, 4, "ulysses"), (4, 2, "usp(ulysses=2)"),
                          (8, 2, "loongtrain(ulysses=2, window=2)"), (1, 1, "ring"),
                          (1, 1, "ulysses")):  # fmt: skip
-        found = run_local(n, lambda links: this_rank(links, p, scheme, "zigzag", causal()))
+        found = on_ranks(n, p, scheme, "zigzag", causal())
         r, most = n // u, max(hkv, u)
         heads_part = Fraction(u - 1, u) * (s // n) * d * (2 * hq + 2 * most)
         ring_part = Fraction(r - 1, r) * s * 2 * most * d / u
@@ -268,7 +307,7 @@ def test_oracle_5_numbers_sent(heads):
 
 def test_oracle_5_uneven_shares_send_the_same_in_all():
     p = problem(LENGTH, batch=1)
-    found = run_local(4, lambda links: this_rank(links, p, "ring", "zigzag", causal()))
+    found = on_ranks(4, p, "ring", "zigzag", causal())
     assert sum(sent(found, "forward")) == 3 * LENGTH * 2 * (16 + 8)
     assert sum(sent(found, "backward")) == 2 * 3 * LENGTH * 2 * (16 + 8)
 
@@ -276,13 +315,10 @@ def test_oracle_5_uneven_shares_send_the_same_in_all():
 def test_oracle_5_group_cast_saves_a_quarter_on_zigzag():
     p = problem(128, (4, 2), (8, 8), batch=1)
     for n in (2, 4):
-        found = run_local(n, lambda links: this_rank(links, p, "magi", "zigzag", causal()))
+        found = on_ranks(n, p, "magi", "zigzag", causal())
         half_chunk = 128 // (2 * n) * 2 * 2 * 8
         assert sum(sent(found, "forward")) == 1.5 * n * (n - 1) * half_chunk
-        found = run_local(
-            n, lambda links: this_rank(links, p, "magi", "contiguous",
-                                       causal() & documents([0, 32, 64, 96, 128]))
-        )  # fmt: skip
+        found = on_ranks(n, p, "magi", "contiguous", causal() & documents([0, 32, 64, 96, 128]))
         assert sum(sent(found, "forward")) == sum(sent(found, "backward")) == 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -10,8 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from foveate.models import FoveateConfig, FoveateForCausalLM
 from foveate.ops import documents
 from foveate.ops.errors import InputError
-from foveate.parallel.context import ContextParallel, run_local
-from foveate.parallel.context.model import use
+from foveate.parallel.context import ContextParallel, run_local, use
 from foveate.parallel.spawn import Place, run
 
 LENGTH, BOUNDS = 30, (0, 11, 30)
@@ -98,7 +99,7 @@ def test_packing_by_mask_equals_packing_by_positions():
     parts = [alone(input_ids=tokens[:, a:b]).logits for a, b in zip(BOUNDS, BOUNDS[1:])]
     for more in ({}, {"position_ids": positions()}):
         mask = None if more else documents(BOUNDS)
-        got = run_local(3, lambda links: work(links, more, mask))[0]
+        got = run_local(3, partial(work, more=more, mask=mask))[0]
         torch.testing.assert_close(got, torch.cat(parts, 1), rtol=1e-4, atol=1e-5)
 
 
@@ -123,6 +124,26 @@ def test_refusals_name_what_cant_run():
         on_one(ours(), use_cache=True)
     with pytest.raises(InputError, match="padding behind"):
         on_one(ours(), attention_mask=torch.tensor([[0] * 3 + [1] * (LENGTH - 3)] * 2))
+
+
+def test_padding_behind_is_left_out():
+    """Real tokens' logits and the loss are those of the padded batch on one rank."""
+    model, tokens = ours().eval(), ids()
+    real = torch.ones_like(tokens)
+    real[1, 20:] = 0
+    labels = tokens.masked_fill(real == 0, -100)
+    want = model(input_ids=tokens, attention_mask=real, labels=labels)
+    models = [ours().eval() for _ in range(2)]
+
+    def work(links):
+        with use(models[links.rank], ContextParallel(links, "ring", "zigzag")) as used:
+            got = models[links.rank](input_ids=tokens, attention_mask=real, labels=labels)
+            return used.sequence.gather(got.logits.detach()), got.loss.detach()
+
+    found = run_local(2, work)
+    assert torch.allclose(found[0][0][0], want.logits[0], atol=1e-5)
+    assert torch.allclose(found[0][0][1, :20], want.logits[1, :20], atol=1e-5)
+    torch.testing.assert_close(sum(f[1] for f in found) / 2, want.loss.detach())
 
 
 def trained(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:

@@ -8,10 +8,10 @@ from datetime import timedelta
 
 import pytest
 import torch
-from sequences import NAMES, check_equal, one_rank, problem, this_rank
+from sequences import NAMES, check_equal, on_ranks, one_rank, problem, this_rank
 
 from foveate.ops import causal, documents, sinks, window
-from foveate.parallel.context import GroupLinks, LinkError, run_local
+from foveate.parallel.context import GroupLinks, LinkError
 from foveate.parallel.spawn import Place, run
 
 LENGTH, BOUNDS = 90, (0, 17, 18, 61, 90)
@@ -47,7 +47,7 @@ def test_oracle_9_processes_equal_the_simulation_and_one_rank():
     got = run(every_case, names, timeout=120)
     for number, (n, scheme, sharding, mask) in enumerate(CASES):
         p = problem(LENGTH, dtype=torch.float32 if number % 3 == 0 else torch.float64)
-        local = run_local(n, lambda links: this_rank(links, p, scheme, sharding, MASKS[mask]))
+        local = on_ranks(n, p, scheme, sharding, MASKS[mask])
         ours = [got[names[r]][number] | {"sharding": local[0]["sharding"]} for r in range(n)]
         check_equal(ours, one_rank(p, MASKS[mask]), p["q"].dtype)
         for one, other in zip(ours, local):
@@ -57,7 +57,7 @@ def test_oracle_9_processes_equal_the_simulation_and_one_rank():
 
 
 def one_dies(place: Place) -> tuple[str, float]:
-    """The last rank is gone before the second attention; what the others hear, and after how long."""
+    """The last rank is gone before the second attention: what others hear, after how long."""
     links = GroupLinks(timeout=timedelta(seconds=5))
     p = problem(LENGTH)
     this_rank(links, p, "ring", "zigzag", causal())

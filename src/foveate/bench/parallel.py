@@ -78,8 +78,8 @@ class Options:
         Raises:
             InputError: sizes below 1, or names that aren't known.
         """
-        check_sizes(lengths=self.lengths, ranks=self.ranks, repeats=(self.repeats,),
-                    heads=(self.heads,), kv_heads=(self.kv_heads,), head_dim=(self.head_dim,))  # fmt: skip
+        check_sizes(lengths=self.lengths, ranks=self.ranks, repeats=(self.repeats,))
+        check_sizes(heads=(self.heads,), kv_heads=(self.kv_heads,), head_dim=(self.head_dim,))
         if self.heads % self.kv_heads:
             raise InputError(f"--kv-heads {self.kv_heads} doesn't divide --heads {self.heads}.")
         check_known("dtype", (self.dtype,), DTYPES)
@@ -156,9 +156,7 @@ def _together(ranks: list[dict[str, Any]], alone: float) -> dict[str, Any]:
 
 def exact(result: dict[str, Any]) -> bool:
     """Whether all ranks together sent what the formulas say, to the number."""
-    off = [
-        abs(sum(result["sent"][d]) - sum(result["theory"][d])) for d in ("forward", "backward")
-    ]
+    off = [abs(sum(result["sent"][d]) - sum(result["theory"][d])) for d in ("forward", "backward")]
     return all(x < 1e-6 for x in off)
 
 
@@ -193,4 +191,3 @@ def lines(found: list[dict[str, Any]]) -> list[str]:
         if "failed" in one["values"]:
             said.append(f"{one['cell']['mask']}: failed: {one['values']['failed']}")
     return said
-

@@ -139,7 +139,9 @@ def tables(found: list[Found]) -> list[Table]:
         table.add_column("", overflow="fold")
         for result in values["results"]:
             wrong = not result.get("right", True)
-            table.add_row(*_cells_of(result), Text(_remark(result), style="red" if wrong else "dim"))
+            table.add_row(
+                *_cells_of(result), Text(_remark(result), style="red" if wrong else "dim")
+            )
         made.append(table)
     return made
 
@@ -147,8 +149,8 @@ def tables(found: list[Found]) -> list[Table]:
 EXPLAINED = {
     "busiest": "query-key pairs of the busiest rank over the mean: 1.00 is even. It bounds the "
     "speed-up from above.",
-    "tiles": "the same for elements of visited tiles, which is what is computed. Striped shares are "
-    "even in pairs but visit more tiles.",
+    "tiles": "the same for elements of visited tiles, which is what is computed. Striped shares "
+    "are even in pairs but visit more tiles.",
     "MiB sent": "most that a rank sent to others in a forward and a backward, counted where it "
     "leaves.",
     "of theory": "numbers that all ranks sent, over those of the formulas (the lse counted in).",

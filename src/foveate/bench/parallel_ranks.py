@@ -80,9 +80,9 @@ def rank_of(place: Place, task: Task) -> list[dict[str, Any]]:
             continue
         ready.append((result, sequence, own))
     for turn in range(task.repeats):
-        for result, sequence, own in ready[turn % max(1, len(ready)) :] + ready[
-            : turn % max(1, len(ready))
-        ]:
+        for result, sequence, own in (
+            ready[turn % max(1, len(ready)) :] + ready[: turn % max(1, len(ready))]
+        ):
             _timed(result, sequence, own)
     return results
 

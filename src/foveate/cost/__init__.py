@@ -1,1 +1,1 @@
-"""What attention costs before anyone runs it: `foveate cost tiles` for neighborhoods."""
+"""What attention costs before anyone runs it: tiles of neighborhoods, ranks of a long context."""

@@ -5,10 +5,10 @@
 
 The truth lies between the two. The busiest rank follows from the mask, row by row, and from the
 sharding; bytes from the formulas of `foveate.parallel.context.theory`; rate and bandwidths are
-given or measured. Ranks sit `node` to a machine, with a fast link inside and a slow one between. A
-ring moves as one: where it leaves a machine, its every step takes as long as the slow link. A double
-ring whose windows are machines uses the slow link while an inner ring runs. Of an all-to-all over
-more than one machine the part for other machines takes the slow link.
+given or measured. Ranks sit `node` to a machine, with a fast link inside and a slow one between.
+A ring moves as one: where it leaves a machine, its every step takes as long as the slow link. A
+double ring whose windows are machines uses the slow link while an inner ring runs. Of an
+all-to-all over more than one machine the part for other machines takes the slow link.
 
 Source: sheet of arXiv 2510.17896, cost section and miniature C.
 """

@@ -7,6 +7,7 @@ from foveate.parallel.context.group_cast import GroupCast
 from foveate.parallel.context.groups import GroupLinks, MeshLinks, links_of
 from foveate.parallel.context.links import LinkError, Links, Traffic
 from foveate.parallel.context.local import LocalLinks, run_local
+from foveate.parallel.context.model import use
 from foveate.parallel.context.ring import Ring
 from foveate.parallel.context.scheme import SCHEMES, scheme_of
 from foveate.parallel.context.sharding import (
@@ -53,6 +54,7 @@ __all__ = [
     "scheme_of",
     "sharding_of",
     "striped",
+    "use",
     "varlen",
     "volume",
     "zigzag",

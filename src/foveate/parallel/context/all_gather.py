@@ -100,14 +100,10 @@ class AllGather:
         every = torch.arange(plan.sharding.length)
         return plan.part(("all", links.rank), plan.sharding.index[links.rank], every)
 
-    def _gathered(
-        self, links: Links, k: Tensor, v: Tensor, plan: Plan
-    ) -> tuple[Tensor, Tensor]:
+    def _gathered(self, links: Links, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """Keys and values of the whole sequence, in its order."""
         lengths = plan.sharding.sizes
-        shapes = [
-            ((*k.shape[:2], n, k.shape[3]), (*v.shape[:2], n, v.shape[3])) for n in lengths
-        ]
+        shapes = [((*k.shape[:2], n, k.shape[3]), (*v.shape[:2], n, v.shape[3])) for n in lengths]
         per_token = k.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3])
         flat = links.all_gather(packed(k, v), [per_token * n for n in lengths], "kv")
         pairs = [unpacked(one, *shape) for one, shape in zip(flat, shapes)]

@@ -60,7 +60,8 @@ class ContextParallel:
     ) -> None:
         if backend in ("reference", "flex"):
             raise InputError(
-                f"backend={backend!r} has no backward for one part of a row; use 'auto' or 'blocks'."
+                f"backend={backend!r} has no backward for one part of a row; use 'auto' or "
+                "'blocks'."
             )
         self.scheme, self.backend = scheme_of(scheme), backend
         self.sharding = sharding
@@ -127,9 +128,7 @@ class ContextParallel:
         return sharding_of(self.sharding, length, self.ranks, mask if layout is None else layout)
 
 
-def sharding_of(
-    name: str, length: int, ranks: int, seen: Mask | Layout | None = None
-) -> Sharding:
+def sharding_of(name: str, length: int, ranks: int, seen: Mask | Layout | None = None) -> Sharding:
     """A sharding by its name; "document-zigzag" and "by-work(chunk)" look at what is seen.
 
     Raises:
@@ -237,6 +236,7 @@ class Sequence:
         shapes = [(*x.shape[:dim], n, *x.shape[dim + 1 :]) for n in sizes]
         return self.sharding.join([f.view(s) for f, s in zip(flat, shapes)], dim)
 
+    @torch.compiler.disable
     def attention(
         self,
         query: Tensor,
@@ -300,7 +300,7 @@ class _Attention(torch.autograd.Function):
     """A scheme's forward and backward, for autograd."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, how: How
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)

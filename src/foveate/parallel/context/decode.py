@@ -1,8 +1,8 @@
 """Decoding with a cache that lies on several ranks: no rank holds all keys.
 
-Every rank has the new tokens' queries; each attends to the keys that it holds, and one all-gather of
-Dv + 1 numbers for each query head (an output and its lse) lets every rank merge them all, in rank
-order, so that all come to the very same numbers:
+Every rank has the new tokens' queries; each attends to the keys that it holds, and one all-gather
+of Dv + 1 numbers for each query head (an output and its lse) lets every rank merge them all, in
+rank order, so that all come to the very same numbers:
 
     lse = log sum_r exp(lse_r),   out = sum_r exp(lse_r - lse) out_r
 
@@ -94,9 +94,7 @@ class ShardedCache:
             if self._k is None or self._v is None or need > self._k.shape[2]:
                 room = max(16, need, 2 * self._own)
                 old = (self._k, self._v)
-                self._k, self._v = (
-                    x.new_zeros(*x.shape[:2], room, x.shape[3]) for x in (k, v)
-                )
+                self._k, self._v = (x.new_zeros(*x.shape[:2], room, x.shape[3]) for x in (k, v))
                 for new, had in zip((self._k, self._v), old):
                     if had is not None:
                         new[:, :, : self._own] = had[:, :, : self._own]

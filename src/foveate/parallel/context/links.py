@@ -152,8 +152,8 @@ class _Sub(Links):
     def _exchange(
         self, sends: list[Message], receives: list[Message], what: str, tag: int
     ) -> Pending:
-        named = [[(self.ranks[r], t) for r, t in some] for some in (sends, receives)]
-        return self.parent._exchange(*named, what, tag)
+        going, coming = ([(self.ranks[r], t) for r, t in some] for some in (sends, receives))
+        return self.parent._exchange(going, coming, what, tag)
 
 
 def packed(*tensors: Tensor) -> Tensor:

@@ -51,7 +51,8 @@ def use(
     """Run a model's sequences over several ranks, until undone; a context manager.
 
     Args:
-        model: of `foveate.models`, or of transformers; wrapped by FSDP2 or DDP before or after.
+        model: of `foveate.models`, or of transformers; FSDP2 may have it already, and DDP may wrap
+            it (give the model itself, not the wrapper).
         cp: ranks, scheme and sharding.
         attention: of transformers' models, such as "sink-window", whose keys positions alone
             decide; None is full attention. Models of foveate bring their own.
@@ -101,7 +102,9 @@ class Use:
         else:
             from foveate.hf import use as use_hf
 
-            method = make(attention or "full") if not isinstance(attention, Attention) else attention
+            method = (
+                make(attention or "full") if not isinstance(attention, Attention) else attention
+            )
             self._undo.append(use_hf(model, Spread(self, method, "attention")).undo)
         self._undo.append(model.register_forward_pre_hook(self._share_out, with_kwargs=True).remove)
 
@@ -161,10 +164,12 @@ class Use:
         name = "input_ids" if kwargs.get("input_ids") is not None else "inputs_embeds"
         tokens = kwargs.get(name)
         if not isinstance(tokens, Tensor):
-            raise InputError("Under context parallelism the model needs input_ids or inputs_embeds.")
+            raise InputError(
+                "Under context parallelism the model needs input_ids or inputs_embeds."
+            )
         batch, length = tokens.shape[:2]
         kwargs["use_cache"] = False
-        _check_padding(kwargs.pop("attention_mask", None), tokens)
+        self._padded = _check_padding(kwargs.pop("attention_mask", None), tokens)
         own, at = _packed(kwargs.pop("position_ids", None), length)
         base = [m for m in (causal(), own, self.mask) if m is not None]
         whole = base[0]
@@ -228,6 +233,11 @@ class Spread(Attention):
                 f"Context parallelism: a layer's own mask is {mask!r}, which isn't told by "
                 "distances alone; give what packs or pads as use(model, cp, mask=...)."
             )
+        if self.used._padded and (mask is None or "causal()" not in mask.spec):
+            raise InputError(
+                "Context parallelism: the batch is padded and its tokens see later ones, padding "
+                "too; pack sequences with use(model, cp, mask=documents(...)) instead."
+            )
         extra = self.used._extra
         whole = _both(mask, extra)
         assert isinstance(self.inner, Pattern)
@@ -254,16 +264,17 @@ def _both(one: Mask | None, two: Mask | None) -> Mask | None:
     return one & two
 
 
-def _check_padding(given: Any, tokens: Tensor) -> None:
-    """Refuse padding but behind: there causal queries don't see it, and its labels don't count."""
+def _check_padding(given: Any, tokens: Tensor) -> bool:
+    """Whether there is padding; refused but behind, where causal queries don't see it."""
     if given is None:
-        return
+        return False
     real = given.bool() if isinstance(given, Tensor) and given.dim() == 2 else None
     if real is None or real.shape != tokens.shape[:2] or bool((real[:, 1:] & ~real[:, :-1]).any()):
         raise InputError(
             "Under context parallelism attention_mask is (B, L), its padding behind the real "
             "tokens; pack sequences with use(model, cp, mask=documents(...)) otherwise."
         )
+    return not bool(real.all())
 
 
 def _packed(position_ids: Tensor | None, length: int) -> tuple[Mask | None, Tensor | None]:

@@ -38,7 +38,7 @@ class How:
 def attend(q: Tensor, k: Tensor, v: Tensor, part: Part, how: How) -> AttentionOutput:
     """One part's out and lse, out in the dtype of the lse."""
     found = attention(
-        q, k, v, layout=part.layout, scale=how.scale, softcap=how.softcap, backend=how.backend
+        q, k, v, layout=part.on(q.device), scale=how.scale, softcap=how.softcap, backend=how.backend
     )
     return AttentionOutput(found.out.to(found.lse.dtype), found.lse)
 
@@ -92,7 +92,7 @@ def gradients(whole: Whole, k: Tensor, v: Tensor, part: Part, how: How) -> Three
     """One part's share of the gradients; None where it has none."""
     if part.empty:
         return None
-    packed = library.pack(None, part.layout)
+    packed = library.pack(None, part.on(k.device))
     wide = lse_dtype(whole.q.dtype)
     dq, dk, dv, _ = torch.ops.foveate.attention_backward(
         whole.dout, whole.dlse, whole.out, whole.lse, whole.q, k, v, None, *packed,

@@ -7,7 +7,7 @@ layout (a pattern that somebody chose) keeps its tiles; its rows are only number
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,6 +29,16 @@ class Part:
     queries: int
     keys: int
     layout: Layout | None
+    _moved: dict[torch.device, Layout] = field(default_factory=dict, repr=False)
+
+    def on(self, device: torch.device) -> Layout | None:
+        """The layout on a device; moved there once."""
+        if self.layout is None or self.layout.device == device:
+            return self.layout
+        found = self._moved.get(device)
+        if found is None:
+            found = self._moved[device] = self.layout.to(device)
+        return found
 
     @property
     def empty(self) -> bool:

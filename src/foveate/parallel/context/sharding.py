@@ -157,7 +157,9 @@ def striped(length: int, ranks: int) -> Sharding:
     """Token t to rank t mod N: even in pairs, but each tile of a rank spans N times as much."""
     length, ranks = _sizes("striped", length, ranks)
     index = tuple(torch.arange(r, length, ranks) for r in range(ranks))
-    return Sharding("striped", length, index, tuple(((0, len(i)),) if len(i) else () for i in index))
+    return Sharding(
+        "striped", length, index, tuple(((0, len(i)),) if len(i) else () for i in index)
+    )
 
 
 def by_work(work: Tensor, ranks: int, chunk: int) -> Sharding:

@@ -78,7 +78,9 @@ class Volume:
         """
         wide = {"lse", "dkv"} | ({"dqkv"} if repeated else set())
         some = self.backward if backward else self.forward
-        return float(sum(n * (max(4, itemsize) if w in wide else itemsize) for w, n in some.items()))
+        return float(
+            sum(n * (max(4, itemsize) if w in wide else itemsize) for w, n in some.items())
+        )
 
 
 def volume(scheme: Scheme, sizes: Sizes, plan: Plan | None = None, rank: int = 0) -> Volume:
@@ -111,11 +113,11 @@ def volume(scheme: Scheme, sizes: Sizes, plan: Plan | None = None, rank: int = 0
         inner = _inner(scheme.inner, inside, inside.kv_heads, Plan(plan.rule, made, of), ring)
     else:
         inner = _inner(scheme.inner, inside, inside.kv_heads, None, 0)
-    together = [
-        {w: n for w, n in (outer | more).items() if n}
-        for outer, more in ((forward, inner.forward), (backward, inner.backward))
-    ]
-    return Volume(*together, inner.crossing)
+    return Volume(
+        {w: n for w, n in (forward | inner.forward).items() if n},
+        {w: n for w, n in (backward | inner.backward).items() if n},
+        inner.crossing,
+    )
 
 
 def _inner(

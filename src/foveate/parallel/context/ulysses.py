@@ -88,16 +88,23 @@ class Ulysses:
         """This rank's rows over all keys; and the rows that it worked on, for the backward."""
         group = _Group(self, links, q, k, plan)
         k, v = group.repeated(k), group.repeated(v)
-        rows = group.to_heads([q, k, v], "qkv")
+        q_rows, k_rows, v_rows = group.to_heads([q, k, v], "qkv")
         if group.rings.size == 1:
             inner = group.plan.pair(0, 0)
-            found = finished(add(None, *rows, inner, how), rows[0], v.shape[3])
+            found = finished(add(None, q_rows, k_rows, v_rows, inner, how), q_rows, v.shape[3])
             kept: tuple[Tensor, ...] = ()
         else:
-            found, kept = self.inner.forward(group.rings, *rows, group.plan, how)
+            found, kept = self.inner.forward(group.rings, q_rows, k_rows, v_rows, group.plan, how)
         (out,) = group.to_tokens([found.out], "out")
         (lse,) = group.to_tokens([found.lse[..., None]], "lse")
-        return AttentionOutput(out, lse[..., 0]), (*rows, found.out, found.lse, *kept)
+        return AttentionOutput(out, lse[..., 0]), (
+            q_rows,
+            k_rows,
+            v_rows,
+            found.out,
+            found.lse,
+            *kept,
+        )
 
     def backward(
         self,

@@ -2,8 +2,8 @@
 
 For all-gather with contiguous shards and causal documents: rank r has queries r S / N ... and needs
 the keys from the start of its first query's document to its last query, one stretch of the gathered
-keys. Bottom-right alignment does the rest: the first piece's queries are the last of its keys. As in
-zhuzilin/ring-flash-attention's llama3 form.
+keys. Bottom-right alignment does the rest: the first piece's queries are the last of its keys. As
+in zhuzilin/ring-flash-attention's llama3 form.
 """
 
 from __future__ import annotations
