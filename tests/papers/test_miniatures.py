@@ -88,7 +88,7 @@ def test_every_arm_is_the_model_of_its_sheet(key, tmp_path, monkeypatch):
         raise Stop(model.config.num_hidden_layers, model.config.hidden_size, caches)
 
     monkeypatch.setattr(module, "trained_on_bytes", trained)
-    cells = [name for name in made.cells if name not in ("speed", "at size")]
+    cells = [name for name in made.cells if name not in ("speed", "at size", "afd", "ranks")]
     assert set(cells) == set(CACHES[key])
     for name in cells:
         with pytest.raises(Stop) as stopped:
@@ -114,6 +114,16 @@ def test_step3_counts_the_papers_caches(tmp_path):
         "Step-3 MFA": 512, "Qwen3-235B GQA": 1024, "DeepSeek-V3 MLA": 576,
     }  # fmt: skip
     assert set(counted(made, found).values()) == {Verdict.HOLDS}
+
+
+def test_step3_decodes_with_attention_and_experts_apart(tmp_path):
+    made, found = cell("step3", "afd", tmp_path)
+    one, three = found["AFD, one micro-batch"], found["AFD, three micro-batches"]
+    assert one["same tokens"] == three["same tokens"] == 1
+    assert three["tokens a second"] >= 1.5 * one["tokens a second"]
+    # 3 layers of stages of 20 ms, three of them one after the other for each token.
+    assert one["seconds a token"] >= 0.99 * 0.18
+    assert three["seconds a token"] >= 0.99 * 0.18
 
 
 def test_step3_trains_an_arm_with_the_cache_it_claims(tmp_path):
@@ -143,9 +153,17 @@ def test_tpla_counts_deepseek_v3_on_two_devices(tmp_path):
     assert set(counted(made, found).values()) == {Verdict.HOLDS}
 
 
+def test_tpla_on_two_ranks_keeps_five_ninths(tmp_path):
+    made, found = cell("tpla", "ranks", tmp_path)
+    bytes_ = {arm: metrics["cached bytes"] for arm, metrics in found.items()}
+    assert bytes_ == {"MLA on 2 ranks": 32 * 576 * 8, "TPLA on 2 ranks": 32 * 320 * 8}
+    assert all(metrics["numbers summed for a token"] == 64 for metrics in found.values())
+    assert set(counted(made, found).values()) == {Verdict.HOLDS}
+
+
 def test_tpla_converts_what_it_trained(tmp_path):
     made, found = cell("tpla", "trained", tmp_path)
-    arms = {arm for arm in (*made.baseline, *made.ours) if "V3" not in arm}
+    arms = {arm for arm in (*made.baseline, *made.ours) if "V3" not in arm and "ranks" not in arm}
     assert arms == set(found)
     same = found["TPLA values only"]["loss"]
     assert same == pytest.approx(found["MLA"]["loss"], abs=1e-4)

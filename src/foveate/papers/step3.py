@@ -8,6 +8,9 @@ for 1,500 steps: at 500 a factorised query still lags behind a plain one.
 
 Counted, at the papers' own sizes: numbers cached for each token and layer by Step-3, by
 Qwen3-235B's grouped queries and by DeepSeek-V3's latent.
+
+Measured on two processes ("afd", `foveate.papers.system.afd`): decoding with attention and FFN
+apart, with one micro-batch and with three in flight, on stages of equal lengths.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import math
 import torch
 
 from foveate.papers.harness import Found, Grid, Paper, Trial, difference, ratio
+from foveate.papers.system.afd import AFD_CHECKS, ONE, THREE, afd
 from foveate.papers.tasks import standard_library
 from foveate.papers.training.language import (
     REQUIRES,
@@ -44,6 +48,8 @@ def run(trial: Trial) -> Found:
     """Train one arm, or count the caches at the papers' sizes."""
     if trial.cell == "at size":
         return {name: {"cache": _cache(*given)} for name, given in AT_SIZE.items()}
+    if trial.cell == "afd":
+        return afd(trial)
     heads, projection = ARMS[trial.cell]
     sizes = Sizes(layers=3, dim=128, heads=heads, length=128)
     _, found = trained_on_bytes(trial, lambda: language_model(sizes, projection), steps=STEPS)
@@ -63,10 +69,10 @@ PAPER = Paper(
     claim="MFA is as good as multi-head attention with a small part of its cache, and better than "
     "multi-query attention with the same cache.",
     metric="test loss in nats for each byte; cache in numbers for each token and layer",
-    cells=("at size", *ARMS),
+    cells=("at size", "afd", *ARMS),
     run=run,
-    baseline=("MHA 8x16", "MQA 8x16", "Qwen3-235B GQA", "DeepSeek-V3 MLA"),
-    ours=("MFA 16x16", "MFA-KR 8x32", "Step-3 MFA"),
+    baseline=("MHA 8x16", "MQA 8x16", "Qwen3-235B GQA", "DeepSeek-V3 MLA", ONE),
+    ours=("MFA 16x16", "MFA-KR 8x32", "Step-3 MFA", THREE),
     checks=(
         difference("MFA 16x16", "MHA 8x16", 0.03, refuted=math.inf),
         difference("MFA 16x16", "MQA 8x16", 0.0, refuted=0.02),
@@ -74,6 +80,7 @@ PAPER = Paper(
         ratio("MQA 8x16", "MFA 16x16", 1, "cache", exact=True),
         ratio("Qwen3-235B GQA", "Step-3 MFA", 2, "cache", exact=True),
         ratio("DeepSeek-V3 MLA", "Step-3 MFA", 1.125, "cache", exact=True),
+        *AFD_CHECKS,
     ),
     needs=(learnt("MHA 8x16"),),
     requires=REQUIRES,

@@ -9,6 +9,7 @@ of every window, which is decoded token by token after a prefill of the first.
 
 Nothing is tuned: there is one model for each seed. Counted, at DeepSeek-V3's sizes: numbers cached
 for each token and layer on a device, and multiply-adds for each cached token, both on two devices.
+Measured on two processes ("ranks", `foveate.papers.system.latents`): bytes cached, numbers summed.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 from foveate.methods.tpla import TPLA
 from foveate.methods.tpla.basis import Transform
 from foveate.papers.harness import Found, Paper, Trial, at_least, difference, ratio
+from foveate.papers.system.latents import LATENT_CHECKS, MLA2, TPLA2, latents
 from foveate.papers.tasks import ByteText, standard_library
 from foveate.papers.training import evaluate
 from foveate.papers.training.language import (
@@ -51,6 +53,8 @@ def run(trial: Trial) -> Found:
     """Train MLA, convert it in every way, and evaluate all; or count at DeepSeek-V3's sizes."""
     if trial.cell == "at size":
         return at_size()
+    if trial.cell == "ranks":
+        return latents(trial)
     from foveate.models import to_tpla
 
     model, found = trained_on_bytes(
@@ -139,11 +143,11 @@ PAPER = Paper(
     claim="A trained MLA becomes a TPLA without training and loses next to nothing, where GLA "
     "loses most of its quality; each of two devices then holds 5/9 of the cache.",
     metric="test loss in nats for each byte; numbers cached for each token, layer and device",
-    cells=("at size", "trained"),
+    cells=("at size", "ranks", "trained"),
     run=run,
-    baseline=("MLA", "GLA", "GLA PCA", "DeepSeek-V3 MLA"),
+    baseline=("MLA", "GLA", "GLA PCA", "DeepSeek-V3 MLA", MLA2),
     ours=("TPLA PCA", "TPLA Hadamard", "TPLA identity", "TPLA values only", "TPLA literal",
-          "TPLA pd sep", "DeepSeek-V3 TPLA"),
+          "TPLA pd sep", "DeepSeek-V3 TPLA", TPLA2),
     checks=(
         at_least("loss: GLA - MLA - 10 (TPLA PCA - MLA)", _times_closer, 0.0, refuted=-math.inf),
         difference("TPLA PCA", "GLA", 0.0),
@@ -153,6 +157,7 @@ PAPER = Paper(
         difference("TPLA pd sep", "TPLA PCA", 0.005, "second half", refuted=math.inf),
         ratio("DeepSeek-V3 MLA", "DeepSeek-V3 TPLA", 1.8, "cache", exact=True),
         ratio("DeepSeek-V3 MLA", "DeepSeek-V3 TPLA", 0.944, "multiply-adds", exact=True),
+        *LATENT_CHECKS,
     ),
     needs=(learnt("MLA"),),
     requires=REQUIRES,

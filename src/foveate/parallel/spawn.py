@@ -7,8 +7,8 @@
 
 The processes find each other through a store that this process holds on a free port, so no port is
 guessed, and a rank that dies takes no store with it. They come from a fork server that has
-imported torch once, where the platform has one: the first start takes seconds, later ones a
-fraction. No rank outlives this process, or its `timeout`.
+imported torch and transformers once, where the platform has one: the first start takes seconds,
+later ones a fraction. No rank outlives this process, or its `timeout`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from torch import distributed
 from foveate.ops.errors import FoveateError, InputError
 
 HOST = "127.0.0.1"
+_OFTEN = ("transformers.modeling_utils", "transformers.generation.utils")  # what models import
 
 
 class RanksError(FoveateError, RuntimeError):
@@ -136,7 +137,7 @@ class Ranks:
         os.kill(self.processes[name].pid, signal.SIGKILL)
 
     def wait(self) -> dict[str, Any]:
-        """What every rank returned, by name.
+        """What every rank returned, by name, in the order of the names.
 
         Raises:
             RanksError: a rank raised, died, or was still running at the end of the time.
@@ -164,6 +165,7 @@ class Ranks:
                     late = f"still running {self.grace:g} s after {name!r} had failed: killed."
                 errors[name] = value
         self.close()
+        results = {name: results[name] for name in self.names if name in results}
         if errors:
             raise RanksError(errors, results)
         return results
@@ -238,8 +240,8 @@ def _context() -> Any:  # the contexts' common base has no public type that know
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    # Only torch: the server doesn't know this process's sys.path, and may find another foveate.
-    context.set_forkserver_preload(["torch"])
+    # Not foveate: the server doesn't know this process's sys.path, and may find another one.
+    context.set_forkserver_preload(["torch", *_OFTEN])
     return context
 
 

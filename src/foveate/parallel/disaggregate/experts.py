@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from foveate.nn.feedforward import GELU, SwiGLU
-from foveate.nn.moe import MoE
+from foveate.nn.moe import MoE, Router
 from foveate.ops.errors import InputError
 from foveate.parallel.disaggregate.plan import Plan
 
@@ -26,17 +26,16 @@ class Routes:
         self.ids, self.weights = ids, weights
 
 
-def route(layer: nn.Module, rows: Tensor) -> Routes | None:
+def route(router: Router | None, rows: Tensor) -> Routes | None:
     """The router's choice for rows (N, dim), ids ascending; None for a dense layer.
 
     Chosen are `top_k` of each row; where a router allows fewer, the rest has weight 0.
     """
-    if not isinstance(layer, MoE):
+    if router is None:
         return None
-    routed = layer.router(rows)
-    k = layer.router.top_k
+    routed = router(rows)
     # A stable sort of "not chosen" brings the chosen experts forward, in ascending order.
-    ids = (~routed.chosen).to(torch.uint8).sort(-1, stable=True).indices[:, :k]
+    ids = (~routed.chosen).to(torch.uint8).sort(dim=-1, stable=True).indices[:, : router.top_k]
     weights = routed.weights.gather(1, ids) * routed.chosen.gather(1, ids)
     return Routes(ids.to(torch.int32), weights)
 

@@ -89,8 +89,8 @@ class Layout:
 
     def write_head(self, buffer: Tensor, head: Head) -> None:
         """Put the header in."""
-        numbers = (head.layer, head.micro_batch, head.turn, head.rows)
-        numbers += (int(head.done), head.arrival, head.sent, 0)
+        what = (head.layer, head.micro_batch, head.turn, head.rows)
+        numbers = (*what, int(head.done), head.arrival, head.sent, 0)
         self.view(buffer, "head").copy_(torch.tensor(numbers, dtype=torch.int64))
 
     def head(self, buffer: Tensor) -> Head:

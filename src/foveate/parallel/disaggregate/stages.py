@@ -1,18 +1,22 @@
 """What each stage took, as a Chrome trace; and stages of a set length, to test the pipeline.
 
 A trace opens in chrome://tracing or ui.perfetto.dev: a process for each rank, a row for each
-micro-batch (stages) and for each peer (transfers).
+micro-batch (stages) and for each peer (transfers, from the sender's clock to the receiver's: they
+mean something on one machine, where both are the same).
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+MOST_EVENTS = 200_000
 
 
 class Trace:
@@ -25,7 +29,7 @@ class Trace:
 
     def __init__(self, name: str, on: bool = True) -> None:
         self.name, self.on = name, on
-        self.events: list[dict[str, Any]] = []
+        self.events: deque[dict[str, Any]] = deque(maxlen=MOST_EVENTS)  # the last ones
         self._offset = time.time_ns() - time.monotonic_ns()
 
     @contextmanager

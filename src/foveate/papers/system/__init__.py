@@ -1,0 +1,1 @@
+"""What papers claim of whole systems, counted: costs, pipelines, bytes on ranks."""
