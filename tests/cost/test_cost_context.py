@@ -68,6 +68,22 @@ def test_candidates_can_run():
             scheme_of(name).check(ranks, 64)
 
 
+def test_the_rate_comes_from_measured_kernels(tmp_path, capsys):
+    """Twice the rate is half the computing; what wasn't measured is refused."""
+    record = {"cell": {"mask": "causal", "direction": "forward"},
+              "values": {"results": [{"tflops": 0.05}, {"failed": "x"}]}}  # fmt: skip
+    (tmp_path / "results.jsonl").write_text(json.dumps(record) + "\n")
+    args = ["--ranks", "4", "--per-rank", "64", "--schemes", "ring", "--json"]
+    code, said = run(capsys, *args, "--measured", str(tmp_path))
+    assert code == 0
+    slow = json.loads(said.out)[0]["compute_seconds"]
+    code, said = run(capsys, *args, "--rate", "0.1")
+    assert json.loads(said.out)[0]["compute_seconds"] == pytest.approx(slow / 2)
+    code, said = run(capsys, *args, "--measured", str(tmp_path), "--mask", "full")
+    assert code == 2
+    assert "bench kernels --masks full" in said.err
+
+
 def run(capsys, *args):
     code = main(["cost", "context", *args])
     return code, capsys.readouterr()

@@ -305,6 +305,27 @@ def test_oracle_5_numbers_sent(heads):
         assert sum(told.backward.values()) == sent(found, "backward", ("dlse",))[0]
 
 
+def test_oracle_5_bytes_sent():
+    """In bf16, where sums travel in fp32."""
+    p = problem(64, (8, 2), (8, 8), batch=1, dtype=torch.bfloat16)
+    for n, scheme in ((4, "ring"), (4, "usp(ulysses=4)"), (4, "usp(ulysses=2)"), (2, "ulysses"),
+                      (4, "all-gather")):  # fmt: skip
+
+        def work(links, scheme=scheme):
+            cp = ContextParallel(links, scheme, "zigzag")
+            sequence = cp.sequence(64, causal())
+            own = [sequence.split(p[name], 2).requires_grad_() for name in "qkv"]
+            out = sequence.attention(*own).out
+            forward = sum(cp.traffic.bytes.values())
+            cp.traffic.reset()
+            out.sum().backward()
+            return forward, sum(cp.traffic.bytes.values())
+
+        told = volume(scheme_of(scheme), Sizes(64, n, 8, 2, 8, 8))
+        want = (told.bytes(2), told.bytes(2, backward=True))
+        assert run_local(n, work) == [want] * n
+
+
 def test_oracle_5_uneven_shares_send_the_same_in_all():
     p = problem(LENGTH, batch=1)
     found = on_ranks(4, p, "ring", "zigzag", causal())

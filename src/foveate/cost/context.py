@@ -15,9 +15,11 @@ Source: sheet of arXiv 2510.17896, cost section and miniature C.
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -168,15 +170,14 @@ def _exchange(
     scheme: Scheme, told: Volume, sizes: Sizes, machine: Machine, u: int, backward: bool
 ) -> tuple[float, float]:
     """(seconds, bytes) of sending, all-to-all and ring one after the other."""
-    repeated = u > 1 and math.lcm(sizes.kv_heads, u) != sizes.kv_heads
     seconds = total = 0.0
     head_first = not isinstance(scheme, Ulysses) or scheme.placement == "head"
     rings = sizes.ranks // u
     for back in (False, True) if backward else (False,):
         some = told.backward if back else told.forward
         for what in some:
-            one = Volume({what: some[what]}, {what: some[what]})
-            amount = one.bytes(machine.itemsize, backward=back, repeated=repeated)
+            one = replace(told, forward={what: some[what]}, backward={what: some[what]})
+            amount = one.bytes(machine.itemsize, backward=back)
             total += amount
             if what in ("kv", "dkv"):
                 step = u if head_first else 1  # how far apart ranks of a ring sit
@@ -234,6 +235,38 @@ def candidates(ranks: int, heads: int, node: int) -> list[str]:
             if u <= node // 2:
                 found.append(f"loongtrain(ulysses={u}, window={w}, placement='context')")
     return found
+
+
+def rate_in(path: Path, mask: str) -> float:
+    """FLOP/s of the fastest forward of a mask among the results of `foveate bench kernels`.
+
+    Args:
+        path: a results.jsonl, or the folder that holds it.
+        mask: a name of the catalogue.
+
+    Raises:
+        InputError: it can't be read, or holds no forward of that mask.
+    """
+    file = path / "results.jsonl" if path.is_dir() else path
+    try:
+        records = [json.loads(line) for line in file.read_text().splitlines()]
+        found: dict[str, float] = {}
+        for record in records:
+            cell = record["cell"]
+            if cell.get("direction") == "forward":
+                for result in record["values"].get("results", ()):
+                    name, rate = cell["mask"], result.get("tflops", 0.0) * 1e12
+                    found[name] = max(found.get(name, 0.0), rate)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: expected the results of foveate bench kernels ({type(error).__name__})."
+        ) from error
+    if not found.get(mask):
+        raise InputError(
+            f"{path} holds no forward of {mask!r}; run foveate bench kernels --masks {mask}, or "
+            f"give one of: {', '.join(sorted(found)) or 'none'}."
+        )
+    return found[mask]
 
 
 def measured_rate(head_dim: int, length: int = 2048) -> float:

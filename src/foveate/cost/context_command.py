@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -38,6 +39,9 @@ def context(
     measure: Annotated[
         bool, typer.Option("--measure", help="Take the rate of this machine's CPU, measured now.")
     ] = False,
+    measured: Annotated[
+        str | None, typer.Option(help="Take the rate from results of foveate bench kernels.")
+    ] = None,
     inside: Annotated[float, typer.Option(help="GB/s that a rank sends in its machine.")] = 200.0,
     between: Annotated[float, typer.Option(help="GB/s that it sends to another machine.")] = 25.0,
     node: Annotated[int, typer.Option(help="Ranks of a machine.")] = 8,
@@ -52,10 +56,17 @@ def context(
     "apart" is without any overlap of computing and sending, "together" with all of it; the truth
     lies between. Efficiency is the speed-up over one rank with everything, by ranks.
     """
+    if measure and measured is not None:
+        raise InputError("--measure and --measured both tell the rate; give one.")
+    speed: float | None = rate * 1e12
+    if measured is not None:
+        from foveate.cost.context import rate_in
+
+        speed = rate_in(Path(measured), mask)
     rows = planned(
         _numbers(ranks), per_rank, length, mask, documents, heads, kv_heads, head_dim, sharding,
         None if schemes is None else [s.strip() for s in schemes.split(";")],
-        None if measure else rate * 1e12, inside * 1e9, between * 1e9, node, itemsize, backward,
+        None if measure else speed, inside * 1e9, between * 1e9, node, itemsize, backward,
         seed,
     )  # fmt: skip
     if as_json:

@@ -65,18 +65,17 @@ class Volume:
         forward: as `Traffic` counts them; fractions where shares aren't equal.
         backward: likewise, for a loss that doesn't look at the lse.
         crossing: of the ring's messages those that leave a window, 0 to 1.
+        repeated: whether key heads were repeated, so that their gradients travel as sums.
     """
 
     forward: dict[str, Fraction]
     backward: dict[str, Fraction]
     crossing: Fraction = Fraction(1)
+    repeated: bool = False
 
-    def bytes(self, itemsize: int = 2, *, backward: bool = False, repeated: bool = False) -> float:
-        """Bytes, where tensors have `itemsize` and sums (the lse, dkv) at least 4.
-
-        With `repeated` key heads their gradients are sums, too.
-        """
-        wide = {"lse", "dkv"} | ({"dqkv"} if repeated else set())
+    def bytes(self, itemsize: int = 2, *, backward: bool = False) -> float:
+        """Bytes, where tensors have `itemsize` and sums (the lse, dkv) at least 4."""
+        wide = {"lse", "dkv"} | ({"dqkv"} if self.repeated else set())
         some = self.backward if backward else self.forward
         return float(
             sum(n * (max(4, itemsize) if w in wide else itemsize) for w, n in some.items())
@@ -117,6 +116,7 @@ def volume(scheme: Scheme, sizes: Sizes, plan: Plan | None = None, rank: int = 0
         {w: n for w, n in (forward | inner.forward).items() if n},
         {w: n for w, n in (backward | inner.backward).items() if n},
         inner.crossing,
+        heads != s.kv_heads,
     )
 
 
