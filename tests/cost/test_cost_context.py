@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from foveate.cli import main
-from foveate.cost.context import Machine, candidates, cost
+from foveate.cost.context import Machine, candidates, cost, loads
 from foveate.parallel.context import Sizes, scheme_of, volume, zigzag
 
 MIB = 2**20
@@ -35,17 +35,17 @@ def test_time_of_a_worked_example():
     """One second of computing and half a second of sending, told apart and together."""
     s, n, d, h = 1024, 4, 64, 2
     work = torch.arange(1, s + 1)
-    pairs = s * (s + 1) / 2 / n
+    pairs, pairs_of = s * (s + 1) / 2 / n, loads(work, zigzag(s, n))
     sent = 3 / 4 * s * 2 * h * d * 2  # bf16
     machine = Machine(4 * pairs * h * d, sent / 0.5, 1.0)
-    found = cost("ring", Sizes(s, n, h, h, d, d), work, zigzag(s, n), machine)
+    found = cost("ring", Sizes(s, n, h, h, d, d), pairs_of, machine)
     assert (found.compute, found.exchange) == pytest.approx((1.0, 0.5))
     assert (found.apart, found.together) == pytest.approx((1.5, 1.0))
     assert found.efficiency == pytest.approx((1 / 1.5, 1.0))
     slow = Machine(machine.rate, machine.inside, machine.inside / 10, node=2)
-    ring = cost("ring", Sizes(s, n, h, h, d, d), work, zigzag(s, n), slow)
+    ring = cost("ring", Sizes(s, n, h, h, d, d), pairs_of, slow)
     assert ring.exchange == pytest.approx(5.0)
-    double = cost("ring(window=2)", Sizes(s, n, h, h, d, d), work, zigzag(s, n), slow)
+    double = cost("ring(window=2)", Sizes(s, n, h, h, d, d), pairs_of, slow)
     assert double.exchange == pytest.approx(5.0 / 3)  # one of three messages leaves its machine
 
 
@@ -57,7 +57,7 @@ def test_ulysses_shares_rows_and_heads():
     work, sizes = torch.arange(1, s + 1), Sizes(s, n, 8, 8, 16, 16)
     machine = Machine(1.0, 1.0, 1.0)
     ring, whole = (
-        cost(x, sizes, work, contiguous(s, n), machine).compute for x in ("ring", "ulysses")
+        cost(x, sizes, loads(work, contiguous(s, n)), machine).compute for x in ("ring", "ulysses")
     )
     assert ring / whole == pytest.approx(7 / 4, rel=0.01)  # (2 N - 1) / N
 

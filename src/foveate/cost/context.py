@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from foveate.ops import attention, causal
 from foveate.ops.errors import InputError
-from foveate.parallel.context.plan import grouped
+from foveate.parallel.context.plan import group_ranks
 from foveate.parallel.context.ring import Ring
 from foveate.parallel.context.scheme import Scheme, scheme_of
 from foveate.parallel.context.sharding import Sharding
@@ -115,16 +116,15 @@ class Cost:
         }  # fmt: skip
 
 
-def busiest(work: Tensor, sharding: Sharding) -> float:
-    """Pairs of the busiest rank, from the keys that each query sees (S,)."""
-    return max(float(work[i].sum()) for i in sharding.index) if sharding.length else 0.0
+def loads(work: Tensor, sharding: Sharding) -> list[float]:
+    """Pairs of each rank's queries, from the keys that each query sees (S,)."""
+    return [float(work[i].sum()) for i in sharding.index]
 
 
 def cost(
     scheme: str | Scheme,
     sizes: Sizes,
-    work: Tensor,
-    sharding: Sharding,
+    pairs: Sequence[float],
     machine: Machine,
     *,
     backward: bool = False,
@@ -133,9 +133,8 @@ def cost(
 
     Args:
         scheme: by name; group-cast counts as if everyone saw everything.
-        sizes: of the attention; its ranks are those of the sharding.
-        work: (S,), keys that each query sees.
-        sharding: who holds what.
+        sizes: of the attention.
+        pairs: of each rank's queries, see `loads`.
         machine: rates.
         backward: count the backward too, 2.5 times the forward's operations.
 
@@ -147,23 +146,20 @@ def cost(
     times = 3.5 if backward else 1.0
     flops = 2.0 * sizes.width * sizes.heads * sizes.batch * times
     u = made.degree(sizes.ranks) if isinstance(made, Ulysses) else 1
-    rows = _gathered(sharding, made, u) if u > 1 else sharding
-    pairs = busiest(work, rows) / u  # of U ranks with the same rows each has its share of heads
+    rings, head_first = sizes.ranks // u, getattr(made, "placement", "head") == "head"
+    groups = (group_ranks(ring, u, rings, head_first) for ring in range(rings))
+    # U ranks put their rows together, and each has its share of their heads.
+    busiest = max(sum(pairs[r] for r in group) for group in groups) / u
     seconds, sent = _exchange(made, told, sizes, machine, u, backward)
     return Cost(
         scheme=name,
-        compute=flops * pairs / machine.rate,
+        compute=flops * busiest / machine.rate,
         exchange=seconds,
         sent=sent,
         memory=_held(made, sizes, u) * machine.itemsize,
-        alone=flops * float(work.sum()) / machine.rate,
+        alone=flops * sum(pairs) / machine.rate,
         ranks=sizes.ranks,
     )
-
-
-def _gathered(sharding: Sharding, scheme: Scheme, u: int) -> Sharding:
-    assert isinstance(scheme, Ulysses)
-    return grouped(sharding, u, scheme.placement == "head")[0]
 
 
 def _exchange(

@@ -100,7 +100,7 @@ def planned(
     Raises:
         InputError: sizes that don't fit, or names that aren't known.
     """
-    from foveate.cost.context import Machine, candidates, cost, measured_rate
+    from foveate.cost.context import Machine, candidates, cost, loads, measured_rate
     from foveate.parallel.context import Sizes, scheme_of
     from foveate.parts.longcontext import counted, draw_documents, row_counts, settings
 
@@ -121,12 +121,12 @@ def planned(
         work = row_counts(mask, s)
         shared = _shared_out(sharding, s, n, work, mask)
         sizes = Sizes(tokens, n, heads, kv_heads, head_dim, head_dim)
-        per_head = float(work.sum()) / n
-        uneven = max(float(work[i].sum()) for i in shared.index) / per_head
+        pairs = loads(work, shared)
+        uneven = max(pairs) * n / sum(pairs)
         found = []
         for scheme in schemes or candidates(n, heads, node):
             scheme_of(scheme).check(n, heads)
-            row = cost(scheme, sizes, work, shared, machine, backward=backward).row()
+            row = cost(scheme, sizes, pairs, machine, backward=backward).row()
             found.append({"tokens": tokens, "mask": mask, "imbalance": uneven, **row})
         rows += sorted(found, key=lambda row: row["seconds_apart"] + row["seconds_together"])
     return rows

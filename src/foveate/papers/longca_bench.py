@@ -162,7 +162,7 @@ def schemes(trial: Trial) -> Found:
 
 def plan(trial: Trial) -> Found:
     """Milliseconds of the best ring and the best hybrid, nothing overlapped, by ranks."""
-    from foveate.cost.context import Machine, candidates, cost
+    from foveate.cost.context import Machine, candidates, cost, loads
     from foveate.parallel.context import Sizes, zigzag
     from foveate.parts.longcontext import row_counts, settings
 
@@ -172,12 +172,12 @@ def plan(trial: Trial) -> Found:
     for number, ranks in enumerate(PLANNED):
         trial.tell(number / len(PLANNED), f"{ranks} ranks")
         n = per_rank * ranks
-        work, shared = row_counts("causal", settings((0, n))), zigzag(n, ranks)
+        pairs = loads(row_counts("causal", settings((0, n))), zigzag(n, ranks))
         sizes = Sizes(n, ranks, 64, 8, 128, 128)
         for kind in found:
             names = [c for c in candidates(ranks, 64, 8)
                      if c.startswith(("ring", "all-gather")) == (kind == "best ring")]  # fmt: skip
-            made = [cost(name, sizes, work, shared, machine) for name in names]
+            made = [cost(name, sizes, pairs, machine) for name in names]
             found[kind][f"sending ms, {ranks} ranks"] = 1e3 * min(c.exchange for c in made)
             found[kind][f"ms apart, {ranks} ranks"] = 1e3 * min(c.apart for c in made)
     return found

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from foveate.parallel.context.rule import Part, Rule
-from foveate.parallel.context.sharding import Sharding, Span
+from foveate.parallel.context.sharding import Sharding
 
 Heads = tuple[int, int, int]
 """(first, count, of): query heads first ... first + count - 1 of `of`."""
@@ -76,15 +76,14 @@ def grouped(
         (who holds what then, for each group the order (L,) that sorts its ranks' tokens).
     """
     rings = sharding.ranks // ulysses
-    index, order, pieces = [], [], []
+    index, order = [], []
     for ring in range(rings):
         members = group_ranks(ring, ulysses, rings, head_first)
         together = torch.cat([sharding.index[r] for r in members])
         sort = together.argsort()
         index.append(together[sort])
         order.append(sort)
-        pieces.append(_runs(index[-1]))
-    made = Sharding(f"{sharding.name} by {ulysses}", sharding.length, tuple(index), tuple(pieces))
+    made = Sharding(f"{sharding.name} by {ulysses}", sharding.length, tuple(index))
     return made, order
 
 
@@ -93,14 +92,3 @@ def group_ranks(ring: int, ulysses: int, rings: int, head_first: bool) -> list[i
     if head_first:
         return list(range(ring * ulysses, (ring + 1) * ulysses))
     return list(range(ring, rings * ulysses, rings))
-
-
-def _runs(index: Tensor) -> tuple[Span, ...]:
-    """Spans of neighbours; of a scattered list all of it."""
-    if not len(index):
-        return ()
-    breaks = (index.diff() != 1).nonzero()[:, 0] + 1
-    if len(breaks) * 8 > len(index):
-        return ((0, len(index)),)
-    ends = [*breaks.tolist(), len(index)]
-    return tuple(zip([0, *ends[:-1]], ends))

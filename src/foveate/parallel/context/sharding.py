@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,13 +40,11 @@ class Sharding:
         name: how it was made.
         length: S, tokens of the whole sequence.
         index: for each rank, (L_r,) int64, the tokens that it holds, in the order it holds them.
-        pieces: for each rank, spans of its own tokens that lie together in the sequence.
     """
 
     name: str
     length: int
     index: tuple[Tensor, ...]
-    pieces: tuple[tuple[Span, ...], ...]
     _inverse: list[Tensor] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
@@ -60,6 +59,14 @@ class Sharding:
     def ranks(self) -> int:
         """N."""
         return len(self.index)
+
+    @cached_property
+    def pieces(self) -> tuple[tuple[Span, ...], ...]:
+        """For each rank, spans of its own tokens that lie together in the sequence.
+
+        Where hardly any do, all of its tokens are one span.
+        """
+        return tuple(_runs(index) for index in self.index)
 
     @property
     def sizes(self) -> list[int]:
@@ -88,44 +95,40 @@ class Sharding:
 
 
 def _made(name: str, length: int, spans: Sequence[Sequence[Span]]) -> Sharding:
-    """From each rank's spans of the sequence, empty ones left out, neighbours put together."""
-    index, pieces = [], []
-    for mine in spans:
-        kept: list[list[int]] = []
-        for lo, hi in mine:
-            if lo >= hi:
-                continue
-            if kept and kept[-1][1] == lo:
-                kept[-1][1] = hi
-            else:
-                kept.append([lo, hi])
-        parts = [torch.arange(lo, hi) for lo, hi in kept]
-        index.append(torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64))
-        ends = torch.tensor([hi - lo for lo, hi in kept]).cumsum(0).tolist() if kept else []
-        pieces.append(tuple(zip([0, *ends[:-1]], ends)))
-    return Sharding(name, length, tuple(index), tuple(pieces))
+    """From each rank's spans of the sequence."""
+    parts = ([torch.arange(lo, hi) for lo, hi in mine] for mine in spans)
+    none = torch.zeros(0, dtype=torch.int64)
+    return Sharding(name, length, tuple(torch.cat(p) if p else none for p in parts))
 
 
-def _cuts(lo: int, hi: int, parts: int, first: int = 0) -> list[int]:
-    """Boundaries of `parts` chunks of lo ... hi - 1; the longer ones begin at chunk `first`."""
-    small, spare = divmod(hi - lo, parts)
-    bounds = [lo]
-    for i in range(parts):
-        bounds.append(bounds[-1] + small + ((i - first) % parts < spare))
-    return bounds
+def _runs(index: Tensor) -> tuple[Span, ...]:
+    """Spans of neighbours; of a scattered list all of it."""
+    if not len(index):
+        return ()
+    breaks = (index.diff() != 1).nonzero()[:, 0] + 1
+    if len(breaks) * 2 > len(index):
+        return ((0, len(index)),)
+    ends = [*breaks.tolist(), len(index)]
+    return tuple(zip([0, *ends[:-1]], ends))
+
+
+def _cuts(length: int, parts: int) -> list[int]:
+    """Boundaries of `parts` chunks, the longer ones first."""
+    small, spare = divmod(length, parts)
+    return [i * small + min(i, spare) for i in range(parts + 1)]
 
 
 def contiguous(length: int, ranks: int) -> Sharding:
     """One stretch of tokens for each rank."""
     length, ranks = _sizes("contiguous", length, ranks)
-    cuts = _cuts(0, length, ranks)
+    cuts = _cuts(length, ranks)
     return _made("contiguous", length, [[(cuts[r], cuts[r + 1])] for r in range(ranks)])
 
 
 def zigzag(length: int, ranks: int) -> Sharding:
     """Chunks r and 2 N - 1 - r of 2 N: equal work under a causal mask."""
     length, ranks = _sizes("zigzag", length, ranks)
-    cuts = _cuts(0, length, 2 * ranks)
+    cuts = _cuts(length, 2 * ranks)
     spans = [_mirrored(cuts, r) for r in range(ranks)]
     return _made("zigzag", length, spans)
 
@@ -143,23 +146,26 @@ def document_zigzag(cu_seqlens: Sequence[int] | Tensor, ranks: int) -> Sharding:
             f"{list(bounds[:8])}."
         )
     length, ranks = _sizes("document_zigzag", bounds[-1], ranks)
-    spans: list[list[Span]] = [[] for _ in range(ranks)]
-    first = 0
-    for lo, hi in zip(bounds, bounds[1:]):
-        cuts = _cuts(lo, hi, 2 * ranks, first)
-        first = (first + (hi - lo)) % (2 * ranks)
-        for r in range(ranks):
-            spans[r] += _mirrored(cuts, r)
-    return _made("document-zigzag", length, [sorted(mine) for mine in spans])
+    ends = torch.tensor(bounds)
+    lengths, first = ends.diff(), ends[:-1] % (2 * ranks)
+    chunk = torch.arange(2 * ranks)
+    owner = torch.minimum(chunk, chunk.flip(0))
+    small, spare = lengths // (2 * ranks), lengths % (2 * ranks)
+    found = []
+    for some in torch.arange(len(lengths)).split(max(1, 2**22 // (2 * ranks))):
+        more = (chunk - first[some, None]) % (2 * ranks) < spare[some, None]
+        sizes = small[some, None] + more
+        found.append(owner.repeat(len(some)).repeat_interleave(sizes.reshape(-1)))
+    of = torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)
+    counts = torch.bincount(of, minlength=ranks).tolist()
+    return Sharding("document-zigzag", length, of.argsort(stable=True).split(counts))
 
 
 def striped(length: int, ranks: int) -> Sharding:
     """Token t to rank t mod N: even in pairs, but each tile of a rank spans N times as much."""
     length, ranks = _sizes("striped", length, ranks)
     index = tuple(torch.arange(r, length, ranks) for r in range(ranks))
-    return Sharding(
-        "striped", length, index, tuple(((0, len(i)),) if len(i) else () for i in index)
-    )
+    return Sharding("striped", length, index)
 
 
 def by_work(work: Tensor, ranks: int, chunk: int) -> Sharding:
