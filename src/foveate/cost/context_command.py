@@ -155,7 +155,7 @@ def _table(rows: list[dict[str, Any]], most: int) -> Table:
     table = Table(box=None, pad_edge=False)
     for name in ("ranks", "tokens"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("scheme", no_wrap=True)
+    table.add_column("scheme", overflow="fold")
     for name in ("busiest", "compute ms", "sending ms", "MiB sent", "MiB held", "ms together",
                  "ms apart", "efficiency"):  # fmt: skip
         table.add_column(name, justify="right", no_wrap=True)
