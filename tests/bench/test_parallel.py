@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
+import torch
 
 from foveate.bench import parallel as job
+from foveate.bench import parallel_ranks
 from foveate.bench.parallel_command import page, tables
+from foveate.bench.parallel_ranks import Task
 from foveate.cli import main
+from foveate.ops import causal
 from foveate.ops.errors import InputError
+from foveate.parallel.context import ContextParallel, run_local
+from foveate.parallel.spawn import Place
 
 
 def test_a_small_run_through_the_command(tmp_path, capsys):
@@ -56,6 +63,26 @@ def test_what_is_wrong_gets_no_speed(tmp_path):
     assert any("differs from the formulas" in line for line in said)
     assert "WRONG by" in page([cell], said, tmp_path / "p.md").read_text()
     assert tables([cell])[0].row_count == 1
+
+
+@pytest.mark.parametrize("wrong", range(4))
+def test_nan_is_not_right(wrong, monkeypatch):
+    """Wherever it stands, in the output or in a gradient."""
+
+    def work(links):
+        sequence = ContextParallel(links, "ring").sequence(16, causal())
+        own = [torch.randn(1, 2, 16, 8) for _ in range(4)]
+        found = [x.clone() for x in own]
+        found[wrong][0, 0, 3, 1] = torch.nan
+        monkeypatch.setattr(parallel_ranks, "_step", lambda *_: (found, {}))
+        task = Task("causal", 16, 2, 2, 8, "float32", (), "short", 1, 0)
+        result = {}
+        parallel_ranks._judged(Place("a", 0, ("a",), None), result, sequence, own, own, task)
+        return result
+
+    result = run_local(1, work)[0]
+    assert not result["right"]
+    assert math.isnan(result["error"])
 
 
 def test_options_are_refused_before_anything_runs():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,14 @@ from torch import Tensor
 from foveate.bench.job import DTYPES
 from foveate.ops import Layout, attention
 from foveate.ops.errors import FoveateError
-from foveate.parallel.context import ContextParallel, Sizes, balance, scheme_of, volume
+from foveate.parallel.context import (
+    ContextParallel,
+    LinkError,
+    Sizes,
+    balance,
+    scheme_of,
+    volume,
+)
 from foveate.parallel.context.attend import Sequence
 from foveate.parallel.spawn import Place
 from foveate.parts.longcontext import draw_documents, seen_by, settings
@@ -75,6 +81,8 @@ def rank_of(place: Place, task: Task) -> list[dict[str, Any]]:
         try:
             sequence, own = _prepared(scheme, sharding, drawn, seen, task)
             _judged(place, result, sequence, own, right, task)
+        except LinkError:  # another rank is gone: no refusal
+            raise
         except FoveateError as error:
             result["refused"] = " ".join(str(error).split())
             continue
@@ -152,13 +160,13 @@ def _judged(
     result["theory"] = {
         "forward": float(sum(told.forward.values())), "backward": float(sum(told.backward.values()))
     }  # fmt: skip
-    worst = 0.0
+    errors = [torch.zeros(())]
     for got, whole in zip(found, right):
         scale = float(whole.abs().max()) or 1.0
         off = (got.float() - sequence.split(whole, 2).float()).abs()
-        worst = max(worst, float(off.max()) / scale if off.numel() else 0.0)
-    result["error"] = worst
-    result["right"] = math.isfinite(worst) and worst <= TOLERANCE[task.dtype]
+        errors += [off.max() / scale] if off.numel() else []
+    result["error"] = float(torch.stack(errors).max())  # NaN if one is, as Python's max isn't
+    result["right"] = result["error"] <= TOLERANCE[task.dtype]
     if place.rank == 0:
         even = balance(sequence.rule, sequence.sharding)
         result["imbalance"], result["area_imbalance"] = even.imbalance, even.area_imbalance
