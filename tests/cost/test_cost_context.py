@@ -89,6 +89,15 @@ def run(capsys, *args):
     return code, capsys.readouterr()
 
 
+def test_document_zigzag_is_by_document_where_the_mask_knows_any(capsys):
+    """Causal blockwise too: its last document sees all, and is zig-zagged on its own."""
+    for mask in ("causal-document", "causal-blockwise", "shared-question"):
+        code, said = run(capsys, "--ranks", "8", "--per-rank", "4096", "--json", "--mask", mask,
+                         "--documents", "short", "--schemes", "ring")  # fmt: skip
+        assert code == 0
+        assert json.loads(said.out)[0]["imbalance"] < 1.1, mask
+
+
 def test_the_command_extrapolates_to_a_thousand_ranks(capsys):
     code, said = run(capsys, "--ranks", "8,1024", "--per-rank", "64", "--json",
                      "--mask", "causal-document", "--documents", "short")  # fmt: skip

@@ -136,7 +136,7 @@ def _shared_out(sharding: str, s: Any, ranks: int, work: Any, mask: str) -> Any:
     from foveate.parallel.context import by_work, document_zigzag, sharding_of
 
     if sharding == "document-zigzag":
-        packed = "document" in mask or mask == "shared-question"
+        packed = "document" in mask or mask in ("shared-question", "causal-blockwise")
         return document_zigzag(s.bounds if packed else [0, s.length], ranks)
     if sharding.startswith("by-work"):
         digits = "".join(c for c in sharding if c.isdecimal())
