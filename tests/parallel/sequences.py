@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from foveate.ops import attention
+from foveate.ops import Layout, attention, causal
 from foveate.parallel.context import ContextParallel, Links, run_local
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
@@ -68,6 +69,25 @@ def this_rank(
 def on_ranks(ranks: int, *args: Any, **options: Any) -> list[dict[str, Any]]:
     """What `this_rank` returns on each of some threads."""
     return run_local(ranks, lambda links: this_rank(links, *args, **options))
+
+
+def any_layouts() -> dict[str, Layout]:
+    """Kinds of tiles that no mask makes: gathered keys, ranges, rows in an order of their own."""
+    n, tile = 96, 16
+    tiles = torch.rand(1, 4, 6, 6) < 0.3
+    keys = torch.rand(1, 4, 6, n) < 0.2
+    order = torch.randperm(n)[None, None].int()
+    plain = causal().layout(n, n, tile)
+    ranged = torch.stack((torch.arange(n) // 3, torch.arange(n) + 1), -1).int()[None, None]
+    return {
+        "tiles": Layout.from_tiles(tiles, n, n, tile, causal()),
+        "single keys": Layout.from_selection(tiles[:, :2], keys[:, :2], n, n, tile, causal()),
+        "ordered": replace(plain, q_index=order, kv_index=order, _counts=[]),
+        "key ranges": replace(plain, kinds=torch.full_like(plain.kinds, -1), key_range=ranged,
+                              _counts=[]),
+        "row ranges": replace(plain, kinds=torch.full_like(plain.kinds, -2), row_range=ranged,
+                              _counts=[]),
+    }  # fmt: skip
 
 
 def joined(found: list[dict[str, Any]]) -> dict[str, Tensor]:

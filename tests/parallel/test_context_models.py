@@ -126,6 +126,37 @@ def test_refusals_name_what_cant_run():
         on_one(ours(), attention_mask=torch.tensor([[0] * 3 + [1] * (LENGTH - 3)] * 2))
 
 
+def test_losses_of_routers_are_refused():
+    """A load-balance loss is no sum over tokens; without it experts run as on one rank."""
+
+    def made(balance):
+        torch.manual_seed(3)
+        config = FoveateConfig(
+            vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+            intermediate_size=48, moe_layers=[1], num_experts=4, num_experts_per_tok=2,
+            moe_intermediate_size=16, router_balance=balance,
+        )  # fmt: skip
+        return FoveateForCausalLM(config)
+
+    def on_two(make, **call):
+        models = [make() for _ in range(2)]
+
+        def work(links):
+            with use(models[links.rank], ContextParallel(links)) as used:
+                found = models[links.rank](input_ids=ids(), **call).logits.detach()
+                return used.sequence.gather(found)
+
+        return run_local(2, work)[0]
+
+    with pytest.raises(InputError, match="router_balance=0"):
+        on_two(lambda: made(0.1).train())
+    for make in (lambda: made(0.1).eval(), lambda: made(0.0).train()):
+        want = make()(input_ids=ids()).logits
+        torch.testing.assert_close(on_two(make), want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="output_router_logits=False"):
+        on_two(theirs, output_router_logits=True)
+
+
 def test_padding_behind_is_left_out():
     """Real tokens' logits and the loss are those of the padded batch on one rank."""
     model, tokens = ours().eval(), ids()
@@ -196,7 +227,7 @@ def test_training_steps_with_fsdp2_and_ddp_equal_one_ranks():
     one = ours()
     start = one(input_ids=ids(4), labels=ids(4)).loss.detach()
     loss = trained(one, ids(4))
-    found = run(on_four, ["a", "b", "c", "d"], timeout=120)
+    found = run(on_four, ["a", "b", "c", "d"], timeout=300)
     for place in found.values():
         for kind in ("fsdp2", "ddp"):
             torch.testing.assert_close(place[f"{kind} loss"], loss, rtol=1e-5, atol=1e-6)

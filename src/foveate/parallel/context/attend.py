@@ -111,7 +111,7 @@ class ContextParallel:
         if found is None:
             rule = rule_of(mask if layout is None else layout, length, positions)
             plan = Plan(rule, self._shared_out(length, mask, layout))
-            found = Sequence(self, plan, mask, (layout, positions))
+            found = Sequence(self, plan, mask, layout, positions)
             self._sequences[key] = found
             if len(self._sequences) > KEPT:
                 self._sequences.pop(next(iter(self._sequences)))
@@ -178,8 +178,16 @@ class Sequence:
         mask: as it was given.
     """
 
-    def __init__(self, cp: ContextParallel, plan: Plan, mask: Mask | None, keep: object) -> None:
-        self.cp, self.plan, self.mask, self._keep = cp, plan, mask, keep
+    def __init__(
+        self,
+        cp: ContextParallel,
+        plan: Plan,
+        mask: Mask | None,
+        layout: Layout | None = None,
+        positions: Tensor | None = None,
+    ) -> None:
+        self.cp, self.plan, self.mask = cp, plan, mask
+        self._layout, self._positions = layout, positions  # kept: their ids name this sequence
         self._under: dict[Mask | None, Sequence] = {}
 
     @property
@@ -205,13 +213,17 @@ class Sequence:
     def under(self, mask: Mask | None) -> Sequence:
         """The same tokens on the same ranks under another mask, as layers of one model have them.
 
+        They stand where they stood; None is everyone.
+
         Raises:
             InputError: the mask is made for another length.
         """
-        found = self if mask == self.mask else self._under.get(mask)
+        same = self._layout is None and mask == self.mask
+        found = self if same else self._under.get(mask)
         if found is None:
-            plan = Plan(rule_of(mask, self.length), self.sharding)
-            found = self._under[mask] = Sequence(self.cp, plan, mask, None)
+            plan = Plan(rule_of(mask, self.length, self._positions), self.sharding)
+            found = Sequence(self.cp, plan, mask, positions=self._positions)
+            self._under[mask] = found
         return found
 
     def split(self, x: Tensor, dim: int = 1) -> Tensor:

@@ -30,7 +30,7 @@ from torch.nn.functional import pad
 from foveate.methods import make
 from foveate.methods.full import Full
 from foveate.nn import Attention as Layer
-from foveate.nn import MixerLayer
+from foveate.nn import MixerLayer, MoE
 from foveate.ops import AttentionOutput, Mask, causal, documents
 from foveate.ops.errors import InputError
 from foveate.parallel.context.attend import ContextParallel, Sequence
@@ -161,6 +161,7 @@ class Use:
         kwargs = dict(kwargs)
         if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
             raise InputError(_NO_CACHE)
+        self._check_routers(model, kwargs)
         name = "input_ids" if kwargs.get("input_ids") is not None else "inputs_embeds"
         tokens = kwargs.get(name)
         if not isinstance(tokens, Tensor):
@@ -189,6 +190,19 @@ class Use:
         if labels is not None:
             kwargs |= self._labelled(labels, kwargs)
         return (), kwargs
+
+    def _check_routers(self, model: nn.Module, kwargs: dict[str, Any]) -> None:
+        """Refuse losses that aren't sums over tokens: their mean over ranks is another loss."""
+        balanced = model.training and any(isinstance(m, MoE) and m.balance for m in model.modules())
+        asked = kwargs.get("output_router_logits")
+        if asked is None:
+            asked = getattr(getattr(model, "config", None), "output_router_logits", False)
+        if balanced or asked:
+            raise InputError(
+                "Context parallelism can't train a router's load-balance loss: it looks at all "
+                "tokens of a batch, and a rank holds some of them. Set "
+                f"{'router_balance=0' if balanced else 'output_router_logits=False'}."
+            )
 
     def _labelled(self, labels: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Labels shifted before they are shared out, counted over the whole batch."""

@@ -177,14 +177,14 @@ def by_work(work: Tensor, ranks: int, chunk: int) -> Sharding:
         chunk: tokens of a chunk; every rank gets as many chunks as the others, or one less.
 
     Raises:
-        InputError: fewer chunks than ranks, or work that isn't (S,).
+        InputError: fewer chunks than ranks where smaller ones would do, or work that isn't (S,).
     """
     chunk = whole("by_work", "chunk", chunk, least=1)
     if work.dim() != 1:
         raise InputError(f"by_work(work): expected (S,), got {tuple(work.shape)}.")
     length, ranks = _sizes("by_work", len(work), ranks)
     count = -(-length // chunk)
-    if count < ranks:
+    if count < ranks and chunk > 1:
         raise InputError(
             f"by_work(chunk={chunk}): {length} tokens make {count} chunks, fewer than the "
             f"{ranks} ranks; take chunks of at most {max(1, length // ranks)}."
