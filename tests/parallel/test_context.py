@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import time
+
 import pytest
 import torch
 from sequences import any_layouts, check_equal, on_ranks, one_rank, problem, this_rank
@@ -9,9 +12,13 @@ from sequences import any_layouts, check_equal, on_ranks, one_rank, problem, thi
 from foveate.ops import attention, blocks, causal, documents, padding, prefix, sinks, window
 from foveate.ops.errors import InputError
 from foveate.parallel.context import (
+    AllGather,
     ContextParallel,
+    Ring,
+    Ulysses,
     by_work,
     run_local,
+    scheme_of,
     zigzag,
 )
 from foveate.parallel.context.rule import LayoutRule
@@ -113,7 +120,7 @@ def test_what_a_restricted_layout_visits():
 def test_fewer_tokens_than_ranks(length):
     p = problem(length)
     for scheme in ("ring", "all-gather", "ulysses", "usp(ulysses=2)", "magi", "ring(window=2)"):
-        for sharding in ("zigzag", "contiguous", "by-work"):
+        for sharding in ("zigzag", "striped", "by-work"):
             check_equal(
                 on_ranks(4, p, scheme, sharding, causal()), one_rank(p, causal()), torch.float64
             )
@@ -216,6 +223,35 @@ def test_refusals_say_why():
         ContextParallel(None)
     with pytest.raises(InputError, match="fewer than the 8 ranks"):
         by_work(torch.ones(64), 8, 16)
+
+
+def test_schemes_are_read_from_their_names():
+    text = "loongtrain(ulysses=2, window=4, overlap=False, placement='context')"
+    want = Ulysses(2, Ring(4, overlap=False), "context")
+    assert scheme_of(text) == want
+    assert scheme_of("ring(window=None)") == Ring()
+    assert scheme_of("all-gather( groups = 2, )") == AllGather(2)
+    for wrong in ("ring(2)", "ring(window=2", "ring(window=x)", "ring(window=2.5)", "ring(window)",
+                  "ring(width=2)", "usp()", "usp(ulysses='2')"):  # fmt: skip
+        with pytest.raises(InputError):
+            scheme_of(wrong)
+
+
+def test_schemes_are_read_in_threads():
+    """Python 3.11's own parser breaks when another thread parses while its objects are made."""
+    text = "loongtrain(ulysses=2, window=4, overlap=False, placement='context')"
+    before = gc.get_threshold()
+
+    def elsewhere(*_):
+        time.sleep(1e-4)  # another thread's turn
+
+    gc.callbacks.append(elsewhere)
+    gc.set_threshold(7)
+    try:
+        run_local(4, lambda links: [scheme_of(text) for _ in range(200)])
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(elsewhere)
 
 
 def test_a_rank_that_raises_stops_the_others():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from typing import Any
 
 from foveate.ops.errors import InputError, nearest
@@ -57,14 +56,30 @@ def scheme_of(given: str | Scheme) -> Scheme:
 
 
 def _read(text: str) -> tuple[str, dict[str, Any]]:
-    name, _, tail = text.strip().partition("(")
-    if not tail:
+    """(name, options), by hand: Python 3.11's `ast` fails when several threads parse at once."""
+    name, opened, tail = text.strip().partition("(")
+    if not opened:
         return name, {}
+    options = {}
     try:
-        call = ast.parse(f"f({tail}", mode="eval").body
-        assert isinstance(call, ast.Call)
-        if call.args:
-            raise ValueError("options are named")
-        return name, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-    except (SyntaxError, ValueError) as error:
+        if not tail.endswith(")"):
+            raise ValueError("not closed")
+        for part in filter(None, (x.strip() for x in tail[:-1].split(","))):
+            key, equals, value = (x.strip() for x in part.partition("="))
+            if not equals or not key.isidentifier():
+                raise ValueError("options are named")
+            options[key] = _value(value)
+    except ValueError as error:
         raise InputError(f"scheme {text!r}: expected a name, or name(option=value).") from error
+    return name, options
+
+
+def _value(text: str) -> int | str | None:
+    if text in _WORDS:
+        return _WORDS[text]
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        return text[1:-1]
+    return int(text)
+
+
+_WORDS = {"None": None, "True": True, "False": False}

@@ -164,7 +164,8 @@ def document_zigzag(cu_seqlens: Sequence[int] | Tensor, ranks: int) -> Sharding:
 def striped(length: int, ranks: int) -> Sharding:
     """Token t to rank t mod N: even in pairs, but each tile of a rank spans N times as much."""
     length, ranks = _sizes("striped", length, ranks)
-    index = tuple(torch.arange(r, length, ranks) for r in range(ranks))
+    every = torch.arange(length)
+    index = tuple(every[r::ranks] for r in range(ranks))
     return Sharding("striped", length, index)
 
 
