@@ -175,8 +175,8 @@ def plan(trial: Trial) -> Found:
         pairs = loads(row_counts("causal", settings((0, n))), zigzag(n, ranks))
         sizes = Sizes(n, ranks, 64, 8, 128, 128)
         for kind in found:
-            names = [c for c in candidates(ranks, 64, 8)
-                     if c.startswith(("ring", "all-gather")) == (kind == "best ring")]  # fmt: skip
+            which = ("ring", "all-gather") if kind == "best ring" else ("usp", "loongtrain")
+            names = [c for c in candidates(ranks, 64, 8) if c.startswith(which)]
             made = [cost(name, sizes, pairs, machine) for name in names]
             found[kind][f"sending ms, {ranks} ranks"] = 1e3 * min(c.exchange for c in made)
             found[kind][f"ms apart, {ranks} ranks"] = 1e3 * min(c.apart for c in made)
