@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from foveate.compare.memory import Peak, how
+from foveate.runs.memory import Peak, how
 
 CPU = torch.device("cpu")
 MB = 1_000_000

@@ -111,6 +111,27 @@ def test_blocks_is_its_table(heads, tile):
     assert torch.equal((blocks(picked, tile) & causal()).dense(30, 30), want.tril())
 
 
+class Interrupted(blocks):
+    """A table whose kept sums another thread replaces, by another head's, once they are stored."""
+
+    @property
+    def _sums(self):
+        return self.__dict__.get("kept")
+
+    @_sums.setter
+    def _sums(self, value):
+        self.__dict__["kept"] = value and ((*value[0][:1], 1, *value[0][2:]), value[1] * 0)
+
+
+def test_threads_share_a_table():
+    """The tiles of a head are its own, whichever head another thread asks for meanwhile."""
+    table = torch.ones(2, 4, 4, dtype=torch.bool)
+    lo = torch.arange(0, 32, 8)
+    none, full = Interrupted(table, 8)._tiles(lo, lo + 7, lo, lo + 7, 0, 0)
+    assert full.all()
+    assert not none.any()
+
+
 def test_blocks_may_leave_out_rows_before_the_queries():
     picked = torch.rand(10, 30) > 0.5
     assert torch.equal(blocks(picked, 1).dense(10, 30)[0, 0], picked)

@@ -27,9 +27,9 @@ from foveate.bench.gpu_contestants import DENSE, NAMES, contestant, installed
 from foveate.bench.gpu_workers import Workers
 from foveate.bench.ideal import counts, useful_flops
 from foveate.bench.job import DTYPES, Begin, check_known, check_sizes, told
-from foveate.bench.lengths import draw_documents
 from foveate.ops import Layout
 from foveate.ops.errors import FoveateError, InputError
+from foveate.parts.longcontext.lengths import draw_documents
 from foveate.runs.records import Records, digest
 from foveate.runs.timing import Pace, paired, spread
 

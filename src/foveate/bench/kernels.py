@@ -22,9 +22,9 @@ from foveate.bench.contestants import Contestant, contestant, known, own
 from foveate.bench.correct import Call, Judge, Verdict
 from foveate.bench.ideal import counts, ideal_seconds, useful_flops
 from foveate.bench.job import DTYPES, Begin, check_clock, check_known, check_sizes, run_cells, told
-from foveate.bench.lengths import distributions, draw_documents
 from foveate.ops import Layout
 from foveate.ops.errors import FoveateError, InputError
+from foveate.parts.longcontext.lengths import distributions, draw_documents
 from foveate.runs.records import Records
 from foveate.runs.timing import Pace, Samples, paired, race, spread, trial
 

@@ -14,7 +14,7 @@ import torch
 import foveate
 from foveate.runs.machine import processor
 
-_PARTS = ("ops", "bench", "runs", "data/bench")
+_PARTS = ("ops", "parts/longcontext", "parallel", "bench", "runs", "data/bench")
 _LOOKS = {"show.py", "figure.py", "command.py"}
 
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from foveate.compare.dense import Watch, dense
-from foveate.compare.memory import Peak
 from foveate.hf import use
 from foveate.ops import AttentionOutput, Layout
 from foveate.parts import Attention, Context
 from foveate.parts.attention import mask_layout
 from foveate.parts.context import Work
+from foveate.runs.memory import Peak
 
 
 @dataclass

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from foveate import catalog
-from foveate.compare.memory import how
 from foveate.compare.plan import FOLLOWED, Entry
+from foveate.runs.memory import how
 
 if TYPE_CHECKING:
     from foveate.compare.run import Result

@@ -1,5 +1,5 @@
 """What attention costs before anyone runs it.
 
-`foveate cost decode`, `memory` and `afd` for language models, `foveate cost tiles` for
-neighborhoods.
+`foveate cost decode`, `memory` and `afd` for language models, `context` for ranks of a long
+context, `tiles` for neighborhoods.
 """

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from foveate.cost.afd_command import afd
 from foveate.cost.decode_command import decode
+from foveate.cost.context_command import context
 from foveate.cost.figure import draw
 from foveate.cost.memory_command import memory
 from foveate.cost.presets import PRESETS
@@ -31,6 +32,7 @@ def register(app: typer.Typer) -> None:
     cost.command("memory")(memory)
     cost.command("afd")(afd)
     cost.command("tiles")(tiles)
+    cost.command("context")(context)
     app.add_typer(cost, name="cost", help="What attention will cost, before anyone runs it.")
 
 

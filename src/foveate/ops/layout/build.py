@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -42,9 +43,11 @@ def layout_of_mask(
     key = None
     if q_positions is None and kv_positions is None and not mask.tensors:
         key = (mask.spec, q_len, kv_len, sizes, str(device))
-        if key in _cache:
-            _cache.move_to_end(key)
-            return _cache[key]
+        found = _cache.get(key)
+        if found is not None:
+            with suppress(KeyError):  # another thread may have dropped it meanwhile
+                _cache.move_to_end(key)
+            return found
     mask._check(q_len, kv_len)
     with torch.inference_mode(False):  # what is kept must serve training, too
         q_pos, k_pos = positions(q_len, kv_len, q_positions, kv_positions, device)

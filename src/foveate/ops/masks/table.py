@@ -80,13 +80,15 @@ class blocks(Mask):  # noqa: N801 - masks read as words
         """Sums of the table over everything above and left; the last one asked for is kept."""
         version = None if self.table.is_inference() else self.table._version
         key = (b, h, version, device)
-        if version is None or self._sums is None or self._sums[0] != key:
-            table = self._pick(b, h)
-            small = torch.int32 if table.numel() < 2**31 else torch.int64
-            sums = torch.zeros(table.shape[0] + 1, table.shape[1] + 1, dtype=small, device=device)
-            sums[1:, 1:] = table.to(device).cumsum(0, dtype=small).cumsum(1, dtype=small)
-            self._sums = (key, sums)
-        return self._sums[1]
+        kept = self._sums  # read once: another thread may ask for another head meanwhile
+        if version is not None and kept is not None and kept[0] == key:
+            return kept[1]
+        table = self._pick(b, h)
+        small = torch.int32 if table.numel() < 2**31 else torch.int64
+        sums = torch.zeros(table.shape[0] + 1, table.shape[1] + 1, dtype=small, device=device)
+        sums[1:, 1:] = table.to(device).cumsum(0, dtype=small).cumsum(1, dtype=small)
+        self._sums = (key, sums)
+        return sums
 
     def _tiles(
         self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor, b: int, h: int

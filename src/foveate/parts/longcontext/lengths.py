@@ -12,7 +12,7 @@ import torch
 
 from foveate.ops.errors import InputError, nearest
 
-_FILE = Path(__file__).resolve().parent.parent / "data" / "bench" / "documents.json"
+_FILE = Path(__file__).resolve().parents[2] / "data" / "bench" / "documents.json"
 
 
 @lru_cache(maxsize=1)
