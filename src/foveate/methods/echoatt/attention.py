@@ -126,9 +126,11 @@ class EchoAtt(Attention):
                 f"EchoAtt: layer {ctx.layer} has no queries and keys, but it is none of the "
                 f"followers {self.followers}; list it, or give it another projection."
             )
-        map_, out = self._lead(q, k, v, ctx)
-        if ctx.layer in self.leaders.values():
-            ctx.store[(EchoAtt, self, ctx.layer)] = map_
+        if ctx.layer not in self.leaders.values():
+            alone: AttentionOutput = self._inner(q, k, v, ctx)
+            return alone
+        found, out = self._lead(q, k, v, ctx)
+        ctx.store[(EchoAtt, self, ctx.layer)] = found
         return out
 
     def _lead(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> tuple[Map, AttentionOutput]:

@@ -58,7 +58,7 @@ def cosines(products: Tensor) -> Tensor:
 
 
 def similarity(maps: Tensor, *, skip: int = 0) -> Tensor:
-    """sim of one sample's maps (L, H, n, n), or (L, ..., n, n): (L, L).
+    """Sim of one sample's maps (L, H, n, n), or (L, ..., n, n): (L, L).
 
     Args:
         maps: of all layers, the same head index compared with the same.
@@ -70,7 +70,7 @@ def similarity(maps: Tensor, *, skip: int = 0) -> Tensor:
 
 
 def scores(sim: Tensor) -> Tensor:
-    """s (L,): mean similarity of each layer with the others; sim (L, L)."""
+    """S (L,): mean similarity of each layer with the others; sim (L, L)."""
     count = len(sim)
     return (sim.sum(1) - sim.diagonal()) / max(1, count - 1)
 

@@ -77,7 +77,7 @@ class Profiler(Attention):
 
 
 def profile(model: Frozen, batches: Batches, samples: int, progress: Progress) -> dict[str, Any]:
-    """sim of a model's layers, with all columns and without the first.
+    """Sim of a model's layers, with all columns and without the first.
 
     Returns:
         "similarity" and "without_first" (L x L lists), "scores" and "samples".
@@ -145,6 +145,4 @@ def _sum(one: Similarity, two: Similarity) -> Similarity:
 
 
 def _listed(x: Tensor) -> Any:
-    return [
-        _listed(row) if row.dim() else round(float(row), 6) for row in x
-    ]
+    return [_listed(row) if row.dim() else round(float(row), 6) for row in x]
