@@ -10,7 +10,32 @@ ECHOATT = Paper(
     "2409.14595",
 )
 
+ERDEN = Paper(
+    "Dynamic Rank Reinforcement Learning for Adaptive Low-Rank Multi-Head Self Attention in Large "
+    "Language Models",
+    "Erden, 2025",
+    "2512.15973",
+)
+
 ROWS: tuple[Row, ...] = (
+    Row(
+        key="drrl",
+        kind="attention",
+        path="foveate.methods.drrl.DRRL",
+        title="DR-RL",
+        summary="Scores of low rank; a policy or a rule picks the rank of each layer and segment.",
+        papers=(ERDEN,),
+        sheet="drrl",
+        capabilities=Capabilities(
+            decode=Support(True, "reads r numbers of each key, from a state of a layer's own"),
+            padding=Support(True, "in front or behind; other masks are refused"),
+            bidirectional=Support(True, "form='whole', in which every token shapes the basis"),
+            causal_routing=Support(
+                True, "form='whole' sees later tokens through its basis, as published"
+            ),
+        ),
+        jobs=(*BUILDERS, "use", "compare"),
+    ),
     Row(
         key="echoatt",
         kind="attention",

@@ -64,6 +64,11 @@ class GroupedProjection(Projection):
 
     @property
     @override
+    def maps(self) -> tuple[Tensor, ...]:
+        return self.q.weight, self.k.weight, self.v.weight
+
+    @property
+    @override
     def fields(self) -> tuple[Field, ...]:
         return (
             token_field("k", self.kv_heads, self.head_dim),

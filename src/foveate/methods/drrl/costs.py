@@ -4,8 +4,8 @@ Of each query head (d key width, d_v value width, pairs of queries and keys that
 
     full rank   2 pairs (d + d_v)
     rank r      2 pairs (r + d_v), so that at most d / (d + d_v) is ever saved
-    on top      projections 2 d r of each query and each key, Gram 2 d^2 of each token, eigenvectors
-                10 d^3 of each key head and basis, policy 2 (3 D 64) of each token + 0.5 M a decision
+    on top      projections 2 d r of each query and key, Gram 2 d^2 of each token, eigenvectors
+                10 d^3 of each key head and basis, policy 2 (3 D 64) of a token + 0.5 M a decision
 
 The paper and its code count 2 n r d for all of it. Erden 2025, arXiv 2512.15973; the figures here
 are ours.

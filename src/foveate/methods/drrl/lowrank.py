@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from foveate.ops.errors import InputError
+from foveate.parts.kv_cache import TokenCache, token_field
 from foveate.parts.precision import uncast
 
 SVDS = ("gram", "full", "partial")
@@ -34,10 +35,11 @@ class Spectrum(NamedTuple):
 
 
 class Maps(NamedTuple):
-    """left, right (..., d, d): S_r = (Q left[:, :r]) (K right[:, :r])^T."""
+    """left, right (..., d, d): S_r = (Q left[:, :r]) (K right[:, :r])^T; sigma (..., d) of S."""
 
     left: Tensor
     right: Tensor
+    sigma: Tensor
 
 
 def gram(x: Tensor) -> Tensor:
@@ -53,7 +55,7 @@ def grouped_gram(q: Tensor, kv_heads: int) -> Tensor:
 
 
 def of_gram(g: Tensor) -> Spectrum:
-    """sigma and W of any X with X^T X = g (..., d, d), positive semidefinite."""
+    """Sigma and W of any X with X^T X = g (..., d, d), positive semidefinite."""
     values, vectors = torch.linalg.eigh(g.double())
     sigma = values.flip(-1).clamp_min(0).sqrt()
     return Spectrum(sigma.to(g.dtype), vectors.flip(-1).to(g.dtype))
@@ -61,7 +63,7 @@ def of_gram(g: Tensor) -> Spectrum:
 
 @torch.no_grad()
 def spectrum(x: Tensor, svd: str = "gram", rank: int | None = None) -> Spectrum:
-    """sigma and W of x (..., n, d).
+    """Sigma and W of x (..., n, d).
 
     Args:
         x: any dtype; the work is done in fp32 or wider.
@@ -98,39 +100,33 @@ def _partial(x: Tensor, rank: int) -> Spectrum:
         v = torch.linalg.qr(x.mT @ (x @ v)).Q
     inner = of_gram(gram(x @ v))
     first = v @ inner.w
-    rest = torch.linalg.qr(torch.cat((first[..., :rank], start_rest(first, width)), -1)).Q
+    more = torch.randn(width, width, generator=torch.Generator().manual_seed(1))
+    more = more.to(x).expand(*x.shape[:-2], width, width)
+    rest = torch.linalg.qr(torch.cat((first[..., :rank], more), -1)[..., :width]).Q
     w = torch.cat((first[..., :rank], rest[..., rank:]), -1)
     sigma = torch.nn.functional.pad(inner.sigma[..., :rank], (0, width - rank))
     return Spectrum(sigma, w)
-
-
-def start_rest(like: Tensor, width: int) -> Tensor:
-    """Columns from which an orthonormal rest is made."""
-    more = torch.randn(width, width, generator=torch.Generator().manual_seed(1))
-    return more.to(like).expand(*like.shape[:-2], width, width)[..., : width]
 
 
 def _root(g: Tensor, power: float) -> Tensor:
     """g^power of a positive semidefinite g, in float64; directions without weight stay 0."""
     values, vectors = torch.linalg.eigh(g.double())
     kept = values > values[..., -1:].clamp_min(1e-300) * 1e-12
-    return (vectors * values.clamp_min(1e-300).pow(power).where(kept, 0.0)[..., None, :]) @ vectors.mT
+    return (
+        vectors * values.clamp_min(1e-300).pow(power).where(kept, 0.0)[..., None, :]
+    ) @ vectors.mT
 
 
 def joint_maps(gram_q: Tensor, gram_k: Tensor) -> Maps:
     """The best factors of every rank for S = Q K^T, from both Gram matrices (..., d, d)."""
     root = _root(gram_q, 0.5)
-    u = torch.linalg.svd(root @ _root(gram_k, 0.5))[0]
-    return Maps((_root(gram_q, -0.5) @ u).to(gram_q.dtype), (root @ u).to(gram_q.dtype))
-
-
-def key_maps(spectrum_k: Spectrum) -> Maps:
-    """Keys truncated, queries as they are: S_r = Q K_r^T."""
-    return Maps(spectrum_k.w, spectrum_k.w)
+    u, sigma, _ = torch.linalg.svd(root @ _root(gram_k, 0.5))
+    made = (_root(gram_q, -0.5) @ u, root @ u, sigma)
+    return Maps(*(x.to(gram_q.dtype) for x in made))
 
 
 def grouped(x: Tensor, maps: Tensor, kv_heads: int) -> Tensor:
-    """x (B, Hq, n, d) by the maps of their key heads (B, Hkv, d, r): (B, Hq, n, r), x's dtype."""
+    """X (B, Hq, n, d) by the maps of their key heads (B, Hkv, d, r): (B, Hq, n, r), x's dtype."""
     made = x.unflatten(1, (kv_heads, -1)) @ maps.to(x.dtype)[:, :, None]
     return made.flatten(1, 2)
 
@@ -161,25 +157,35 @@ class Projected:
 
     Attributes:
         right: (B, Hkv, d, d).
-        held: (B, Hkv, m, c), keys so far on the first c columns.
+        cache: keys so far on the first columns; None before any.
         macs: multiply-adds done for each sequence and head.
     """
 
-    def __init__(self, right: Tensor, held: Tensor | None = None) -> None:
-        self.right, self.held, self.macs = right, held, 0
+    def __init__(self, right: Tensor) -> None:
+        self.right, self.macs = right, 0
+        self.cache: TokenCache | None = None
 
     def upto(self, k: Tensor, rank: int) -> Tensor:
         """(B, Hkv, n, rank) of all keys k (B, Hkv, n, d), of which the first m are known."""
         right, width = self.right.to(k.dtype), k.shape[-1]
-        held = k.new_zeros(*k.shape[:2], 0, rank) if self.held is None else self.held
-        known, columns = held.shape[2:]
+        known = 0 if self.cache is None else len(self.cache)
+        columns = 0 if self.cache is None else self.cache.fields[0].shape[1]
         if rank > columns:
+            before = [] if self.cache is None else [self.cache.entries["kw"]]
             more = k[:, :, :known] @ right[..., columns:rank]
-            held = torch.cat((held, more), -1)
             self.macs += known * width * (rank - columns)
-            columns = rank
-        if k.shape[2] > known:
-            held = torch.cat((held, k[:, :, known:] @ right[..., :columns]), 2)
-            self.macs += (k.shape[2] - known) * width * columns
-        self.held = held
+            self.cache, columns = TokenCache([token_field("kw", k.shape[1], rank)]), rank
+            if known:
+                self.cache.append({"kw": torch.cat((*before, more), -1)})
+        assert self.cache is not None
+        self.macs += (k.shape[2] - known) * width * columns
+        held = self.cache.append({"kw": k[:, :, known:] @ right[..., :columns]})["kw"]
         return held[..., :rank]
+
+    def pick(self, rows: Tensor) -> Projected:
+        """Of some sequences."""
+        made = Projected(self.right[rows])
+        made.cache = self.cache
+        if made.cache is not None:
+            made.cache.reorder(rows)
+        return made

@@ -48,8 +48,6 @@ class Policy(nn.Module):
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.head = nn.Sequential(nn.Linear(WIDTH, 64), nn.ReLU(), nn.Linear(64, actions))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("baseline", torch.zeros(()))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
     def reset_parameters(self) -> None:
         """Fresh weights, as torch's own modules make them, and counters at 0."""
@@ -59,8 +57,7 @@ class Policy(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.MultiheadAttention):
                 module._reset_parameters()
-        for buffer in (self.steps, self.baseline, self.seen):
-            buffer.zero_()
+        self.steps.zero_()
 
     def forward(
         self, x: Tensor, weights: Tensor, previous: Tensor, energy: Tensor | None = None

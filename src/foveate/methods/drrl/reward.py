@@ -43,7 +43,7 @@ def reward(
     beta: float = 0.05,
     gamma: float = 0.1,
 ) -> Tensor:
-    """alpha sim - beta flops - gamma change."""
+    """Alpha sim - beta flops - gamma change."""
     return alpha * sim - beta * flops - gamma * change
 
 

@@ -69,6 +69,11 @@ class ValuesProjection(GroupedProjection):
 
     @property
     @override
+    def maps(self) -> tuple[Tensor, ...]:
+        return ()
+
+    @property
+    @override
     def fields(self) -> tuple[Field, ...]:
         return (token_field("v", self.kv_heads, self.head_dim),)
 
