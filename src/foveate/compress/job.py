@@ -133,7 +133,8 @@ def run(job: Job, tell: Tell, say: Callable[[str], None] = lambda text: None) ->
         return torch.stack([windows["train"][s : s + job.length] for s in starts.tolist()])
 
     history = adjust(
-        student, teacher, batch, job.stages, progress=lambda share, doing: tell(0.1 + 0.8 * share, doing),
+        student, teacher, batch, job.stages,
+        progress=lambda share, doing: tell(0.1 + 0.8 * share, doing),
         state=state, every=10, setting={"key": key},
     )  # fmt: skip
     quality["after distillation"] = measure.perplexity(student, windows["judged"])
