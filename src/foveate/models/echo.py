@@ -77,7 +77,7 @@ def echo_student(
     config.attention = spec(method)
     texts = [config.of_layer("projection", i) for i in range(layers)]
     for layer in leaders:
-        projection = teacher.model.blocks[layer].attention.projection  # type: ignore[union-attr]
+        projection = teacher.model.blocks[layer].attention.projection
         if type(projection) is not GroupedProjection:
             raise InputError(
                 f"echo_student: layer {layer} has {type(projection).__name__}; a follower keeps "

@@ -147,7 +147,7 @@ class Bench:
         """The best assignment of each mean rank, by what each layer alone costs."""
         layers = range(SIZES.layers)
         base = self.measure("full", "validation")[0]
-        lost = {}
+        lost: dict[tuple[int, int], float] = {}
         for layer, rank in itertools.product(layers, RANKS[:-1]):
             if self.trial.quick and rank > RANKS[0]:  # a straight line will do
                 share = (RANKS[-1] - rank) / (RANKS[-1] - RANKS[0])

@@ -35,6 +35,9 @@ class DRRLLayer(Stateful, nn.Module):
         heads: sizes of the layer.
     """
 
+    baseline: Tensor
+    seen: Tensor
+
     def __init__(self, method: DRRL, heads: Heads) -> None:
         super().__init__()
         if method.control == "fixed":

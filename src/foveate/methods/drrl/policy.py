@@ -38,6 +38,8 @@ class Policy(nn.Module):
         energy: whether the energy ratios of the actions are part of the state.
     """
 
+    steps: Tensor
+
     def __init__(self, dim: int, actions: int, energy: bool = False) -> None:
         super().__init__()
         self.conv = nn.Conv1d(dim, HIDDEN, 3, padding=1)
