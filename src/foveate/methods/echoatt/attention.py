@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from foveate.methods.echoatt.maps import Stored, from_stats, stored
 from foveate.methods.naming import make
@@ -132,6 +133,13 @@ class EchoAtt(Attention):
         found, out = self._lead(q, k, v, ctx)
         ctx.store[(EchoAtt, self, ctx.layer)] = found
         return out
+
+    @override
+    def alone(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Attention, Tensor, Tensor]:
+        """The inner attention; a follower's with its leader's queries and keys."""
+        leader = self.leaders.get(ctx.layer)
+        found = None if leader is None else ctx.store.get((EchoAtt, self, leader))
+        return (self._inner, q, k) if found is None else (self._inner, found.q, found.k)
 
     def _lead(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> tuple[Map, AttentionOutput]:
         mode = self._mode(q, ctx)
