@@ -47,7 +47,7 @@ class EchoAtt(Attention):
         followers: indices of the layers that copy, each from the nearest earlier layer that isn't
             listed; or pairs (layer, leader) where that isn't so. None: chosen by `foveate fit`.
         mode: how a map is handed on, "store", "recompute" or "stats" (see `maps`); "auto" stores
-            single rows (decoding) and wherever weights are dropped, and recomputes else.
+            single rows (decoding) in fp32, and wherever weights are dropped; else it recomputes.
         inner: what leaders run: a key of the catalog with its hyper-parameters, or an attention.
         share: share of the layers that a fit lets follow.
         block: k of a fit, layers in a block with their leader; None takes the layers most alike.
@@ -144,14 +144,16 @@ class EchoAtt(Attention):
     def _lead(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> tuple[Map, AttentionOutput]:
         mode = self._mode(q, ctx)
         inner = self._inner
+        # A context that held the store in which this lies would keep itself alive.
+        own = replace(ctx, store={}, aux={}, stats=None, cache=None)
         if mode == "store":
             held = stored(q, k, ctx)
             out = AttentionOutput(held.apply(v), held.lse)
-            return Map(q, k, ctx, inner, out.lse, held), out
+            return Map(q, k, own, inner, out.lse, held), out
         if isinstance(inner, Pattern):
             inner = Seen(inner)
         result = inner(q, k, v, ctx)
-        return Map(q, k, ctx, inner, result.lse, mode=mode), result
+        return Map(q, k, own, inner, result.lse, mode=mode), result
 
     def _mode(self, q: Tensor, ctx: Context) -> str:
         if self.mode != "auto":
@@ -166,7 +168,8 @@ class EchoAtt(Attention):
                 f"EchoAtt(inner={self.inner!r}): a follower would drop other weights than its "
                 'leader; use inner="full", or no dropout.'
             )
-        row = q.shape[2] == 1 and self._inner.exact
+        # In half precision the engines read keys as they are, and this would widen them first.
+        row = q.shape[2] == 1 and self._inner.exact and q.dtype.itemsize >= 4
         return "store" if row or ctx.dropout else "recompute"
 
     def _found(self, leader: int, v: Tensor, ctx: Context) -> Map:
@@ -220,9 +223,10 @@ class Map:
             )
         if self.held is not None:
             return AttentionOutput(self.held.apply(v), self.lse)
+        own = replace(self.ctx, layer=ctx.layer, stats=ctx.stats, aux=ctx.aux, store=ctx.store)
         if self.mode == "stats":
-            return from_stats(self.q, self.k, v, self.lse, self.ctx)
-        return self._again(v, replace(self.ctx, layer=ctx.layer, stats=ctx.stats, aux=ctx.aux))
+            return from_stats(self.q, self.k, v, self.lse, own)
+        return self._again(v, own)
 
     def _again(self, v: Tensor, ctx: Context) -> AttentionOutput:
         """The same attention; heads of values must be heads of keys there."""

@@ -109,8 +109,8 @@ def fit(
     """Choose followers by the similarity of the layers; nothing is trained.
 
     The layers that may follow are those above the largest gap of s. Without `block` the
-    method's share of all layers is taken, those most like their leaders; more than may follow by
-    the gap are taken from the others, most alike first.
+    method's share of all layers is taken, those most like their leaders; where the gap leaves fewer
+    than that, any layer but the first may follow.
 
     Returns:
         Facts: "followers", "unchanged" (by the gap), what `profile` returns, and "held_out": the
