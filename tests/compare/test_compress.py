@@ -138,7 +138,7 @@ def test_it_goes_on_after_a_kill(four, prose, tmp_path, capsys, monkeypatch):
             job.Job(
                 str(four), job.Text("file prose.txt", prose.read_text(), want_sha(prose)),
                 tmp_path / "cut", (1, 3), stages=job.Stages(14, 2, 1e-3), length=64, batch=2,
-                judged=4, prompt=48, decode=3, rounds=2,
+                judged=4, prompt=48, decode=3, rounds=2, every=10,
             ),
             lambda share, doing: None,
         )  # fmt: skip

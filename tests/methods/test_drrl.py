@@ -566,3 +566,46 @@ def test_grouped_maps_are_each_heads_own():
     got = grouped(q, w[..., :3], 2)
     for head in range(4):
         torch.testing.assert_close(got[:, head], q[:, head] @ w[:, head // 2, :, :3])
+
+
+def test_a_padded_batch_generates_what_each_row_does_alone():
+    pytest.importorskip("transformers")
+    from foveate.models import FoveateConfig, FoveateForCausalLM
+
+    torch.manual_seed(0)
+    model = FoveateForCausalLM(
+        FoveateConfig(
+            vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+            projection="gqa(kv_heads=2)", initializer_range=0.4, attention=f"drrl({SMALL})",
+        )
+    ).eval()  # fmt: skip
+    rows = [torch.randint(1, 61, (1, n)) for n in (21, 8, 13)]
+    ids = torch.cat([torch.nn.functional.pad(r, (21 - r.shape[1], 0)) for r in rows])
+    mask = (ids > 0).long()
+    options = {"max_new_tokens": 14, "do_sample": False, "pad_token_id": 0}
+    got = model.generate(ids, attention_mask=mask, **options)
+    for b, row in enumerate(rows):
+        want = model.generate(row, **options)[0]
+        assert torch.equal(got[b, 21 - row.shape[1] :], want)
+    beams = model.generate(ids, attention_mask=mask, num_beams=3, **options)
+    for b, row in enumerate(rows):
+        want = model.generate(row, num_beams=3, **options)[0]
+        assert torch.equal(beams[b, 21 - row.shape[1] :], want)
+
+
+@pytest.mark.parametrize("form", ["causal", "whole"])
+def test_nothing_in_nothing_out(form):
+    method = DRRL(control="fixed", rank=4, form=form, segment=8)
+    q, k, v = qkv(0)
+    assert method(q, k, v, Context(mask=causal())).out.shape == v.shape
+    q, k, v = (x[:0] for x in qkv(9))
+    assert method(q, k, v, Context(mask=causal())).out.shape == v.shape
+
+
+def test_the_whole_form_of_an_encoder_ignores_padding_behind():
+    for basis in ("separate", "joint"):
+        made = layer(f"drrl(form='whole', basis={basis!r}, control='energy', tau=0.9, {SMALL})",
+                     projection="gqa(kv_heads=1)")  # fmt: skip
+        x = torch.randn(2, 30, 32)
+        y = made(x, mask=padding([30, 19])).y
+        torch.testing.assert_close(y[1:, :19], made(x[1:, :19]).y, atol=1e-5, rtol=1e-5)

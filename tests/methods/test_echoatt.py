@@ -522,3 +522,32 @@ def test_stages_lower_the_losses_and_go_on_after_a_kill():
     adjust(again, teacher, batches.__getitem__, stages, state=kept, every=2)
     for one, two in zip(again.parameters(), whole.parameters()):
         assert torch.equal(one, two)
+
+
+def test_a_padded_batch_generates_what_each_row_does_alone():
+    student = echo_student(model(), (2, 3))
+    rows = [ids(n, 1, n) for n in (14, 5)]
+    both = torch.cat([nn.functional.pad(r, (14 - r.shape[1], 0)) for r in rows])
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    for beams in (1, 3):
+        got = student.generate(both, attention_mask=(both > 0).long(), num_beams=beams, **options)
+        for b, row in enumerate(rows):
+            want = student.generate(row, num_beams=beams, **options)[0]
+            assert torch.equal(got[b, 14 - row.shape[1] :], want)
+
+
+def test_a_forward_leaves_no_cycle():
+    import gc
+    import weakref
+
+    q, k, values = qkv(20)
+    gc.collect()
+    gc.disable()
+    try:
+        q = q.clone()
+        seen = weakref.ref(q)
+        block_of_three(EchoAtt(followers=(1, 2)), q, k, values)
+        del q
+        assert seen() is None
+    finally:
+        gc.enable()

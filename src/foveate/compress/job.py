@@ -57,6 +57,7 @@ class Job:
         rounds: of the measurement.
         device: to run on.
         fresh: begin anew.
+        every: steps between savings of the training, three times the weights' size each.
     """
 
     model: str | None
@@ -75,6 +76,7 @@ class Job:
     rounds: int = 5
     device: torch.device = torch.device("cpu")
     fresh: bool = False
+    every: int = 25
 
     def setting(self, fingerprint: str) -> dict[str, Any]:
         """What decides the figures, but for the machine."""
@@ -135,7 +137,7 @@ def run(job: Job, tell: Tell, say: Callable[[str], None] = lambda text: None) ->
     history = adjust(
         student, teacher, batch, job.stages,
         progress=lambda share, doing: tell(0.1 + 0.8 * share, doing),
-        state=state, every=10, setting={"key": key},
+        state=state, every=job.every, setting={"key": key},
     )  # fmt: skip
     quality["after distillation"] = measure.perplexity(student, windows["judged"])
     folder = _save(job, student, tokenizer)
