@@ -609,3 +609,33 @@ def test_the_whole_form_of_an_encoder_ignores_padding_behind():
         x = torch.randn(2, 30, 32)
         y = made(x, mask=padding([30, 19])).y
         torch.testing.assert_close(y[1:, :19], made(x[1:, :19]).y, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("previous", "want"),
+    # A policy that always goes one rank up, from index 0, over four decisions in each layer.
+    [("layer", [4.0, 6.0, 8.0]), ("segment", [7.0, 7.0, 7.0])],
+)
+def test_the_previous_action_is_the_layer_belows_or_the_segment_befores(previous, want):
+    pytest.importorskip("transformers")
+    from foveate.models import FoveateConfig, FoveateForCausalLM
+
+    torch.manual_seed(0)
+    text = f"drrl(guard='none', previous={previous!r}, {SMALL})"
+    config = FoveateConfig(
+        vocab_size=61, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, attention=text
+    )
+    model = FoveateForCausalLM(config).eval()
+
+    def up(x, weights, before, energies=None):
+        return torch.nn.functional.one_hot((before + 1).clamp(max=7), 8).float()
+
+    model.model.blocks[0].attention.attention.policy.forward = up
+    ids = torch.randint(1, 61, (2, 40))
+    out = model(ids, use_cache=False)
+    ranks = [float(v) for n, v in out.aux.items() if n.endswith("drrl_rank")]
+    assert ranks == want
+    cache = model.new_cache()
+    with torch.no_grad():
+        parts = [model(p, past_key_values=cache).logits for p in ids.split((11, 1, 20, 8), 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), out.logits, atol=1e-4, rtol=1e-4)
