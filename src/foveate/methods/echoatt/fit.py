@@ -114,12 +114,14 @@ def fit(
 
     Returns:
         Facts: "followers", "unchanged" (by the gap), what `profile` returns, and "held_out": the
-        mean similarity of followers with their leaders, and of neighbours.
+        mean similarity of followers with their leaders, and of neighbours, the latter also without
+        the first column.
     """
     from foveate.methods.echoatt.attention import leader_map
 
     found = profile(model, batches, SAMPLES, progress)
     sim = torch.tensor(found["similarity"], dtype=torch.float64)
+    cut = torch.tensor(found["without_first"], dtype=torch.float64)
     kept = unchanged(torch.tensor(found["scores"], dtype=torch.float64))
     layers = len(sim)
     if method.block is not None:
@@ -132,6 +134,7 @@ def fit(
     held = {
         "followers_like_leaders": sum(float(sim[f, l]) for f, l in leaders.items()) / len(leaders),
         "neighbours": float(sim.diagonal(1).mean()),
+        "neighbours_without_first_column": float(cut.diagonal(1).mean()),
     }
     facts: dict[str, Any] = {
         "followers": [model.layers[n] for n in followers], "unchanged": list(kept),

@@ -50,6 +50,9 @@ def blocks(q: Tensor, k: Tensor, ctx: Context) -> list[Block]:
         k: (B, Hkv, Lkv, D).
         ctx: mask and positions.
     """
+    plain = ctx.q_positions is None and ctx.kv_positions is None
+    if q.shape[2] == 1 and plain and (ctx.mask is None or ctx.mask.spec == "causal()"):
+        return [Block(slice(0, 1), slice(0, k.shape[2]), None)]  # the last token sees all
     key = (blocks, ctx.mask, q.shape[2], k.shape[2], q.device)
     return remember(ctx, key, lambda: list(_blocks(q, k, ctx)))
 
@@ -102,9 +105,8 @@ def scores(q: Tensor, k: Tensor, block: Block, ctx: Context) -> Tensor:
     """Masked logits of a block, (B, Hq, rows, keys) in fp32 or wider."""
     work = torch.promote_types(q.dtype, torch.float32)
     q, k = q[:, :, block.rows].to(work), k[:, :, block.keys].to(work)
-    group = q.shape[1] // k.shape[1]
     scale = q.shape[-1] ** -0.5 if ctx.scale is None else ctx.scale
-    s = (q.unflatten(1, (k.shape[1], group)) @ k[:, :, None].mT).flatten(1, 2) * scale
+    s = _by_group(q * scale, k.mT)
     if ctx.softcap is not None:
         s = ctx.softcap * torch.tanh(s / ctx.softcap)
     if ctx.bias is not None:
@@ -131,8 +133,14 @@ def from_lse(s: Tensor, lse: Tensor) -> Tensor:
 
 def applied(p: Tensor, v: Tensor) -> Tensor:
     """P (B, Hq, rows, keys) on the values of those keys (B, Hkv, keys, Dv)."""
-    group = p.shape[1] // v.shape[1]
-    return (p.unflatten(1, (v.shape[1], group)) @ v.to(p.dtype)[:, :, None]).flatten(1, 2)
+    return _by_group(p, v.to(p.dtype))
+
+
+def _by_group(x: Tensor, y: Tensor) -> Tensor:
+    """x (B, Hq, n, m) times y (B, Hkv, m, w): heads of a group are rows of one product."""
+    heads, rows = x.shape[1:3]
+    folded = x.reshape(x.shape[0], y.shape[1], heads // y.shape[1] * rows, x.shape[3])
+    return (folded @ y).reshape(x.shape[0], heads, rows, y.shape[3])
 
 
 @dataclass(frozen=True)
@@ -161,10 +169,11 @@ def stored(q: Tensor, k: Tensor, ctx: Context) -> Stored:
     parts, sums = [], []
     for block in blocks(q, k, ctx):
         s = scores(q, k, block, ctx)
-        lse = _logsumexp(s)
+        blind = block.allowed is not None or ctx.bias is not None or not s.shape[-1]
+        lse = _logsumexp(s) if blind else s.logsumexp(-1)
         if ctx.sink_logits is not None:
             lse = torch.logaddexp(lse, ctx.sink_logits.to(lse.dtype)[:, None])
-        p = from_lse(s, lse)
+        p = from_lse(s, lse) if blind else torch.exp(s - lse[..., None])
         if ctx.dropout:
             p = functional.dropout(p, ctx.dropout)
         parts.append((block, p))
