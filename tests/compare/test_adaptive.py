@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import make_llama
 
+from conftest import make_llama
 from foveate.cli.app import run
 
 METHODS = {

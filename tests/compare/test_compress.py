@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory):
+def five(tmp_path_factory):
     """A random Llama of five layers."""
     return make_llama(
         tmp_path_factory.mktemp("five"), num_hidden_layers=5, tie_word_embeddings=True
@@ -38,15 +38,15 @@ def tokens(length=40):
     return torch.randint(1, 256, (2, length), generator=torch.Generator().manual_seed(1))
 
 
-def test_a_llama_is_rebuilt_exactly(four):
-    original = loaded(four)
+def test_a_llama_is_rebuilt_exactly(five):
+    original = loaded(five)
     made, ids = rebuilt(original), tokens()
     torch.testing.assert_close(made(ids).logits, original(ids).logits, atol=1e-4, rtol=1e-4)
     assert made.lm_head.weight is made.model.embed_tokens.weight
 
 
-def test_in_use_on_transformers_it_computes_what_the_student_does(four):
-    original = loaded(four)
+def test_in_use_on_transformers_it_computes_what_the_student_does(five):
+    original = loaded(five)
     student, ids = echo_student(rebuilt(original), (1, 3, 4)), tokens()
     dense = original(ids).logits
     with foveate.use(original, "echoatt(followers=(1, 3, 4))"), torch.no_grad():
@@ -58,8 +58,8 @@ def test_in_use_on_transformers_it_computes_what_the_student_does(four):
     assert (got - dense).abs().max() > 1e-2
 
 
-def test_the_profiler_sees_the_maps(four):
-    original, ids = loaded(four), tokens(200)
+def test_the_profiler_sees_the_maps(five):
+    original, ids = loaded(five), tokens(200)
     profiler = Profiler()
     with foveate.use(original, profiler), torch.no_grad():
         original(ids)
@@ -80,8 +80,8 @@ SMALL = [
 ]  # fmt: skip
 
 
-def test_the_whole_command(four, prose, tmp_path, capsys):
-    args = ["compress", str(four), "--text", str(prose), "--out", str(tmp_path / "out"), *SMALL]
+def test_the_whole_command(five, prose, tmp_path, capsys):
+    args = ["compress", str(five), "--text", str(prose), "--out", str(tmp_path / "out"), *SMALL]
     assert run([*args, "--share", "0.4"]) == 0
     facts = json.loads(capsys.readouterr().out)
     followers = facts["followers"]
@@ -111,12 +111,12 @@ def test_the_whole_command(four, prose, tmp_path, capsys):
     assert "shared, distilled" in capsys.readouterr().out
 
 
-def test_it_goes_on_after_a_kill(four, prose, tmp_path, capsys, monkeypatch):
+def test_it_goes_on_after_a_kill(five, prose, tmp_path, capsys, monkeypatch):
     from foveate.compress import job
 
     def out(name):
         return [
-            "compress", str(four), "--text", str(prose), "--out", str(tmp_path / name),
+            "compress", str(five), "--text", str(prose), "--out", str(tmp_path / name),
             "--followers", "1,3", *SMALL, "--first", "14",
         ]  # fmt: skip
 
@@ -136,7 +136,7 @@ def test_it_goes_on_after_a_kill(four, prose, tmp_path, capsys, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         job.run(
             job.Job(
-                str(four), job.Text("file prose.txt", prose.read_text(), want_sha(prose)),
+                str(five), job.Text("file prose.txt", prose.read_text(), want_sha(prose)),
                 tmp_path / "cut", (1, 3), stages=job.Stages(14, 2, 1e-3), length=64, batch=2,
                 judged=4, prompt=48, decode=3, rounds=2, every=10,
             ),
@@ -174,8 +174,8 @@ def want_sha(path):
         (["--prompt", "100000"], "too few"),
     ],
 )
-def test_bad_input_is_one_message(four, prose, tmp_path, capsys, more, said):
-    args = ["compress", str(four), "--text", str(prose), "--out", str(tmp_path / "out"), *more]
+def test_bad_input_is_one_message(five, prose, tmp_path, capsys, more, said):
+    args = ["compress", str(five), "--text", str(prose), "--out", str(tmp_path / "out"), *more]
     assert run(args) == 2
     assert said in " ".join(capsys.readouterr().err.split())
 
@@ -185,15 +185,15 @@ def test_other_families_are_refused(tiny_bert, prose, tmp_path, capsys):
     assert "bert" in capsys.readouterr().err
 
 
-def test_fit_finds_followers_that_use_takes(four, prose, tmp_path, capsys):
+def test_fit_finds_followers_that_use_takes(five, prose, tmp_path, capsys):
     where = tmp_path / "layers.json"
-    args = ["fit", str(four), "--method", "echoatt(share=0.4)", "--text", str(prose), "--length",
+    args = ["fit", str(five), "--method", "echoatt(share=0.4)", "--text", str(prose), "--length",
             "128", "--out", str(where)]  # fmt: skip
     assert run(args) == 0
     capsys.readouterr()
     facts = json.loads(where.read_text())["facts"]
     assert len(facts["followers"]) == 2
-    original, ids = loaded(four), tokens()
+    original, ids = loaded(five), tokens()
     with foveate.use(original, "echoatt", fitted=where), torch.no_grad():
         got = original(ids).logits
     with foveate.use(original, f"echoatt(followers={tuple(facts['followers'])})"), torch.no_grad():

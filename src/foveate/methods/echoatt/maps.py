@@ -137,7 +137,7 @@ def applied(p: Tensor, v: Tensor) -> Tensor:
 
 
 def _by_group(x: Tensor, y: Tensor) -> Tensor:
-    """x (B, Hq, n, m) times y (B, Hkv, m, w): heads of a group are rows of one product."""
+    """Products of x (B, Hq, n, m) and y (B, Hkv, m, w): a group's heads are rows of one."""
     heads, rows = x.shape[1:3]
     folded = x.reshape(x.shape[0], y.shape[1], heads // y.shape[1] * rows, x.shape[3])
     return (folded @ y).reshape(x.shape[0], heads, rows, y.shape[3])
