@@ -434,7 +434,8 @@ def test_costs_by_counting():
     queries = sum(2 * 16 * r * 8 * 2 for r in (4, 4, 8))
     assert found["projections"] == keys + queries
     assert found["basis"] == 3 * (2 * 8 * 256 + 10 * 16**3)
-    assert found["policy"] == 3 * (2 * 3 * 64 * 64 * 8 + 500_000)
+    told = 5 * 64 * (2 * 16 + 1 * 32)  # of W_Q, W_K and W_V, once
+    assert found["policy"] == 3 * (2 * 3 * 64 * 64 * 8 + 500_000) + told
     assert found["full"] == shape.core(32 * 33 // 2)
     less = causal_flops(shape, 32, 8, [16, 4, 4, 8], policy=False, doubling=True)
     assert less["projections"] < found["projections"]
@@ -639,3 +640,115 @@ def test_the_previous_action_is_the_layer_belows_or_the_segment_befores(previous
     with torch.no_grad():
         parts = [model(p, past_key_values=cache).logits for p in ids.split((11, 1, 20, 8), 1)]
     torch.testing.assert_close(torch.cat(parts, 1), out.logits, atol=1e-4, rtol=1e-4)
+
+
+def test_layers_below_are_told_apart_by_both_ends_of_the_padding():
+    """Rows that start together and end apart are decided apart: none takes another's rank."""
+    pytest.importorskip("transformers")
+    from foveate.models import FoveateConfig, FoveateForCausalLM
+
+    torch.manual_seed(0)
+    model = FoveateForCausalLM(
+        FoveateConfig(
+            vocab_size=61, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
+            initializer_range=0.4, attention=f"drrl(previous='layer', guard='none', {SMALL})",
+        )
+    ).eval()  # fmt: skip
+    ids = torch.randint(1, 61, (3, 40))
+    mask = torch.ones_like(ids)
+    mask[1:, 30:] = 0
+    got = model(ids, attention_mask=mask, use_cache=False).logits
+    for b, end in enumerate((40, 30, 30)):
+        want = model(ids[b : b + 1, :end], use_cache=False).logits
+        torch.testing.assert_close(got[b : b + 1, :end], want, atol=1e-4, rtol=1e-4)
+
+
+def test_a_partial_svd_knows_all_of_the_energy():
+    x, ranks = torch.randn(2, 3, 50, 16), torch.tensor([2, 4])
+    some, whole = spectrum(x, "partial", 4).sigma, spectrum(x).sigma
+    torch.testing.assert_close(energy(some, ranks), energy(whole, ranks), atol=0.01, rtol=0)
+    torch.testing.assert_close(some.norm(dim=-1), whole.norm(dim=-1))
+    assert (some.diff(dim=-1) <= 1e-4).all()
+
+
+def test_a_rule_decides_only_what_it_runs(monkeypatch):
+    from foveate.methods.drrl import run
+
+    made = []
+    of_gram = run.of_gram
+    monkeypatch.setattr(run, "of_gram", lambda g: (made.append(g), of_gram(g))[1])
+    q, k, v = qkv(37)
+    method = DRRL(control="energy", r_min=2, r_max=16, step=2, segment=8)
+    at = Context(mask=causal())
+    want = method(q, k, v, at).out
+    assert len(made) == 4
+    got = method(q[:, :, -1:], k, v, replace(at, phase="decode")).out
+    assert len(made) == 5
+    torch.testing.assert_close(got, want[:, :, -1:], atol=1e-5, rtol=1e-5)
+
+
+def test_weights_are_read_only_where_a_rank_is_decided(monkeypatch):
+    from foveate.methods.drrl import control
+
+    told = []
+    monkeypatch.setattr(
+        control, "weight_features", lambda maps: (told.append(len(maps)), weight_features(maps))[1]
+    )
+    made = layer(f"drrl({SMALL})")
+    made(torch.randn(2, 40, 32), mask=causal())
+    assert told == [3]  # once for all segments
+    cache = made.new_cache()
+    with torch.no_grad():
+        for length in (8, 1, 1, 6, 1):  # decisions at tokens 8 and 16
+            made(torch.randn(2, length, 32), mask=causal(), cache=cache)
+    assert told == [3, 3, 3]
+
+
+def test_the_mean_rank_over_pairs():
+    made = layer(f"drrl(guard='none', {SMALL})")
+
+    def up(x, weights, before, energies=None):
+        return torch.nn.functional.one_hot((before + 1).clamp(max=7), 8).float()
+
+    made.attention.policy.forward = up
+    aux = made(torch.randn(2, 37, 32), mask=causal()).aux
+    ranks = torch.tensor([4.0, 6, 8, 10])
+    allowed = torch.ones(37, 37).tril()
+    pairs = torch.stack([rows.sum() for rows in allowed.split(8)[1:]])
+    assert float(aux["drrl_rank"]) == 7
+    torch.testing.assert_close(aux["drrl_rank_of_pairs"], (ranks * pairs).sum() / pairs.sum())
+
+
+def test_cutting_back_a_row_that_is_all_padding_so_far():
+    made = layer(f"drrl({SMALL})")
+    x, cache = torch.randn(2, 12, 32), made.new_cache()
+    pads = torch.tensor([0, 6])
+
+    def put(start, stop):
+        at = torch.arange(stop)[None] - pads[:, None]
+        ctx = Context(
+            mask=causal() & padding(stop - pads), q_positions=at[:, start:], kv_positions=at
+        )
+        with torch.no_grad():
+            return made(x[:, start:stop], ctx=ctx, cache=cache).y
+
+    put(0, 6)
+    cache.truncate(4)
+    pads = torch.tensor([0, 4])
+    got = put(4, 9)
+    torch.testing.assert_close(got[1:], made(x[1:, 4:9], mask=causal()).y, atol=1e-5, rtol=1e-5)
+
+
+def test_the_miniatures_arms_are_met_at_the_policys_rank():
+    papers = pytest.importorskip("foveate.papers.drrl")
+
+    def bent(rank):  # a loss that falls ever more slowly
+        return 64 / rank, float(rank)
+
+    assert papers.at_rank(27.5, bent, 1) == pytest.approx(64 / 27.5, rel=1e-3)
+    assert papers.at_rank(27.5, bent) > 1.01 * 64 / 27.5  # a coarse grid flatters the policy
+    assert papers.at_rank(64.0, bent, 1) == 1.0
+    points = [bent(8), bent(64), bent(24), bent(32)]
+    assert papers.between(points, 28) == pytest.approx((64 / 24 + 2) / 2)
+    assert papers.between(points, 8.0) == 8.0
+    assert papers.between(points, 64.0) == 1.0

@@ -8,17 +8,20 @@ rank here, so that FLOPs alone would decide), guard "tail" with eps 0.3. The she
 and four minutes of training; halved so that three seeds take half an hour.
 
 All arms are compared at the policy's mean rank m, over decided segments: each of the others is
-measured at settings on both sides of m and interpolated.
+measured at the settings next to m on both sides and interpolated. A chord lies above a curve that
+bends up, which would flatter the policy, so settings are as close as an arm has them: whole ranks
+for "fixed", every second one for "by layer", 8 for "random" (two windows mixed are random too).
 
 - **fixed**: one rank everywhere; **random**: uniform from a window of ranks around the mean;
-- **energy**: the smallest rank whose energy ratio reaches tau;
+- **energy**: the smallest rank whose energy ratio reaches tau, tau found by bisection;
 - **by layer**: a fixed rank for each layer, the best of all assignments of that mean, judged by
   what each layer alone costs on validation text;
 - **no guard**: the policy trained without one, at its own mean rank, against fixed at that rank.
 
 "flops" is the sum of the honest count (scores, values, projections, Gram matrices, eigenvectors,
-policy) over that of full rank at 512 tokens; "flops, 32,768" the same at that length and the
-policy's mean rank, in segments of 128 with bases made anew where the past has doubled.
+policy) over that of full rank at 512 tokens, at the policy's mean rank over pairs of queries and
+keys (late segments cost more than early ones); "flops, 32,768" the same at that length, in segments
+of 128 with bases made anew where the past has doubled.
 """
 
 from __future__ import annotations
@@ -68,13 +71,13 @@ def run(trial: Trial) -> Found:
     figures[OURS] = learn(bench, "tail", 0.3)
     figures[FREE] = learn(bench, "none", 0.6)
     m = figures[OURS]["rank"]
-    figures[FIXED] = {"loss": at_rank(m, bench.fixed), "rank": m}
+    figures[FIXED] = {"loss": at_rank(m, bench.fixed, 1), "rank": m}
     figures[RANDOM] = {"loss": at_rank(m, bench.random), "rank": m}
-    figures[LAYERS] = {"loss": at_rank(m, bench.by_layer()), "rank": m}
+    figures[LAYERS] = {"loss": at_rank(m, bench.by_layer(), 2), "rank": m}
     figures[ENERGY] = bench.energy(m)
     other = figures[FREE]["rank"]
-    figures[THERE] = {"loss": at_rank(other, bench.fixed), "rank": other}
-    figures[OURS] |= costs(m)
+    figures[THERE] = {"loss": at_rank(other, bench.fixed, 1), "rank": other}
+    figures[OURS] |= costs(figures[OURS]["rank of pairs"])
     return figures
 
 
@@ -90,6 +93,7 @@ class Bench:
     def __init__(self, model: Any, task: ByteText, trial: Trial) -> None:
         self.model, self.task, self.trial = model, task, trial
         self._seen: dict[tuple[str, str], tuple[float, float]] = {}
+        self.of_pairs = float(SHAPE.key_dim)
 
     def put(self, text: str | list[str]) -> list[nn.Module]:
         """Build an attention in every layer; those that are modules."""
@@ -118,10 +122,11 @@ class Bench:
 
     @torch.no_grad()
     def judge(self, split: str = "test") -> tuple[float, float]:
-        """Loss and mean rank of what the layers run now."""
+        """Loss and mean rank of what the layers run now; `of_pairs` is that over pairs."""
         self.model.eval()
         loss = count = 0.0
         ranks: list[Tensor] = []
+        pairs: list[Tensor] = []
         few = 1 if self.trial.quick else 6 if split == "test" else 2
         for batch in itertools.islice(self.task.held_out(split, 8), few):  # type: ignore[arg-type]
             batch = batch.to(self.trial.device)
@@ -129,7 +134,9 @@ class Bench:
             loss += cross_entropy(out.logits, batch.targets, "sum").item()
             count += batch.targets.numel()
             ranks += [v for n, v in (out.aux or {}).items() if n.endswith("drrl_rank")]
+            pairs += [v for n, v in (out.aux or {}).items() if n.endswith("drrl_rank_of_pairs")]
         mean = float(torch.stack(ranks).mean()) if ranks else float(SHAPE.key_dim)
+        self.of_pairs = float(torch.stack(pairs).mean()) if pairs else mean
         return loss / count, mean
 
     def fixed(self, rank: int) -> tuple[float, float]:
@@ -171,27 +178,28 @@ class Bench:
 
     def energy(self, rank: float) -> dict[str, float]:
         """The rule at a mean rank: tau between two that were tried, losses interpolated."""
-        low, high = 0.5, 1.0
-        points = {}
-        for _ in range(2 if self.trial.quick else 6):
-            tau = (low + high) / 2
-            points[tau] = self.measure(f"drrl(control='energy', tau={tau}, {ACTIONS})")
-            low, high = (tau, high) if points[tau][1] < rank else (low, tau)
-        below = [p for p in points.values() if p[1] < rank]
-        above = [p for p in points.values() if p[1] >= rank]
-        if not below or not above:
-            near = min(points.values(), key=lambda p: abs(p[1] - rank))
-            return {"loss": near[0], "rank": near[1]}
-        one, two = max(below, key=lambda p: p[1]), min(above, key=lambda p: p[1])
-        share = (rank - one[1]) / max(1e-9, two[1] - one[1])
-        return {"loss": one[0] + share * (two[0] - one[0]), "rank": rank}
+        points = [self.fixed(RANKS[0]), self.measure("full")]  # tau of nearly 0, and of 1
+        low, high = 0.0, 4.0  # -log10(1 - tau)
+        for _ in range(2 if self.trial.quick else 8):
+            middle = (low + high) / 2
+            tau = 1 - 10**-middle
+            points.append(self.measure(f"drrl(control='energy', tau={tau}, {ACTIONS})"))
+            low, high = (middle, high) if points[-1][1] < rank else (low, middle)
+        return {"loss": between(points, rank), "rank": rank}
 
 
-def at_rank(rank: float, measured: Callable[[int], tuple[float, float]]) -> float:
+def at_rank(rank: float, measured: Callable[[int], tuple[float, float]], step: int = 8) -> float:
     """The loss of an arm at any mean rank, between the two of its grid around it."""
-    low = max(RANKS[0], min(RANKS[-2], int(rank) // 8 * 8))
-    one, two = measured(low), measured(low + 8)
-    return one[0] + (rank - low) / 8 * (two[0] - one[0])
+    low = max(RANKS[0], min(RANKS[-1] - step, int(rank) // step * step))
+    one, two = measured(low), measured(low + step)
+    return one[0] + (rank - low) / step * (two[0] - one[0])
+
+
+def between(points: list[tuple[float, float]], rank: float) -> float:
+    """The loss at a rank, from (loss, rank) of the nearest on both sides; they enclose it."""
+    one = max((p for p in points if p[1] <= rank), key=lambda p: p[1])
+    two = min((p for p in points if p[1] >= rank), key=lambda p: p[1])
+    return one[0] + (rank - one[1]) / max(1e-9, two[1] - one[1]) * (two[0] - one[0])
 
 
 def learn(bench: Bench, guard: str, done: float) -> dict[str, Any]:
@@ -216,7 +224,10 @@ def learn(bench: Bench, guard: str, done: float) -> dict[str, Any]:
         trial.tell(done + 0.3 * number / updates, f"policy, guard {guard}: {rewards[-1]:.3f}")
     loss, rank = bench.judge()
     tail = rewards[-10:]
-    return {"loss": loss, "rank": rank, "reward": math.fsum(tail) / len(tail)}
+    of_pairs = bench.of_pairs
+    return {
+        "loss": loss, "rank": rank, "rank of pairs": of_pairs, "reward": math.fsum(tail) / len(tail)
+    }  # fmt: skip
 
 
 def costs(rank: float) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from foveate.methods.drrl.bounds import sound_cost, tail, tail_cost, weight_bound
 from foveate.methods.drrl.lowrank import energy
 from foveate.methods.drrl.method import DRRL
-from foveate.methods.drrl.policy import Choice, Policy, choose
+from foveate.methods.drrl.policy import Choice, Policy, choose, weight_features
 from foveate.ops.errors import InputError
 
 
@@ -40,25 +41,32 @@ class Decider:
         layer: its index.
         width: d.
         policy: the network, if it decides.
-        features: (9,) of the layer's weights.
+        weights: W_Q, W_K and W_V of the layer, where they are known.
         training: sample, and keep log-probabilities.
         generator: of draws.
         below: by (rows' key, segment) the actions of the layer below.
         log_probs, rewards: of the decisions, (B,) each.
         taken: ranks of the decisions, (B,) each.
+        ran: ranks (B,) that segments ran at, and the pairs of queries and keys of each.
     """
 
     method: DRRL
     layer: int
     width: int
     policy: Policy | None = None
-    features: Tensor | None = None
+    weights: tuple[Tensor, ...] = ()
     training: bool = False
     generator: torch.Generator | None = None
     below: dict[object, Tensor] = field(default_factory=dict)
     log_probs: list[Tensor] = field(default_factory=list)
     rewards: list[Tensor] = field(default_factory=list)
     taken: list[Tensor] = field(default_factory=list)
+    ran: list[tuple[Tensor, int]] = field(default_factory=list)
+
+    @cached_property
+    def features(self) -> Tensor:
+        """(9,) of the layer's weights; read once, and only if something is to be decided."""
+        return weight_features(self.weights)
 
     @property
     def judges(self) -> bool:
@@ -136,8 +144,7 @@ class Decider:
         ratio = None
         if method.energies:
             ratio = energy(torch.cat(spectra.cut, 1), self.ranks.to(x.device)).mean(1)
-        features = torch.zeros(9) if self.features is None else self.features
-        logits = self.policy(x.detach(), features.to(x.device), previous, ratio)
+        logits = self.policy(x.detach(), self.features.to(x.device), previous, ratio)
         steps = int(self.policy.steps)
         found: Choice = choose(
             logits,

@@ -6,6 +6,7 @@ Of each query head (d key width, d_v value width, pairs of queries and keys that
     rank r      2 pairs (r + d_v), so that at most d / (d + d_v) is ever saved
     on top      projections 2 d r of each query and key, Gram 2 d^2 of each token, eigenvectors
                 10 d^3 of each key head and basis, policy 2 (3 D 64) of a token + 0.5 M a decision
+                + 5 of each weight of W_Q, W_K and W_V, which it is told of once
 
 The paper and its code count 2 n r d for all of it. Erden 2025, arXiv 2512.15973; the figures here
 are ours.
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 
 EIGH = 10
 DECISION = 500_000
+FEATURE = 5  # mean, variance and norm of a weight, once a sequence
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class Shape:
         """The policy on a segment of so many tokens."""
         return 2 * 3 * self.dim * 64 * tokens + DECISION
 
+    def features(self) -> int:
+        """What the policy is told of the layer's weights."""
+        width = self.heads * self.key_dim + self.kv_heads * (self.key_dim + self.value_dim)
+        return FEATURE * self.dim * width
+
 
 def relative(shape: Shape, rows: int, keys: int, rank: int) -> float:
     """FLOPs of a segment's rows at rank r, over those at full rank; new keys are its own rows."""
@@ -89,6 +96,8 @@ def causal_flops(
     """
     found = dict.fromkeys(("core", "projections", "basis", "policy"), 0)
     known = columns = made = 0
+    if policy and length > segment:
+        found["policy"] += shape.features()
     for number, start in enumerate(range(0, length, segment)):
         stop = min(length, start + segment)
         rows = stop - start

@@ -11,7 +11,7 @@ from typing_extensions import override
 from foveate.methods.drrl.control import Decider
 from foveate.methods.drrl.memory import DRRLState
 from foveate.methods.drrl.method import DRRL
-from foveate.methods.drrl.policy import Policy, weight_features
+from foveate.methods.drrl.policy import Policy
 from foveate.methods.drrl.reward import reinforce
 from foveate.methods.drrl.run import attend, check, in_order
 from foveate.ops import AttentionOutput
@@ -116,7 +116,7 @@ class DRRLLayer(Stateful, nn.Module):
             ctx.layer,
             q.shape[3],
             policy,
-            weight_features(ctx.weights) if method.learns else None,
+            ctx.weights,
             training,
             ctx.generator,
             ctx.store.setdefault(_BELOW, {}),
@@ -126,6 +126,10 @@ class DRRLLayer(Stateful, nn.Module):
         """Leave the loss and what was chosen in `ctx.aux`."""
         if decider.taken:
             ctx.aux["drrl_rank"] = torch.cat(decider.taken).float().mean()
+        if decider.ran:  # later segments see more keys, and cost more at the same rank
+            pairs = torch.tensor([float(n) for ranks, n in decider.ran for _ in ranks])
+            ranks = torch.cat([ranks for ranks, _ in decider.ran]).float()
+            ctx.aux["drrl_rank_of_pairs"] = (ranks * pairs.to(ranks)).sum() / pairs.sum()
         if not decider.rewards or not decider.log_probs:
             return
         rewards, log_probs = torch.cat(decider.rewards), torch.cat(decider.log_probs)

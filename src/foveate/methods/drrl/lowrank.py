@@ -68,7 +68,8 @@ def spectrum(x: Tensor, svd: str = "gram", rank: int | None = None) -> Spectrum:
     Args:
         x: any dtype; the work is done in fp32 or wider.
         svd: "gram" (eigenvectors of X^T X), "full" (torch's svd) or "partial" (subspace iteration
-            for the first `rank`; what follows is an arbitrary orthonormal rest with sigma 0).
+            for the first `rank`; what follows is an arbitrary orthonormal rest, its sigma the root
+            of the mean square of those that weren't found, so that all of ||X||_F is there).
         rank: for "partial".
 
     Raises:
@@ -104,8 +105,10 @@ def _partial(x: Tensor, rank: int) -> Spectrum:
     more = more.to(x).expand(*x.shape[:-2], width, width)
     rest = torch.linalg.qr(torch.cat((first[..., :rank], more), -1)[..., :width]).Q
     w = torch.cat((first[..., :rank], rest[..., rank:]), -1)
-    sigma = torch.nn.functional.pad(inner.sigma[..., :rank], (0, width - rank))
-    return Spectrum(sigma, w)
+    sigma = inner.sigma[..., :rank]
+    left = (x.square().sum((-2, -1)) - sigma.square().sum(-1)).clamp_min(0)
+    even = (left / max(1, width - rank)).sqrt()[..., None].expand(*left.shape, width - rank)
+    return Spectrum(torch.cat((sigma, even), -1), w)
 
 
 def _root(g: Tensor, power: float) -> Tensor:

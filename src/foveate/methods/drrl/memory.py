@@ -216,7 +216,10 @@ class DRRLState(State):
                     memory.truncate(end, self.segment)  # refuses, before anything is cut
             for memory, end in ends:
                 memory.truncate(end, self.segment)
-            self.length = length
+            self.length, self.pads = (
+                length,
+                None if self.pads is None else self.pads.clamp(max=length),
+            )
         return None
 
     @property

@@ -67,9 +67,9 @@ def attend(
         here = (q[every, :, some], k[every, :, start:stop], v[every, :, start:stop])
         inputs = None if x is None else x[every, some]
         if method.form == "causal":
-            got = in_order(decider, *here, inputs, ctx, Memory.empty(), key=start)
+            got = in_order(decider, *here, inputs, ctx, Memory.empty(), (start, stop))
         else:
-            got = at_once(decider, *here, inputs, ctx, not seen_later, key=start)
+            got = at_once(decider, *here, inputs, ctx, not seen_later, (start, stop))
         if len(rows) == len(q) and stop - first == q.shape[2]:
             return got
         at = torch.arange(first - before, stop - before, device=q.device)
@@ -163,7 +163,9 @@ def in_order(
     parts: list[AttentionOutput] = []
     for number in range(memory.length // size, -(-length // size)):
         low, high = max(number * size, memory.length), min((number + 1) * size, length)
-        if number and low == number * size:
+        # A rule needs no history: only segments that are run have to be decided.
+        due = high > first or method.learns or method.refresh == "doubling"
+        if number and low == number * size and due:
             _boundary(decider, k, memory, number, key)
         rows = slice(max(low, first) - first, high - first)
         if rows.stop > rows.start and high > first:
@@ -340,11 +342,13 @@ def _by_rank(
     q, _, v = now
     ranks = decider.ranks.to(q.device)
     taken = ranks[action]
+    rows, keys = q.shape[2], v.shape[2]
+    decider.ran.append((taken, rows * keys - (rows * (rows - 1) // 2 if ordered else 0)))
     out: AttentionOutput | None = None
     for rank in taken.unique().tolist():
-        rows = (taken == rank).nonzero()[:, 0]
-        alone = len(rows) == len(taken)
-        pick: Rows = slice(None) if alone else rows
+        some = (taken == rank).nonzero()[:, 0]
+        alone = len(some) == len(taken)
+        pick: Rows = slice(None) if alone else some
         got = _core(*factors(pick, rank), v[pick], ctx, q.shape[3], ordered)
         if alone:
             out = got
@@ -353,7 +357,7 @@ def _by_rank(
             empty = got.out.new_zeros(len(taken), *got.out.shape[1:])
             out = AttentionOutput(empty, got.lse.new_zeros(len(taken), *got.lse.shape[1:]))
         out = AttentionOutput(
-            out.out.index_copy(0, rows, got.out), out.lse.index_copy(0, rows, got.lse)
+            out.out.index_copy(0, some, got.out), out.lse.index_copy(0, some, got.lse)
         )
     assert out is not None
     if decider.judges:
