@@ -551,3 +551,17 @@ def test_a_forward_leaves_no_cycle():
         assert seen() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_losses_of_both_stages_ignore_padding(side):
+    teacher = model()
+    student = echo_student(teacher, (2, 3))
+    tokens = ids(20, 1)
+    pad = (6, 0) if side == "left" else (0, 6)
+    both, mask = nn.functional.pad(tokens, pad), nn.functional.pad(torch.ones_like(tokens), pad)
+    torch.testing.assert_close(next_tokens(student, both, mask), next_tokens(student, tokens))
+    got, want = distillation(student, teacher, both, mask)[0], distillation(
+        student, teacher, tokens
+    )[0]  # fmt: skip
+    torch.testing.assert_close(got, want)

@@ -170,8 +170,14 @@ def distillation(
 def next_tokens(
     student: FoveateForCausalLM, ids: Tensor, attention_mask: Tensor | None = None
 ) -> Tensor:
-    """Stage 2's loss: cross entropy of the true next tokens of ids (B, L)."""
-    labels = ids if attention_mask is None else ids.masked_fill(attention_mask == 0, IGNORED)
+    """Stage 2's loss: cross entropy of the true next tokens of ids (B, L).
+
+    Padding is neither predicted nor predicts: what follows it, on the left, has no past.
+    """
+    labels = ids
+    if attention_mask is not None:
+        real = attention_mask > 0
+        labels = ids.masked_fill(~(real & real.roll(1, 1)), IGNORED)
     loss = student(
         input_ids=ids, attention_mask=attention_mask, labels=labels, use_cache=False
     ).loss
