@@ -80,7 +80,7 @@ SMALL = [
 ]  # fmt: skip
 
 
-def test_the_whole_command(five, prose, tmp_path, capsys):
+def test_the_whole_command(five, prose, tmp_path, capsys, monkeypatch):
     args = ["compress", str(five), "--text", str(prose), "--out", str(tmp_path / "out"), *SMALL]
     assert run([*args, "--share", "0.4"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -109,6 +109,16 @@ def test_the_whole_command(five, prose, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["found"]
     assert run([*args[:-1], "--share", "0.4"]) == 0  # for people
     assert "shared, distilled" in capsys.readouterr().out
+
+    def never(*given, **more):
+        raise AssertionError("the student is there")
+
+    monkeypatch.setattr("foveate.compress.job.adjust", never)
+    assert run([*args, "--share", "0.4", "--prompt", "32"]) == 0  # timed again, not trained
+    again = json.loads(capsys.readouterr().out)
+    assert not again["found"]
+    assert again["speed"]["prompt"] == 32
+    assert again["perplexity"] == facts["perplexity"]
 
 
 def test_it_goes_on_after_a_kill(five, prose, tmp_path, capsys, monkeypatch):
