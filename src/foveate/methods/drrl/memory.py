@@ -216,10 +216,8 @@ class DRRLState(State):
                     memory.truncate(end, self.segment)  # refuses, before anything is cut
             for memory, end in ends:
                 memory.truncate(end, self.segment)
-            self.length, self.pads = (
-                length,
-                None if self.pads is None else self.pads.clamp(max=length),
-            )
+            assert self.pads is not None
+            self.length, self.pads = length, self.pads.clamp(max=length)
         return None
 
     @property
