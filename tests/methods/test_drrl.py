@@ -752,3 +752,38 @@ def test_the_miniatures_arms_are_met_at_the_policys_rank():
     assert papers.between(points, 28) == pytest.approx((64 / 24 + 2) / 2)
     assert papers.between(points, 8.0) == 8.0
     assert papers.between(points, 64.0) == 1.0
+
+
+@pytest.mark.parametrize("previous", ["segment", "layer"])
+def test_checkpointing_decides_and_learns_once(previous):
+    pytest.importorskip("transformers")
+    from foveate.models import FoveateConfig, FoveateForCausalLM
+
+    def trained(**checkpoints):
+        torch.manual_seed(0)
+        text = (
+            f"drrl(eps=3.0, eps_decay=0.5, explore=0.5, explore_decay=0.5, previous={previous!r}, "
+            f"{SMALL})"
+        )
+        model = FoveateForCausalLM(
+            FoveateConfig(
+                vocab_size=61, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
+                attention=text,
+            )
+        ).train()  # fmt: skip
+        if checkpoints:
+            model.gradient_checkpointing_enable(checkpoints)
+        for step in range(2):
+            ids = torch.randint(1, 61, (3, 33), generator=torch.Generator().manual_seed(step))
+            model(ids, labels=ids).loss.backward()
+        return model
+
+    one, two = trained(), trained(use_reentrant=False)
+    for p, (name, other) in zip(one.parameters(), two.named_parameters(), strict=True):
+        assert (p.grad is None) == (other.grad is None), name
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, other.grad, atol=1e-5, rtol=1e-4)
+    for here, there in zip(one.buffers(), two.buffers(), strict=True):
+        torch.testing.assert_close(here, there)
+    with pytest.raises(InputError, match="use_reentrant=False"):
+        trained(use_reentrant=True)

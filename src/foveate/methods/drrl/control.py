@@ -44,7 +44,7 @@ class Decider:
         weights: W_Q, W_K and W_V of the layer, where they are known.
         training: sample, and keep log-probabilities.
         generator: of draws.
-        below: by (rows' key, segment) the actions of the layer below.
+        below: by (layer, rows' key, segment) the actions of this forward's layers.
         log_probs, rewards: of the decisions, (B,) each.
         taken: ranks of the decisions, (B,) each.
         ran: ranks (B,) that segments ran at, and the pairs of queries and keys of each.
@@ -57,7 +57,7 @@ class Decider:
     weights: tuple[Tensor, ...] = ()
     training: bool = False
     generator: torch.Generator | None = None
-    below: dict[object, Tensor] = field(default_factory=dict)
+    below: dict[tuple[int, object, int], Tensor] = field(default_factory=dict)
     log_probs: list[Tensor] = field(default_factory=list)
     rewards: list[Tensor] = field(default_factory=list)
     taken: list[Tensor] = field(default_factory=list)
@@ -82,6 +82,12 @@ class Decider:
         """Actions before any decision, (B,)."""
         count = len(self.method.ranks)
         return torch.full((batch,), self.method.initial % count, device=device)
+
+    def of_below(self, key: object, number: int, rows: Tensor) -> Tensor:
+        """Actions (B,) of the nearest layer below for these rows and this segment, or the first."""
+        layers = (n for n in range(self.layer - 1, -1, -1) if (n, key, number) in self.below)
+        found = next((self.below[n, key, number] for n in layers), None)
+        return self.first(len(rows), rows.device) if found is None else found
 
     def safe(self, spectra: Spectra, current: Tensor) -> Tensor | None:
         """Which actions the guard lets through, (B, R); None is all.

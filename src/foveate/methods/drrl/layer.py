@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from foveate.parts.state import State, Stateful
 
 _POLICY = "drrl policy"
 _BELOW = "drrl actions"
+_RAN = "drrl ran"
 _PACE = 0.1  # of the rewards' running mean
 
 
@@ -109,7 +111,8 @@ class DRRLLayer(Stateful, nn.Module):
                 ctx.store[_POLICY] = policy
             policy = ctx.store.get(_POLICY)
         training = self.training and ctx.phase == "train" and torch.is_grad_enabled()
-        if training and self.policy is not None:
+        again = bool(method.learns and self._ran(ctx, training))
+        if training and self.policy is not None and not again:
             self.policy.steps += 1
         return Decider(
             method,
@@ -121,6 +124,19 @@ class DRRLLayer(Stateful, nn.Module):
             ctx.generator,
             ctx.store.setdefault(_BELOW, {}),
         )
+
+    def _ran(self, ctx: Context, training: bool) -> dict[str, Any]:
+        """What the layer did in this forward; gradient checkpointing runs it twice."""
+        ran: dict[str, Any] | None = ctx.store.get((_RAN, ctx.layer))
+        if ran is None:
+            ctx.store[_RAN, ctx.layer] = {"training": training}
+            return {}
+        if training and not ran["training"]:
+            raise InputError(
+                f"drrl: layer {ctx.layer} ran without gradients before, in the same forward, and "
+                "its policy can't learn so; with gradient checkpointing use use_reentrant=False."
+            )
+        return ran
 
     def _learn(self, decider: Decider, ctx: Context) -> None:
         """Leave the loss and what was chosen in `ctx.aux`."""
@@ -134,11 +150,14 @@ class DRRLLayer(Stateful, nn.Module):
             return
         rewards, log_probs = torch.cat(decider.rewards), torch.cat(decider.log_probs)
         mean = rewards.mean()
-        before = torch.where(self.seen > 0, self.baseline, mean)
+        ran = ctx.store[_RAN, ctx.layer]
+        before = ran.get("baseline")
+        if before is None:
+            before = ran["baseline"] = torch.where(self.seen > 0, self.baseline, mean)
+            with torch.no_grad():
+                self.baseline.copy_(before + _PACE * (mean - before))
+                self.seen += 1
         loss = reinforce(log_probs, rewards, before)
-        with torch.no_grad():
-            self.baseline.copy_(before + _PACE * (mean - before))
-            self.seen += 1
         ctx.aux["drrl_loss"] = self.method.weight * loss
         ctx.aux["drrl_reward"] = mean
 

@@ -219,13 +219,13 @@ def _boundary(decider: Decider, k: Tensor, memory: Memory, number: int, key: obj
     spectra = Spectra([cut], memory.sigma_q, memory.sigma_k, memory.made, False, joint)
     chained = decider.method.previous == "layer"
     if chained:
-        memory.action = decider.below.get((key, number))
+        memory.action = decider.of_below(key, number, k)
     if memory.action is None:
         memory.action = decider.first(len(k), k.device)
     memory.before = memory.action
     memory.action = decider.decide(spectra, memory.x, memory.action)
     if chained:
-        decider.below[(key, number)] = memory.action
+        decider.below[decider.layer, key, number] = memory.action
     memory.x = memory.q = None
 
 
@@ -302,11 +302,11 @@ def at_once(
     for number, low in enumerate(range(0, q.shape[2], method.segment)):
         high = min(low + method.segment, q.shape[2])
         if method.previous == "layer":
-            action = decider.below.get((key, number), decider.first(len(q), q.device))
+            action = decider.of_below(key, number, q)
         before = action
         action = decider.decide(spectra, None if x is None else x[:, low:high], before)
         if method.previous == "layer":
-            decider.below[(key, number)] = action
+            decider.below[decider.layer, key, number] = action
         end = high if ordered else k.shape[2]
         mine = q[:, :, low:high]
 
