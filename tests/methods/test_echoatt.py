@@ -565,3 +565,19 @@ def test_losses_of_both_stages_ignore_padding(side):
         student, teacher, tokens
     )[0]  # fmt: skip
     torch.testing.assert_close(got, want)
+
+
+def test_the_last_block_is_compared_before_the_last_norm():
+    teacher = model(4)
+    student = echo_student(teacher, (1, 3))
+    got = distillation(student, teacher, ids())[1]["hidden"]
+    made: dict[str, list[torch.Tensor]] = {"ours": [], "theirs": []}
+    for name, who in (("ours", student), ("theirs", teacher)):
+        for end in (1, 3):
+            who.model.blocks[end].register_forward_hook(
+                lambda block, given, out, at=made[name]: at.append(out.y)
+            )
+        who(ids())
+    pairs = zip(made["ours"], made["theirs"], strict=True)
+    want = torch.stack([(a - b).square().mean() for a, b in pairs]).mean()
+    torch.testing.assert_close(got, want)

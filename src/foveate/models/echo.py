@@ -148,13 +148,10 @@ def distillation(
         raise InputError("distillation: student and teacher have different numbers of layers.")
     inputs = {"input_ids": ids, "attention_mask": attention_mask, "use_cache": False}
     with torch.no_grad():
-        goal = teacher(**inputs, output_hidden_states=True)
-    made = student(**inputs, output_hidden_states=True)
+        goal, theirs_at = _run(teacher, ends, inputs)
+    made, ours_at = _run(student, ends, inputs)
     real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask > 0
-    states = [
-        (made.hidden_states[end + 1].float() - goal.hidden_states[end + 1].float())[real]
-        for end in ends
-    ]
+    states = [(ours_at[end].float() - theirs_at[end].float())[real] for end in ends]
     zero = made.logits.new_zeros((), dtype=torch.float32)
     ours, theirs = made.logits[real].float(), goal.logits[real].float()
     log_s, log_t = ours.log_softmax(-1), theirs.log_softmax(-1)
@@ -165,6 +162,21 @@ def distillation(
         "hard": F.cross_entropy(ours, theirs.argmax(-1)),
     }
     return sum((w * parts[n] for n, w in weights._asdict().items()), zero), parts
+
+
+def _run(model: FoveateForCausalLM, ends: Sequence[int], inputs: dict[str, Any]) -> Any:
+    """A forward, and what the blocks `ends` made; the last one's is taken before the last norm."""
+    made: dict[int, Tensor] = {}
+
+    def keep(end: int) -> Callable[..., None]:
+        return lambda block, given, out: made.update({end: out.y})
+
+    hooks = [model.model.blocks[end].register_forward_hook(keep(end)) for end in ends]
+    try:
+        return model(**inputs), dict(made)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def next_tokens(
