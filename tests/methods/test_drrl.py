@@ -787,3 +787,17 @@ def test_checkpointing_decides_and_learns_once(previous):
         torch.testing.assert_close(here, there)
     with pytest.raises(InputError, match="use_reentrant=False"):
         trained(use_reentrant=True)
+
+
+@pytest.mark.parametrize("basis", ["separate", "joint"])
+def test_decompositions_are_all_counted(basis, monkeypatch):
+    made = []
+    for name, worth in (("eigh", 1), ("svd", 2)):
+        real = getattr(torch.linalg, name)
+        monkeypatch.setattr(
+            torch.linalg, name, lambda x, real=real, worth=worth: (made.append(worth), real(x))[1]
+        )
+    q, k, v = qkv(16, kv_heads=1)
+    DRRL(control="fixed", rank=4, basis=basis, segment=8)(q, k, v, Context(mask=causal()))
+    counted = Shape(32, 2, 1, 16, 16).basis(0, queries=basis == "joint")
+    assert counted == sum(made) * 10 * 16**3

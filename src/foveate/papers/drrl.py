@@ -21,7 +21,9 @@ for "fixed", every second one for "by layer", 8 for "random" (two windows mixed 
 "flops" is the sum of the honest count (scores, values, projections, Gram matrices, eigenvectors,
 policy) over that of full rank at 512 tokens, at the policy's mean rank over pairs of queries and
 keys (late segments cost more than early ones); "flops, 32,768" the same at that length, in segments
-of 128 with bases made anew where the past has doubled.
+of 128 with bases made anew where the past has doubled. At 512 tokens the bases and the policy cost
+more than any rank saves (1.67 at rank 8), so that here the claim can be refuted but not hold: that
+condition, the sheet's, tells where low rank doesn't pay; 32,768 is where it might.
 """
 
 from __future__ import annotations

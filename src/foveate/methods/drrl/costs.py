@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 EIGH = 10
+JOINT = 6  # spectra and roots of both Gram matrices, and an svd, which is two
 DECISION = 500_000
 FEATURE = 5  # mean, variance and norm of a weight, once a sequence
 
@@ -54,7 +55,7 @@ class Shape:
         """A Gram matrix of so many new keys (and queries), and its eigenvectors."""
         d = self.key_dim
         products = 2 * tokens * d * d * (self.kv_heads + (self.heads if queries else 0))
-        return products + self.kv_heads * EIGH * d**3 * (2 if queries else 1)
+        return products + self.kv_heads * EIGH * d**3 * (JOINT if queries else 1)
 
     def decision(self, tokens: int) -> int:
         """The policy on a segment of so many tokens."""

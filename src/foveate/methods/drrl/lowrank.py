@@ -111,20 +111,22 @@ def _partial(x: Tensor, rank: int) -> Spectrum:
     return Spectrum(torch.cat((sigma, even), -1), w)
 
 
-def _root(g: Tensor, power: float) -> Tensor:
-    """g^power of a positive semidefinite g, in float64; directions without weight stay 0."""
+def _roots(g: Tensor) -> tuple[Tensor, Tensor]:
+    """g^(1/2), g^(-1/2) of a positive semidefinite g, in float64; what has no weight stays 0."""
     values, vectors = torch.linalg.eigh(g.double())
     kept = values > values[..., -1:].clamp_min(1e-300) * 1e-12
-    return (
-        vectors * values.clamp_min(1e-300).pow(power).where(kept, 0.0)[..., None, :]
-    ) @ vectors.mT
+    root = values.clamp_min(1e-300).sqrt()
+    half, less = (
+        (vectors * x.where(kept, 0.0)[..., None, :]) @ vectors.mT for x in (root, 1 / root)
+    )
+    return half, less
 
 
 def joint_maps(gram_q: Tensor, gram_k: Tensor) -> Maps:
     """The best factors of every rank for S = Q K^T, from both Gram matrices (..., d, d)."""
-    root = _root(gram_q, 0.5)
-    u, sigma, _ = torch.linalg.svd(root @ _root(gram_k, 0.5))
-    made = (_root(gram_q, -0.5) @ u, root @ u, sigma)
+    root, less = _roots(gram_q)
+    u, sigma, _ = torch.linalg.svd(root @ _roots(gram_k)[0])
+    made = (less @ u, root @ u, sigma)
     return Maps(*(x.to(gram_q.dtype) for x in made))
 
 
