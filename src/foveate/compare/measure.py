@@ -132,10 +132,9 @@ class Recorder(Attention):
             self.log.attend_seconds += spent
         if ctx.layer in self.log.keep:
             layout = told[-1] if told and isinstance(told[-1], Layout) else None
+            method, q, k = self.method.alone(q, k, ctx)
             kept = replace(ctx, stats=None, store={}, cache=None)
-            self.log.samples.append(
-                Sample(ctx.layer, q, k, v, result.out, layout, kept, self.method)
-            )
+            self.log.samples.append(Sample(ctx.layer, q, k, v, result.out, layout, kept, method))
         return result
 
 

@@ -64,6 +64,11 @@ class GroupedProjection(Projection):
 
     @property
     @override
+    def maps(self) -> tuple[Tensor, ...]:
+        return self.q.weight, self.k.weight, self.v.weight
+
+    @property
+    @override
     def fields(self) -> tuple[Field, ...]:
         return (
             token_field("k", self.kv_heads, self.head_dim),
@@ -98,9 +103,23 @@ class GroupedProjection(Projection):
 
     @override
     def shard(self, rank: int, ranks: int) -> Self:
+        mine, theirs = self.shares(rank, ranks)
+        part = deepcopy(self)
+        width = self.head_dim
+        part.heads, part.kv_heads = mine.stop - mine.start, theirs.stop - theirs.start
+        part.q = rows_of(self.q, mine, width)
+        part.k, part.v = rows_of(self.k, theirs, width), rows_of(self.v, theirs, width)
+        part.out = columns_of(self.out, mine, width, first=rank == 0)
+        return part
+
+    def shares(self, rank: int, ranks: int) -> tuple[slice, slice]:
+        """The query heads and the key/value heads of a rank.
+
+        Raises:
+            InputError: the heads don't divide evenly.
+        """
         mine = share(self.heads, rank, ranks, "query heads")
         groups = self.heads // self.kv_heads
-        part = deepcopy(self)
         if self.kv_heads % ranks == 0:
             theirs = share(self.kv_heads, rank, ranks, "key/value heads")
         elif groups % (mine.stop - mine.start) == 0:  # a rank's heads share one, copied to all
@@ -110,12 +129,7 @@ class GroupedProjection(Projection):
                 f"shard: {self.heads} query heads on {self.kv_heads} key/value heads can't be "
                 f"split over {ranks} ranks so that no rank's heads straddle a group."
             )
-        width = self.head_dim
-        part.heads, part.kv_heads = mine.stop - mine.start, theirs.stop - theirs.start
-        part.q = rows_of(self.q, mine, width)
-        part.k, part.v = rows_of(self.k, theirs, width), rows_of(self.v, theirs, width)
-        part.out = columns_of(self.out, mine, width, first=rank == 0)
-        return part
+        return mine, theirs
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from foveate.models.causal_lm import CausalLMOutput, FoveateForCausalLM, FoveateModel
     from foveate.models.config import FoveateConfig, FoveateEncoderConfig
     from foveate.models.dit import DiT
+    from foveate.models.echo import echo_student
     from foveate.models.encoder import FoveateEncoder, FoveateForSequenceClassification
     from foveate.models.gat import GAT
     from foveate.models.latent import to_tpla
@@ -38,6 +39,7 @@ _HOMES = {
     "ModelCache": "cache",
     "attention_maps": "look",
     "config_from": "layouts",
+    "echo_student": "echo",
     "load_layout": "layouts",
     "step3_config": "step3",
     "to_tpla": "latent",
@@ -61,6 +63,7 @@ __all__ = [
     "ModelCache",
     "attention_maps",
     "config_from",
+    "echo_student",
     "load_layout",
     "step3_config",
     "to_tpla",

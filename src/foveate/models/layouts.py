@@ -1,4 +1,4 @@
-"""Released weights' layouts: DeepSeek-V3's and Step-3's names and shapes onto foveate's.
+"""Released weights' layouts: Llama's, DeepSeek-V3's and Step-3's names and shapes onto foveate's.
 
 A layout says how its config becomes a `FoveateConfig`, and for each of its tensors where that goes.
 Both files as published (one tensor per expert in DeepSeek's) and the fused experts of transformers'
@@ -78,6 +78,29 @@ _STEP3 = (
     (_LAYER + r"moe\.(gate|up|down)_proj\.weight", _F + r"\2"),
     (_LAYER + r"share_expert\.(gate|up|down)_proj\.weight", _F + r"shared.\2.weight"),
 )
+
+_LLAMA = (
+    *_COMMON,
+    (_LAYER + r"self_attn\.(q|k|v)_proj\.(weight|bias)", _P + r"\2.\3"),
+    (_LAYER + r"self_attn\.o_proj\.(weight|bias)", _P + r"out.\2"),
+)
+
+
+def _llama(given: Given) -> FoveateConfig:
+    if given.get("hidden_act", "silu") != "silu" or given.get("mlp_bias"):
+        raise InputError(
+            f"hidden_act={given.get('hidden_act')!r}, mlp_bias={given.get('mlp_bias')!r}: expected "
+            "Llama's own feed-forward, silu without biases."
+        )
+    heads = given["num_attention_heads"]
+    return FoveateConfig(
+        **_shared(given),
+        projection=f"gqa(kv_heads={given.get('num_key_value_heads') or heads})",
+        head_dim=given.get("head_dim") or given["hidden_size"] // heads,
+        rope_parameters=_rope(given),
+        attention_bias=given.get("attention_bias", False),
+        attention_out_bias=given.get("attention_bias", False),
+    )
 
 
 def _deepseek(given: Given) -> FoveateConfig:
@@ -167,6 +190,7 @@ def _rope(given: Given) -> Given:
 
 
 LAYOUTS = {
+    "llama": Layout(_llama, _LLAMA, r"$^"),
     "deepseek_v3": Layout(_deepseek, _DEEPSEEK, r"$^"),
     "step3_text": Layout(_step3, _STEP3, r"vision_model\.|vit_"),
     "step3_vl": Layout(_step3, _STEP3, r"vision_model\.|vit_"),
@@ -199,7 +223,7 @@ def weights_from(
 
     Args:
         model: of the right config; filled in place, in its own dtype.
-        family: "deepseek_v3", "step3_text" or "step3_vl".
+        family: "llama", "deepseek_v3", "step3_text" or "step3_vl".
         tensors: the names and tensors, whole or sharded, in any order.
 
     Raises:
@@ -260,7 +284,7 @@ def _places(layout: Layout, name: str, tensor: Tensor) -> Iterator[tuple[str, in
 def load_layout(
     folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> FoveateForCausalLM:
-    """A model with the weights of a DeepSeek-V3 or Step-3 folder, as published.
+    """A model with the weights of a Llama, DeepSeek-V3 or Step-3 folder, as published.
 
     Args:
         folder: with config.json and safetensors files.

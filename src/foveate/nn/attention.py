@@ -134,6 +134,7 @@ class Attention(nn.Module):
         past = 0 if cache is None else len(cache)
         known = self._context(x, mask, past, ctx)
         known.hidden, known.cache = x if x_kv is x else None, cache
+        known.weights = self.projection.maps
         where = _positions(known, x.shape[1], past, x_kv)
         p = self.projection
         q = p.query(x)

@@ -58,6 +58,13 @@ class Attention(ABC):
             there, so that a merge by it shows.
         """
 
+    def alone(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Attention, Tensor, Tensor]:
+        """What a call computes, as an attention, queries and keys that need no other layer.
+
+        For whoever repeats one layer's call, such as a check: mostly the call as it is.
+        """
+        return self, q, k
+
     def placed(self, heads: Heads) -> Attention:
         """What a layer of these sizes runs in its place; mostly the same object.
 

@@ -45,6 +45,7 @@ class Context:
         backend: backend of the core op, "auto" or a name.
         hidden: (B, L, dim), input of the layer; None where keys come from another one.
         embeddings: (B, L, dim), the tokens' embeddings, before any layer.
+        weights: W_Q, W_K and W_V of the layer, where its projection has just these.
         input_norm: the norm that `hidden` has been through in its block.
         reference: queries and keys of the model's reference stream, for mixers that ask for one.
         raw_query: (B, Hq, Lq, D), before the rotation of positions.
@@ -80,6 +81,7 @@ class Context:
     backend: str = "auto"
     hidden: Tensor | None = None
     embeddings: Tensor | None = None
+    weights: tuple[Tensor, ...] = ()
     input_norm: Callable[[Tensor], Tensor] | None = None
     reference: Maps | None = None
     raw_query: Tensor | None = None

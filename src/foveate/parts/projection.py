@@ -142,6 +142,11 @@ class Projection(nn.Module, ABC):
     selects: ClassVar[bool] = False
 
     @property
+    def maps(self) -> tuple[Tensor, ...]:
+        """W_Q, W_K and W_V, where heads are made by just these; else none."""
+        return ()
+
+    @property
     @abstractmethod
     def fields(self) -> tuple[Field, ...]:
         """What the cache keeps of each token."""
