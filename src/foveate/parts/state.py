@@ -164,7 +164,8 @@ class Stateful(Attention):
 
         Args:
             x: (B, n, dim), the layer's input.
-            x_kv: (B, n, kv_dim), where keys and values come from; x itself, unless another is given.
+            x_kv: (B, n, kv_dim), where keys and values come from; x itself, if nothing else is
+                given.
             state: made by `new_state`.
         """
         return x_kv

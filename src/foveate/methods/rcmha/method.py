@@ -283,7 +283,7 @@ class RelativeConvolutional(Stateful, nn.Module):
     ) -> RelativeBias:
         """(q_i . E[P + o] + beta[P + o]) scaled, for the distances o that occur.
 
-        The op aligns it with the keys, which is what Transformer-XL's shift of a padded matrix does.
+        The op aligns it with the keys, as Transformer-XL's shift of a padded matrix does.
 
         Args:
             q: (B, Hq, Lq, D), behind the convolution, without u.
