@@ -8,7 +8,7 @@ walks through one).
 
 from __future__ import annotations
 
-from foveate.catalog import caches, formulas, patterns, projections, trained
+from foveate.catalog import caches, formulas, patterns, poolers, projections, trained
 from foveate.catalog.row import YES, Capabilities, Paper, Row, Support
 from foveate.ops.errors import UnknownMethodError, nearest
 
@@ -30,6 +30,7 @@ ROWS: tuple[Row, ...] = (
     *trained.ROWS,
     *formulas.ROWS,
     *projections.ROWS,
+    *poolers.ROWS,
 )
 
 
