@@ -170,8 +170,8 @@ class FoveateEncoderConfig(FoveateConfig):
                 )
         if self.recurrent_layers and self.position == "learned":
             raise InputError(
-                "FoveateEncoderConfig(position='learned'): recurrent layers know the order; expected "
-                '"none", or "rope" for blocks behind them.'
+                "FoveateEncoderConfig(position='learned'): recurrent layers know the order; "
+                'expected "none", or "rope" for blocks behind them.'
             )
         if not 0 <= self.classifier_dropout < 1:
             raise InputError(

@@ -4,9 +4,9 @@
     E <- tanh(E);   E[:, t] <- E[:, t] / ||E[:, t]||_2     (over the heads, for each token)
     A = softmax over t of E;   S = A H                     (m, d), flattened
 
-H (n, d) are the states of a bidirectional GRU or any token vectors, P and Q (d, m). c (d) is learnt,
-or the mean of the text's token vectors (the paper's "+ctx"). No token is compared with another: the
-cost is linear in n, and W takes 2 d m numbers. As cross-attention: the query of head i is
+H (n, d) are the states of a bidirectional GRU or any token vectors, P and Q (d, m). c (d) is
+learnt, or the mean of the text's token vectors (the paper's "+ctx"). No token is compared with
+another: the cost is linear in n, and all W_i take 2 d m numbers. As cross-attention: the query of head i is
 (p_i^T c) q_i, keys and values are H, there is no scale.
 
 Mehta, Rangwala and Ramakrishnan 2019, "Low Rank Factorization for Compact Multi-Head
@@ -191,8 +191,8 @@ class LowRankPooler(Pooler):
         """
         if self.c is None:
             raise InputError(
-                f"LAMA(context={self.recipe.context!r}) can't go on from a state: with a mean every "
-                "token changes the weights of all before it; take context='learned'."
+                f"LAMA(context={self.recipe.context!r}) can't go on from a state: with a mean "
+                "every token changes the weights of all before it; take context='learned'."
             )
         heads = self.recipe.heads
         return State((
