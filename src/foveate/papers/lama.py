@@ -6,10 +6,11 @@ and a learnt context ("LAMA+ctx": the mean of the states), self-attentive poolin
 d_a = 64. All arms get the same steps and the same two learning rates to choose from.
 
 The sheet's miniature has sentiment and rating of reviews, from a package that isn't shipped;
-Banking77 is a topic task, of the claim's families the one at hand. "LAMA" below is whichever of both
-contexts has the lower validation loss, the baseline likewise the best of its arms, so that neither is
-picked on the test split. The head of an arm with m heads is m times as wide as that of the mean; the
-numbers counted are those of the attention itself, as in the paper, and "parameters" are all.
+Banking77 is a topic task, of the claim's families the one at hand. "LAMA" below is whichever of
+both contexts has the lower validation loss, the baseline likewise the best of its arms, so that
+neither is picked on the test split. The head of an arm with m heads is m times as wide as that of
+the mean; the numbers counted are those of the attention itself, as in the paper, and "parameters"
+are all.
 
 Interpretability: words of an intent's own name ("exchange rate") should be found more often among
 the three words with the largest weights (mean of the heads) than anywhere in the texts.
@@ -22,9 +23,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from foveate.papers.harness import Check, Found, Grid, Paper, Trial, at_least, at_most
-from foveate.papers.tasks.base import Batch
 from foveate.papers.tasks.classification import PADDING, Classification, words
 from foveate.papers.tasks.labelled import load
 from foveate.papers.training.classify import Classifier, trained_on_texts
@@ -108,8 +109,9 @@ def lift(model: Classifier, texts: Classification, most: int | None = None) -> f
     found = dict.fromkeys(("top", "top words", "all", "all words"), 0)
     for start in range(0, len(examples), 64):
         some = examples[start : start + 64]
-        batch: Batch = texts._made(list(some)).to(device)
-        out = model.model(input_ids=batch.inputs, attention_mask=(batch.inputs != PADDING).long())
+        rows = [torch.tensor(texts.ids(example.texts)) for example in some]
+        ids = pad_sequence(rows, batch_first=True, padding_value=PADDING).to(device)
+        out = model.model(input_ids=ids, attention_mask=(ids != PADDING).long())
         weights = out.pooler_weights.mean(1)[:, 1:].cpu()
         for row, example in zip(weights, some):
             said = words(example.texts[0])[: texts.length - 1]

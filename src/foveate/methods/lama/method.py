@@ -6,8 +6,8 @@
 
 H (n, d) are the states of a bidirectional GRU or any token vectors, P and Q (d, m). c (d) is
 learnt, or the mean of the text's token vectors (the paper's "+ctx"). No token is compared with
-another: the cost is linear in n, and all W_i take 2 d m numbers. As cross-attention: the query of head i is
-(p_i^T c) q_i, keys and values are H, there is no scale.
+another: the cost is linear in n, and all W_i take 2 d m numbers. As cross-attention: the query of
+head i is (p_i^T c) q_i, keys and values are H, there is no scale.
 
 Mehta, Rangwala and Ramakrishnan 2019, "Low Rank Factorization for Compact Multi-Head
 Self-Attention", arXiv 1912.00835; tanh and the norm over heads as in the independent PyTorch
