@@ -16,7 +16,7 @@ from foveate.ops.errors import InputError
 from foveate.papers.tasks.text import ByteText, text_file
 from foveate.papers.training.language import Sizes, language_model
 from foveate.papers.training.loop import Trained, train
-from foveate.papers.training.objective import evaluate
+from foveate.papers.training.objective import by_segments, evaluate, next_token
 from foveate.papers.training.regime import Regime
 from foveate.runs.records import writable_folder
 from foveate.runs.text import default_text
@@ -31,6 +31,7 @@ class Job:
     Attributes:
         projection, attention: as `foveate.Attention` takes them.
         mixer: in attention's place, for all layers or one for each; None is attention everywhere.
+        segment: tokens of the segments in which a sequence is read; None reads it whole.
         data: a text file; None is the text that is shipped (WikiText-2).
         sizes: of the model.
         regime: of the training.
@@ -48,6 +49,7 @@ class Job:
     device: torch.device
     resume: bool
     mixer: str | tuple[str | None, ...] | None = None
+    segment: int | None = None
 
 
 def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]) -> dict[str, Any]:
@@ -80,7 +82,8 @@ def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]
     _give_reference(model, task)
     writable_folder(job.out)
     model.to(job.device)
-    done = train(model, task, job.regime, folder=checkpoints, tell=tell)
+    objective = next_token if job.segment is None else by_segments(job.segment)
+    done = train(model, task, job.regime, objective=objective, folder=checkpoints, tell=tell)
     for note in done.notes:
         say(note)
     with quiet():
@@ -113,6 +116,7 @@ def _facts(job: Job, task: ByteText, model: Any, done: Trained) -> dict[str, Any
         "projection": job.projection,
         "attention": job.attention,
         "mixer": job.mixer,
+        "segment": job.segment,
         "parameters": sum(p.numel() for p in model.parameters()),
         "data": task.describe(),
         "regime": job.regime.as_dict(),

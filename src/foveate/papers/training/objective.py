@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foveate.ops.errors import InputError
 from foveate.papers.tasks.base import IGNORED, Batch, Split, Task
 
 
@@ -37,6 +39,39 @@ def next_token(model: nn.Module, batch: Batch) -> Tensor:
         if name.endswith("_loss"):
             loss = loss + value
     return loss
+
+
+def by_segments(length: int) -> Callable[[nn.Module, Batch], Tensor]:
+    """An objective that reads each sequence in segments, every one behind a cache of those before.
+
+    How Transformer-XL is trained: an attention whose state is detached (rcmha) learns within a
+    segment and sees its memory; others get the gradient of the whole sequence.
+
+    Args:
+        length: of a segment, in tokens.
+
+    Returns:
+        The objective: cross entropy over all scored positions, plus the model's own losses, each a
+        mean over the segments. The model is a language model of foveate, with `new_cache`.
+    """
+    if length < 1:
+        raise InputError(f"segments must hold 1 token or more, got {length}.")
+
+    def objective(model: nn.Module, batch: Batch) -> Tensor:
+        cache = cast(Any, model).new_cache()
+        total = torch.zeros((), device=batch.inputs.device)
+        parts = batch.inputs.split(length, 1)
+        for inputs, targets in zip(parts, batch.targets.split(length, 1)):
+            output = model(inputs, past_key_values=cache)
+            total = total + cross_entropy(logits_of(output), targets, "sum")
+            own = getattr(output, "aux", None) or {}
+            losses = [value for name, value in own.items() if name.endswith("_loss")]
+            # Weighed so that the division below leaves their mean over the segments.
+            scored = (batch.targets != IGNORED).sum() / len(parts)
+            total = total + sum(losses, torch.zeros((), device=total.device)) * scored
+        return total / (batch.targets != IGNORED).sum().clamp(min=1)
+
+    return objective
 
 
 @torch.no_grad()
