@@ -298,6 +298,28 @@ def test_gradients_stay_in_the_segment(how, learns):
 
 
 # -- what else it owes -----------------------------------------------------------------------------
+def test_grouped_heads_are_repeated_heads():
+    made, wide = layer(projection="gqa(kv_heads=2)"), layer()
+    state = made.state_dict()
+    for name in ("k", "v"):
+        rows = state[f"projection.{name}.weight"].unflatten(0, (2, -1))
+        state[f"projection.{name}.weight"] = rows.repeat_interleave(2, 0).flatten(0, 1)
+    state["attention.value_bias"] = state["attention.value_bias"].repeat_interleave(2, 0)
+    wide.load_state_dict(state)
+    x = tokens()
+    torch.testing.assert_close(made(x, mask=causal()).y, wide(x, mask=causal()).y)
+
+
+@pytest.mark.parametrize("how", ["carry", "reset"])
+def test_another_batch_is_refused(how):
+    made, x = layer(f"rcmha(reach=64, segment_conv='{how}')"), tokens()
+    cache = made.new_cache()
+    made(x, mask=causal(), cache=cache)
+    with pytest.raises(InputError, match="holds 2 sequences, but 1 go on"):
+        made(x[:1], mask=causal(), cache=cache)
+    assert len(cache) == 11
+
+
 def test_parts_left_out_are_the_other_three():
     x = tokens()
     for spec, conv, relative in (

@@ -1,4 +1,4 @@
-"""`foveate classify`: a text classifier with any pooling, and pictures of what its heads look at."""
+"""`foveate classify`: a text classifier with any pooling, and pictures of its heads."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def classify(
 ) -> None:
     """Train a small text classifier and draw what each head of its pooling looks at.
 
-    By default a bidirectional GRU whose states are pooled by low-rank attention (LAMA), on customers'
-    questions with 77 intents. The folder is a transformers model: after `import foveate`,
-    AutoModelForSequenceClassification loads it.
+    By default a bidirectional GRU whose states are pooled by low-rank attention (LAMA), on
+    questions of a bank's customers with 77 intents. The folder is a transformers model: after
+    `import foveate`, AutoModelForSequenceClassification loads it.
     """
     from foveate.compare.options import parse_device
     from foveate.papers.training.regime import Regime

@@ -203,12 +203,18 @@ class RelativeConvolutional(Stateful, nn.Module):
                 "rcmha(segment_conv='reset') keeps the layer's own input as its memory; with x_kv "
                 "there is none."
             )
-        return x if state.hidden is None else torch.cat((state.hidden.to(x.dtype), x), 1)
+        if state.hidden is None or len(state.hidden) != len(x):  # `step` refuses another batch
+            return x
+        return torch.cat((state.hidden.to(x.dtype), x), 1)
 
     @override
     def step(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, state: State) -> AttentionOutput:
         """The next n tokens; with "reset" k and v are also those of the memory before them."""
         self._check(q, k, v, ctx)
+        if state.batch not in (None, len(q)):
+            raise InputError(
+                f"rcmha: the state holds {state.batch} sequences, but {len(q)} go on; reorder it."
+            )
         total = len(state) + q.shape[2]
         if isinstance(state, Memory):
             if ctx.hidden is None:

@@ -1,4 +1,4 @@
-"""The job of `foveate classify`: a text classifier on labelled texts, and what its heads look at."""
+"""The job of `foveate classify`: a text classifier on labelled texts, and pictures of its heads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from foveate.hf.demo_models import quiet
 from foveate.ops.errors import InputError
-from foveate.papers.tasks.classification import PADDING, Classification, words
+from foveate.papers.tasks.classification import PADDING, SEPARATOR, Classification, words
 from foveate.papers.tasks.labelled import load
 from foveate.papers.training.classify import Classifier
 from foveate.papers.training.loop import train
@@ -106,8 +106,7 @@ def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]
     inner: Any = model.model
     with quiet():
         inner.save_pretrained(job.out)
-    vocabulary = sorted(texts._words, key=texts._words.__getitem__)
-    _write(job.out / "words.json", json.dumps(vocabulary, ensure_ascii=False))
+    _write(job.out / "words.json", json.dumps(texts.vocabulary, ensure_ascii=False))
     drawn = None
     if inner.encoder.pooler is not None and job.pictures:
         drawn = job.out / PICTURES
@@ -170,11 +169,24 @@ def picture(model: Classifier, texts: Classification, count: int) -> str:
     labels = texts.data.labels
     shown, titles = [], []
     for row, example, guess in zip(rows, some, out.logits.argmax(-1).tolist()):
-        said = ["(start)", *(word for text in example.texts for word in [*words(text), "(end)"])]
-        shown.append(said[: min(len(row), len(said) - 1)])
+        shown.append(_tokens(row.tolist(), example.texts))
         right = "right" if guess == example.label else f"it is {labels[example.label]}"
         titles.append(f"{labels[guess]} ({right})")
     return word_picture(shown, out.pooler_weights, titles)
+
+
+def _tokens(ids: list[int], texts: tuple[str, ...]) -> list[str]:
+    """What each token of a row stands for, words that are unknown included."""
+    spoken = ["(start)"]
+    parts = [words(text) for text in texts]
+    left = iter(parts[0])
+    for token in ids[1:]:
+        if token == SEPARATOR:
+            left = iter(parts[1])
+            spoken.append("(and)")
+        else:
+            spoken.append(next(left))
+    return spoken
 
 
 def _write(path: Path, text: str) -> None:
