@@ -85,7 +85,7 @@ def test_segments_are_trained_behind_their_memory():
     from foveate.ops.errors import InputError
     from foveate.papers.tasks.base import Batch
     from foveate.papers.training.language import Sizes, language_model
-    from foveate.papers.training.objective import by_segments, next_token
+    from foveate.papers.training.objective import BySegments, next_token
 
     torch.manual_seed(0)
     sizes = Sizes(layers=2, dim=16, heads=2, length=12, vocab=20)
@@ -93,23 +93,29 @@ def test_segments_are_trained_behind_their_memory():
     batch = Batch(ids[:, :-1], ids[:, 1:])
     model = language_model(sizes, attention="rcmha(reach=16)").train()
     for length in (4, 5, 12):  # "carry": the same numbers as the whole, within rounding
-        torch.testing.assert_close(by_segments(length)(model, batch), next_token(model, batch))
+        torch.testing.assert_close(BySegments(length)(model, batch), next_token(model, batch))
     short = language_model(sizes, attention="rcmha(reach=16, memory=2)").train()
     short.load_state_dict(model.state_dict())
-    assert not torch.allclose(by_segments(3)(short, batch), next_token(model, batch), atol=1e-6)
+    assert not torch.allclose(BySegments(3)(short, batch), next_token(model, batch), atol=1e-6)
     moh = language_model(sizes, "moh(shared=1, active=1, beta=0.5)").train()
-    by_segments(4)(moh, batch).backward()
+    BySegments(4)(moh, batch).backward()
     with pytest.raises(InputError, match="1 token or more"):
-        by_segments(0)
+        BySegments(0)
 
 
 def test_train_reads_in_segments(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 90)
-    code = main(["train", "--steps", "4", "--every", "2", "--layers", "1", "--dim", "16",
-                 "--heads", "2", "--length", "16", "--batch", "4", "--data", str(text),
-                 "--attention", "rcmha(reach=32, memory=8, segment_conv='reset')",
-                 "--segment", "4", "--out", str(tmp_path / "model"), "--json"])  # fmt: skip
+    arguments = [
+        "train", "--steps", "4", "--every", "2", "--layers", "1", "--dim", "16", "--heads", "2",
+        "--length", "16", "--batch", "4", "--data", str(text),
+        "--attention", "rcmha(reach=32, memory=8, segment_conv='reset')",
+        "--json", "--segment", "4", "--out", str(tmp_path / "model"),
+    ]  # fmt: skip
+    code = main(arguments)
     printed, err = capsys.readouterr()
     assert code == 0, err
     assert json.loads(printed)["segment"] == 4
+    code = main([*arguments[:-3], "8", *arguments[-2:], "--resume"])
+    assert code == 2
+    assert "is of another training" in capsys.readouterr().err

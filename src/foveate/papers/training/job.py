@@ -16,7 +16,7 @@ from foveate.ops.errors import InputError
 from foveate.papers.tasks.text import ByteText, text_file
 from foveate.papers.training.language import Sizes, language_model
 from foveate.papers.training.loop import Trained, train
-from foveate.papers.training.objective import by_segments, evaluate, next_token
+from foveate.papers.training.objective import BySegments, evaluate
 from foveate.papers.training.regime import Regime
 from foveate.runs.records import writable_folder
 from foveate.runs.text import default_text
@@ -65,6 +65,7 @@ def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]
     from transformers import ByT5Tokenizer
 
     task = _text(job)
+    given = {} if job.segment is None else {"objective": BySegments(job.segment)}
     checkpoints = job.out / "checkpoints"
     held = job.out / "config.json"
     if not job.resume and (held.exists() or any(checkpoints.glob("step-*"))):
@@ -82,8 +83,7 @@ def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]
     _give_reference(model, task)
     writable_folder(job.out)
     model.to(job.device)
-    objective = next_token if job.segment is None else by_segments(job.segment)
-    done = train(model, task, job.regime, objective=objective, folder=checkpoints, tell=tell)
+    done = train(model, task, job.regime, folder=checkpoints, tell=tell, **given)
     for note in done.notes:
         say(note)
     with quiet():

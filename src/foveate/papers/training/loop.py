@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from foveate.papers.tasks.base import Batch, Task, generator
 from foveate.papers.training.checkpoint import Checkpoints
 from foveate.papers.training.errors import DivergedError
-from foveate.papers.training.objective import evaluate, next_token
+from foveate.papers.training.objective import BySegments, evaluate, next_token
 from foveate.papers.training.regime import Regime, optimizer_of, schedule_of
 from foveate.parts.weights import put_weights, weights
 from foveate.runs.records import digest
@@ -84,7 +84,9 @@ def train(
     device = next(model.parameters()).device
     optimizer = optimizer_of(model, regime)
     schedule = schedule_of(optimizer, regime)
-    kept = None if folder is None else Checkpoints(folder, _identity(model, task, regime))
+    kept = (
+        None if folder is None else Checkpoints(folder, _identity(model, task, regime, objective))
+    )
     done = Trained()
     bad = 0
     if kept is not None and not resume:
@@ -174,14 +176,15 @@ def _state(done: Trained, bad: int, schedule: Any) -> dict[str, Any]:
     return {"trained": trained, "bad": bad, "schedule": schedule.state_dict()}
 
 
-def _identity(model: nn.Module, task: Task, regime: Regime) -> str:
+def _identity(model: nn.Module, task: Task, regime: Regime, objective: Objective) -> str:
     """Digest of what decides a training: what the model is made of, data and regime."""
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
-    return digest(
-        {
-            "model": repr(model),
-            "shapes": shapes,
-            "task": task.describe(),
-            "regime": regime.as_dict(),
-        }
-    )
+    made = {
+        "model": repr(model),
+        "shapes": shapes,
+        "task": task.describe(),
+        "regime": regime.as_dict(),
+    }
+    if isinstance(objective, BySegments):
+        made["objective"] = repr(objective)
+    return digest(made)

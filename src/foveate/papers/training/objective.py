@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -41,37 +41,42 @@ def next_token(model: nn.Module, batch: Batch) -> Tensor:
     return loss
 
 
-def by_segments(length: int) -> Callable[[nn.Module, Batch], Tensor]:
+@dataclass(frozen=True)
+class BySegments:
     """An objective that reads each sequence in segments, every one behind a cache of those before.
 
     How Transformer-XL is trained: an attention whose state is detached (rcmha) learns within a
     segment and sees its memory; others get the gradient of the whole sequence.
 
-    Args:
+    Attributes:
         length: of a segment, in tokens.
 
-    Returns:
-        The objective: cross entropy over all scored positions, plus the model's own losses, each a
-        mean over the segments. The model is a language model of foveate, with `new_cache`.
+    Raises:
+        InputError: length below 1.
     """
-    if length < 1:
-        raise InputError(f"segments must hold 1 token or more, got {length}.")
 
-    def objective(model: nn.Module, batch: Batch) -> Tensor:
+    length: int
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise InputError(f"segments must hold 1 token or more, got {self.length}.")
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross entropy over all scored positions, plus each of the model's losses.
+
+        Those are means over the segments. The model is a language model of foveate, with
+        `new_cache`.
+        """
         cache = cast(Any, model).new_cache()
-        total = torch.zeros((), device=batch.inputs.device)
-        parts = batch.inputs.split(length, 1)
-        for inputs, targets in zip(parts, batch.targets.split(length, 1)):
+        parts = batch.inputs.split(self.length, 1)
+        summed = own = torch.zeros((), device=batch.inputs.device)
+        for inputs, targets in zip(parts, batch.targets.split(self.length, 1)):
             output = model(inputs, past_key_values=cache)
-            total = total + cross_entropy(logits_of(output), targets, "sum")
-            own = getattr(output, "aux", None) or {}
-            losses = [value for name, value in own.items() if name.endswith("_loss")]
-            # Weighed so that the division below leaves their mean over the segments.
-            scored = (batch.targets != IGNORED).sum() / len(parts)
-            total = total + sum(losses, torch.zeros((), device=total.device)) * scored
-        return total / (batch.targets != IGNORED).sum().clamp(min=1)
-
-    return objective
+            summed = summed + cross_entropy(logits_of(output), targets, "sum")
+            for name, value in (getattr(output, "aux", None) or {}).items():
+                if name.endswith("_loss"):
+                    own = own + value
+        return summed / (batch.targets != IGNORED).sum().clamp(min=1) + own / len(parts)
 
 
 @torch.no_grad()
