@@ -65,7 +65,7 @@ def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]
     from transformers import ByT5Tokenizer
 
     task = _text(job)
-    given = {} if job.segment is None else {"objective": BySegments(job.segment)}
+    given: dict[str, Any] = {} if job.segment is None else {"objective": BySegments(job.segment)}
     checkpoints = job.out / "checkpoints"
     held = job.out / "config.json"
     if not job.resume and (held.exists() or any(checkpoints.glob("step-*"))):
