@@ -167,6 +167,26 @@ def test_long_chunks_of_large_scores_stay_finite():
     torch.testing.assert_close(found[:, 150], made(h[:, :151]).vector)
 
 
+def test_a_large_score_leaves_the_gradients_of_earlier_prefixes_finite():
+    """Behind the prefix it would be exp of more than fits, times 0."""
+    made, h = pooler(f"lama(heads=2, {PLAIN})"), states(20, 1)
+    real = torch.ones(1, 20, dtype=torch.bool)
+    real[0, :3] = False
+    h[0, 17] *= 3000
+    h[0, 18] = -h[0, 17]  # one of both is large in each head
+    assert (made.scores(h, made.c[None])[0, :, 17].abs() > 720).all()
+    h.requires_grad_()
+    weight = torch.randn(1, 14, 2 * DIM, dtype=torch.float64)
+    (made.step(h, made.new_state(), real)[:, 3:17] * weight).sum().backward()
+    ours = [h.grad.clone(), *(p.grad.clone() for p in made.parameters())]
+    made.zero_grad()
+    h.grad = None
+    each = [made(h[:, : t + 1], real[:, : t + 1]).vector for t in range(3, 17)]
+    (torch.stack(each, 1) * weight).sum().backward()
+    for got, want in zip(ours, [h.grad, *(p.grad for p in made.parameters())]):
+        torch.testing.assert_close(got, want)
+
+
 def test_a_mean_has_no_running_sums():
     with pytest.raises(InputError, match="changes the weights of all before"):
         pooler("lama(context='mean')").new_state()

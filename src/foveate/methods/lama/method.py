@@ -224,7 +224,9 @@ class LowRankPooler(Pooler):
         for part, e in zip(x.split(_CHUNK, 1), scores.split(_CHUNK, 2)):
             ends = torch.cat((lse[..., None], e), 2).logcumsumexp(2)[..., 1:]
             base = ends.masked_fill(ends == -torch.inf, 0.0)[..., None]  # (B, m, n, 1)
-            weights = torch.exp(e[:, :, None] - base).tril()
+            later = torch.ones(e.shape[2], e.shape[2], dtype=torch.bool, device=e.device).triu(1)
+            # Left out before exp: it may be infinite there, and its gradient 0 * inf.
+            weights = torch.exp((e[:, :, None] - base).masked_fill(later, -torch.inf))
             before = torch.exp(lse[..., None, None] - base)
             pooled_at = weights @ part.to(e.dtype)[:, None] + before * pooled[:, :, None]
             found.append(pooled_at)
