@@ -451,6 +451,41 @@ def test_what_is_refused():
         kept(x, tokens(seed=9), mask=causal(), cache=kept.new_cache())
 
 
+@pytest.mark.parametrize(
+    ("queries", "q_at", "k_at"),
+    [
+        (5, [0, 1, 2, 3, 4], range(11)),  # the first ones
+        (11, None, [0, 1, 2, 3, 4, 5, 6, 17, 18, 19, 20]),  # tokens are left out in between
+        (11, [0, 1, 2, 3, 4, 5, 6, 6, 6, 6, 6], range(11)),
+    ],
+)
+def test_queries_elsewhere_than_at_the_end_are_refused(queries, q_at, k_at):
+    """Distances are counted from the end, so that they would be wrong."""
+    made, x = layer(), tokens(11)
+    k_at = torch.tensor(list(k_at))
+    ctx = Context(mask=causal(), q_positions=k_at if q_at is None else torch.tensor(q_at),
+                  kv_positions=k_at)  # fmt: skip
+    with pytest.raises(InputError, match="the last of the 11 keys"):
+        made(x[:, :queries], x, ctx=ctx)
+
+
+def test_more_queries_than_keys_are_refused():
+    made, x = layer(), tokens(11)
+    with pytest.raises(InputError, match="11 queries to be the last of the 5 keys"):
+        made(x, x[:, :5])
+
+
+@pytest.mark.parametrize("how", ["carry", "reset"])
+@pytest.mark.parametrize("length", ["3", 2.5])
+def test_a_length_that_is_no_whole_number_is_refused(how, length):
+    made = layer(f"rcmha(reach=64, segment_conv='{how}')")
+    cache = made.new_cache()
+    made(tokens(), mask=causal(), cache=cache)
+    with pytest.raises(InputError, match="truncate.*length"):
+        cache.truncate(length)
+    assert len(cache) == 11
+
+
 def test_a_model_trains_on_segments_and_generates():
     pytest.importorskip("transformers")
     from foveate.models import FoveateConfig, FoveateForCausalLM

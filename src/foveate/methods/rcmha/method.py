@@ -34,7 +34,7 @@ from foveate.ops.check import check_tensors
 from foveate.ops.errors import InputError, nearest
 from foveate.ops.masks.base import positions
 from foveate.ops.masks.checks import whole
-from foveate.parts.attention import AttentionRecipe, Heads, mask_layout
+from foveate.parts.attention import AttentionRecipe, Heads, mask_layout, remember
 from foveate.parts.context import Context
 from foveate.parts.mixer import pairs_seen
 from foveate.parts.state import State, Stateful
@@ -154,9 +154,10 @@ class RelativeConvolutional(Stateful, nn.Module):
         Shapes as in a call.
 
         Raises:
-            InputError: ctx has a bias or a softcap, which these scores have no place for.
+            InputError: ctx has a bias or a softcap, which these scores have no place for; or the
+                queries aren't the last tokens of the keys, one after the other.
         """
-        self._check(q, k, v, ctx)
+        self._check(q, k, v, ctx, k.shape[2])
         return self._whole(q, k, v, ctx, k.shape[2])
 
     def _whole(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, total: int) -> AttentionOutput:
@@ -210,12 +211,12 @@ class RelativeConvolutional(Stateful, nn.Module):
     @override
     def step(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, state: State) -> AttentionOutput:
         """The next n tokens; with "reset" k and v are also those of the memory before them."""
-        self._check(q, k, v, ctx)
+        total = len(state) + q.shape[2]
+        self._check(q, k, v, ctx, total)
         if state.batch not in (None, len(q)):
             raise InputError(
                 f"rcmha: the state holds {state.batch} sequences, but {len(q)} go on; reorder it."
             )
-        total = len(state) + q.shape[2]
         if isinstance(state, Memory):
             if ctx.hidden is None:
                 raise InputError(
@@ -239,13 +240,19 @@ class RelativeConvolutional(Stateful, nn.Module):
         return result
 
     # -- parts -------------------------------------------------------------------------------------
-    def _check(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> None:
+    def _check(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, total: int) -> None:
         check_tensors(q, k, v)
         for name in ("bias", "softcap"):
             if getattr(ctx, name) is not None:
                 raise InputError(
                     f"rcmha: ctx.{name} has no place in scores that are relative; expected None."
                 )
+        if not _at_the_end(ctx, q.shape[2], total, q.device):
+            raise InputError(
+                f"rcmha: distances and the convolution go by the order of tokens; expected the "
+                f"{q.shape[2]} queries to be the last of the {total} keys, at positions that count "
+                "up by one."
+            )
 
     def _seen(self, x: Tensor, past: int, ctx: Context) -> Seen:
         """For each distance which tokens of x (B, H, n, D) may take in the one so far before."""
@@ -314,6 +321,20 @@ class RelativeConvolutional(Stateful, nn.Module):
     def extra_repr(self) -> str:
         """What torch prints of it."""
         return repr(self.recipe)
+
+
+def _at_the_end(ctx: Context, n: int, total: int, device: torch.device) -> bool:
+    """Whether the n queries are the last of `total` keys, at positions that count up by one."""
+    if n > total:
+        return False
+    if ctx.q_positions is None and ctx.kv_positions is None:
+        return True
+
+    def look() -> bool:
+        q, k = positions(n, total, ctx.q_positions, ctx.kv_positions, device=device)
+        return bool((q == k[:, total - n :]).all()) and bool((k.diff() == 1).all())
+
+    return remember(ctx, (_at_the_end, n, total, device), look)
 
 
 def _plain(ctx: Context) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from foveate.ops.errors import InputError
+from foveate.ops.masks.checks import whole
 from foveate.parts.attention import Heads
 from foveate.parts.cache import Field
 from foveate.parts.kv_cache import token_field
@@ -85,6 +86,7 @@ class CarriedState(TokenState):
 
     @override
     def truncate(self, length: int) -> None:
+        length = whole("truncate", "length", length, least=0)
         dropped = self.came - len(self._tokens)
         if 0 < length < self.came and (self.reach or dropped):
             raise InputError(
@@ -136,6 +138,7 @@ class Memory(State):
 
     @override
     def truncate(self, length: int) -> None:
+        length = whole("truncate", "length", length, least=0)
         hidden = self.hidden
         if 0 < length < self.length and hidden is not None and hidden.shape[1] == self.length:
             self.held = {"hidden": hidden[:, :length]}
