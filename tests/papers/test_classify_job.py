@@ -71,12 +71,18 @@ def test_it_goes_on_and_refuses_to_overwrite(run, tmp_path):
     assert code == 0, err
     assert "no heads" in printed
     assert not (tmp_path / "other" / "heads.html").exists()
+    code, _, err = run("--pooling", "max", "--resume", out="other")
+    assert code == 2
+    assert "is of another training" in err
 
 
 def test_bad_input_is_refused_before_any_work(run, tmp_path):
     code, _, err = run("--pooling", "lamma")
     assert code == 2
     assert "did you mean 'lama'" in err
+    code, _, err = run("--pictures", "-1")
+    assert code == 2
+    assert "pictures" in err
     assert not (tmp_path / "model").exists()
 
 
@@ -103,7 +109,35 @@ def test_segments_are_trained_behind_their_memory():
         BySegments(0)
 
 
+def test_segments_are_judged_as_they_are_trained():
+    """Held-out sequences are read behind the same memory, not whole."""
+    from foveate.papers.tasks.recall import Recall
+    from foveate.papers.training.language import Sizes, language_model
+    from foveate.papers.training.loop import train
+    from foveate.papers.training.objective import BySegments, evaluate
+    from foveate.papers.training.regime import Regime
+
+    torch.manual_seed(0)
+    task = Recall(tokens=20, length=12, pairs=2, held=4)
+    sizes = Sizes(layers=2, dim=16, heads=2, length=12, vocab=20)
+    model = language_model(sizes, attention="rcmha(reach=16, memory=2, segment_conv='reset')")
+    by = BySegments(3)
+    done = train(model, task, Regime(steps=2, batch=4, every=1), objective=by)
+    with torch.no_grad():
+        batches = list(task.held_out("validation", 2))
+        want = sum(by(model, batch).item() for batch in batches) / len(batches)
+    assert done.history[-1]["validation"] == pytest.approx(want, rel=1e-5)
+    found = evaluate(model, task, "validation", segments=by)
+    assert found["loss"] == pytest.approx(want, rel=1e-5)
+    assert found["loss"] != pytest.approx(evaluate(model, task, "validation")["loss"], rel=1e-5)
+
+
 def test_train_reads_in_segments(tmp_path, capsys):
+    from foveate.models import FoveateForCausalLM
+    from foveate.papers.tasks.text import text_file
+    from foveate.papers.training.job import SPECIAL
+    from foveate.papers.training.objective import BySegments, evaluate
+
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 90)
     arguments = [
@@ -115,7 +149,14 @@ def test_train_reads_in_segments(tmp_path, capsys):
     code = main(arguments)
     printed, err = capsys.readouterr()
     assert code == 0, err
-    assert json.loads(printed)["segment"] == 4
+    facts = json.loads(printed)
+    assert facts["segment"] == 4
+    model = FoveateForCausalLM.from_pretrained(tmp_path / "model")
+    task = text_file(str(text), 16, offset=SPECIAL)
+    found = evaluate(model, task, "test", 4, segments=BySegments(4))
+    assert facts["test"]["loss"] == pytest.approx(found["loss"], rel=1e-5)
+    whole = evaluate(model, task, "test", 4)
+    assert facts["test"]["loss"] != pytest.approx(whole["loss"], rel=1e-6)
     code = main([*arguments[:-3], "8", *arguments[-2:], "--resume"])
     assert code == 2
     assert "is of another training" in capsys.readouterr().err

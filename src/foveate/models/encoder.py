@@ -101,6 +101,11 @@ class FoveateEncoder(FoveatePreTrained):
             self.pooler = make(config.pooling).build(config.hidden_size)
         self.post_init()
 
+    def extra_repr(self) -> str:
+        """What torch prints of it; checkpoints of a training tell by it what they are of."""
+        pooling = self.config.pooling
+        return "" if self.pooler is not None or pooling == "mean" else f"pooling={pooling!r}"
+
     @property
     def pooled_size(self) -> int:
         """Width of the vector that stands for a sequence."""

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from foveate.hf.demo_models import quiet
 from foveate.ops.errors import InputError
+from foveate.ops.masks.checks import whole
 from foveate.papers.tasks.classification import PADDING, SEPARATOR, Classification, words
 from foveate.papers.tasks.labelled import load
 from foveate.papers.training.classify import Classifier
@@ -86,6 +87,7 @@ def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]
     Raises:
         FoveateError: bad input, before any work; or the training diverged.
     """
+    whole("foveate classify", "pictures", job.pictures, least=0)
     texts = Classification(load(job.data, job.folder), job.length)
     checkpoints = job.out / "checkpoints"
     begun = any(checkpoints.glob("step-*"))

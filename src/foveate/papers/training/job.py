@@ -65,7 +65,7 @@ def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]
     from transformers import ByT5Tokenizer
 
     task = _text(job)
-    given: dict[str, Any] = {} if job.segment is None else {"objective": BySegments(job.segment)}
+    segments = None if job.segment is None else BySegments(job.segment)
     checkpoints = job.out / "checkpoints"
     held = job.out / "config.json"
     if not job.resume and (held.exists() or any(checkpoints.glob("step-*"))):
@@ -83,13 +83,14 @@ def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]
     _give_reference(model, task)
     writable_folder(job.out)
     model.to(job.device)
+    given: dict[str, Any] = {} if segments is None else {"objective": segments}
     done = train(model, task, job.regime, folder=checkpoints, tell=tell, **given)
     for note in done.notes:
         say(note)
     with quiet():
         model.save_pretrained(job.out)
         ByT5Tokenizer(extra_ids=0).save_pretrained(job.out)
-    facts = _facts(job, task, model, done)
+    facts = _facts(job, task, model, done, segments)
     new = job.out / ".training.new"
     new.write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     new.replace(job.out / "training.json")
@@ -110,8 +111,10 @@ def _text(job: Job) -> ByteText:
     return ByteText(shipped, job.sizes.length, "WikiText-2 test split", (0.9, 0.05), 512, SPECIAL)
 
 
-def _facts(job: Job, task: ByteText, model: Any, done: Trained) -> dict[str, Any]:
-    found = evaluate(model, task, "test", job.regime.batch)
+def _facts(
+    job: Job, task: ByteText, model: Any, done: Trained, segments: BySegments | None
+) -> dict[str, Any]:
+    found = evaluate(model, task, "test", job.regime.batch, segments=segments)
     return {
         "projection": job.projection,
         "attention": job.attention,

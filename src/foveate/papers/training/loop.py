@@ -73,6 +73,7 @@ def train(
         task: batches.
         regime: how.
         objective: loss of a batch, a scalar; default cross entropy, plus the model's own losses.
+            With `BySegments` the validation split is read in segments too.
         folder: of checkpoints, written at each evaluation; None keeps none.
         resume: go on from the folder's latest checkpoint; else these are removed.
         tell: takes the share that is done and a few words, at the start and after some steps.
@@ -87,6 +88,7 @@ def train(
     kept = (
         None if folder is None else Checkpoints(folder, _identity(model, task, regime, objective))
     )
+    segments = objective if isinstance(objective, BySegments) else None
     done = Trained()
     bad = 0
     if kept is not None and not resume:
@@ -129,7 +131,7 @@ def train(
                 tell(done.steps / regime.steps, f"step {done.steps}, loss {losses[-1]:.3f}")
             if done.steps % regime.every and done.steps < regime.steps:
                 continue
-            entry = _entry(model, task, regime, done.steps, rate, losses)
+            entry = _entry(model, task, regime, segments, done.steps, rate, losses)
             _check_finite(entry["validation"], "validation loss", done.steps, regime)
             done.history.append(entry)
             losses = []
@@ -159,9 +161,15 @@ def _check_finite(loss: float, name: str, step: int, regime: Regime) -> None:
 
 
 def _entry(
-    model: nn.Module, task: Task, regime: Regime, step: int, rate: float, losses: list[float]
+    model: nn.Module,
+    task: Task,
+    regime: Regime,
+    segments: BySegments | None,
+    step: int,
+    rate: float,
+    losses: list[float],
 ) -> dict[str, float]:
-    found = evaluate(model, task, "validation", regime.batch)
+    found = evaluate(model, task, "validation", regime.batch, segments=segments)
     return {
         "step": step,
         "lr": rate,

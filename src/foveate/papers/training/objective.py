@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -67,20 +68,31 @@ class BySegments:
         Those are means over the segments. The model is a language model of foveate, with
         `new_cache`.
         """
-        cache = cast(Any, model).new_cache()
-        parts = batch.inputs.split(self.length, 1)
+        parts = batch.targets.split(self.length, 1)
         summed = own = torch.zeros((), device=batch.inputs.device)
-        for inputs, targets in zip(parts, batch.targets.split(self.length, 1)):
-            output = model(inputs, past_key_values=cache)
+        for output, targets in zip(self.outputs(model, batch.inputs), parts):
             summed = summed + cross_entropy(logits_of(output), targets, "sum")
             for name, value in (getattr(output, "aux", None) or {}).items():
                 if name.endswith("_loss"):
                     own = own + value
         return summed / (batch.targets != IGNORED).sum().clamp(min=1) + own / len(parts)
 
+    def outputs(self, model: nn.Module, inputs: Tensor) -> Iterator[Any]:
+        """What the model says of each segment of inputs (B, L), behind those before."""
+        cache = cast(Any, model).new_cache()
+        for part in inputs.split(self.length, 1):
+            yield model(part, past_key_values=cache)
+
 
 @torch.no_grad()
-def evaluate(model: nn.Module, task: Task, split: Split, size: int = 16) -> dict[str, float]:
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    split: Split,
+    size: int = 16,
+    *,
+    segments: BySegments | None = None,
+) -> dict[str, float]:
     """Loss in nats for each scored token, its exponential, and next-token accuracy.
 
     Args:
@@ -88,6 +100,8 @@ def evaluate(model: nn.Module, task: Task, split: Split, size: int = 16) -> dict
         task: whose split is taken, all of it, in batches of `size`.
         split: validation or test.
         size: sequences at a time; changes nothing.
+        segments: read each sequence as the model was trained, a segment behind the memory of those
+            before; None reads it whole.
 
     Returns:
         loss, perplexity and accuracy (of the tokens with the largest logit).
@@ -98,7 +112,10 @@ def evaluate(model: nn.Module, task: Task, split: Split, size: int = 16) -> dict
     loss = right = scored = 0.0
     for batch in task.held_out(split, size):
         batch = batch.to(device)
-        logits = logits_of(model(batch.inputs))
+        if segments is None:
+            logits = logits_of(model(batch.inputs))
+        else:
+            logits = torch.cat([logits_of(x) for x in segments.outputs(model, batch.inputs)], 1)
         asked = batch.targets != IGNORED
         loss += cross_entropy(logits, batch.targets, "sum").item()
         right += (logits.argmax(-1) == batch.targets)[asked].sum().item()
