@@ -262,6 +262,22 @@ def test_a_pooler_is_no_attention():
         pooler()(states(dim=8))
 
 
+@pytest.mark.parametrize("spec", ["lama(heads=2)", "self-attentive(heads=2, hidden=4)"])
+@pytest.mark.parametrize("real", [torch.ones(3, 9), torch.ones(3, 9).long(), torch.ones(3, 8) > 0])
+def test_a_wrong_mask_is_refused(spec, real):
+    with pytest.raises(InputError, match=r"expected real \(3, 9\) of bool"):
+        pooler(spec)(states(), real)
+
+
+def test_another_batch_doesnt_go_on_from_a_state():
+    made = pooler()
+    state = made.new_state()
+    made.step(states(), state)
+    with pytest.raises(InputError, match="holds 3 texts, but 1 go on"):
+        made.step(states(1, 1), state)
+    assert len(state) == 9
+
+
 def test_a_picture_shades_words_by_weight():
     weights = torch.tensor([[[0.1, 0.9, 0.0], [0.5, 0.5, 0.0]], [[0.2, 0.3, 0.5]] * 2])
     page = word_picture([["my", "<card>"], ["a", "b", "c"]], weights, ["lost & found", "two"])
@@ -360,6 +376,7 @@ def test_the_classifier_is_saved_and_loaded_again(tmp_path):
         ({"recurrent_layers": 0}, "embedding_size"),
         ({"position": "learned"}, "know the order"),
         ({"hidden_size": 15}, "even number"),
+        ({"pooling": "lama(context='embeddings')"}, "embedding_size is 10"),
     ],
 )
 def test_what_the_classifiers_config_refuses(options, said):

@@ -98,7 +98,14 @@ class FoveateEncoder(FoveatePreTrained):
         self.norm = nn.Identity() if bare else last_norm(config, self.blocks)
         self.pooler: Pooler | None = None
         if config.pooling not in POOLINGS:
-            self.pooler = make(config.pooling).build(config.hidden_size)
+            recipe = make(config.pooling)
+            if recipe.wants_embeddings and width != config.hidden_size:
+                raise InputError(
+                    f"FoveateEncoderConfig(pooling={config.pooling!r}) pools with the embeddings; "
+                    f"expected them as wide as the tokens, {config.hidden_size}, but "
+                    f"embedding_size is {width}."
+                )
+            self.pooler = recipe.build(config.hidden_size)
         self.post_init()
 
     def extra_repr(self) -> str:

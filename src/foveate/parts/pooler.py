@@ -31,6 +31,11 @@ class Pooled(NamedTuple):
 class PoolerRecipe(ABC):
     """A pooler's hyper-parameters: a frozen dataclass, made by `foveate.methods.make`."""
 
+    @property
+    def wants_embeddings(self) -> bool:
+        """Whether it asks for the tokens' embeddings, as wide as the tokens that are pooled."""
+        return False
+
     @abstractmethod
     def build(self, dim: int) -> Pooler:
         """The pooler for tokens of this width, with fresh weights."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from foveate.methods.lama.weights import clean, losses, over_tokens
+from foveate.methods.lama.weights import checked, clean, losses, over_tokens
 from foveate.ops.errors import InputError, nearest
 from foveate.ops.masks.checks import whole
 from foveate.parts.cache import Field
@@ -79,6 +79,11 @@ class LAMA(PoolerRecipe):
         check_penalty("LAMA", self.penalty)
         positive("LAMA", eps=self.eps)
 
+    @property
+    @override
+    def wants_embeddings(self) -> bool:
+        return self.context == "embeddings"
+
     @override
     def build(self, dim: int) -> LowRankPooler:
         return LowRankPooler(self, dim)
@@ -131,9 +136,10 @@ class LowRankPooler(Pooler):
         """Pool; shapes as in `Pooler.forward`.
 
         Raises:
-            InputError: x is of another width, or embeddings are asked for and don't fit.
+            InputError: x is of another width, real isn't bool (B, L), or embeddings are asked for
+                and don't fit.
         """
-        self._check(x)
+        checked("LAMA", x, real, self.dim)
         x = clean(x, real)
         context = self.context(x, real, embeddings)
         weights = over_tokens(self.scores(x, context), real)
@@ -210,8 +216,15 @@ class LowRankPooler(Pooler):
         Returns:
             (B, n, width), what `forward` gives of all tokens up to each; 0 (or the map of 0) before
             the first real one.
+
+        Raises:
+            InputError: x is of another width or batch, or real isn't bool (B, n).
         """
-        self._check(x)
+        checked("LAMA", x, real, self.dim)
+        if state.batch not in (None, len(x)):
+            raise InputError(
+                f"LAMA: the state holds {state.batch} texts, but {len(x)} go on; reorder it."
+            )
         assert self.c is not None
         batch, heads = len(x), self.recipe.heads
         x = clean(x, real)
@@ -235,10 +248,6 @@ class LowRankPooler(Pooler):
         state.length += x.shape[1]
         flat = torch.cat(found, 2).transpose(1, 2).flatten(2).to(x.dtype)
         return flat if self.out is None else self.out(flat)
-
-    def _check(self, x: Tensor) -> None:
-        if x.dim() != 3 or x.shape[2] != self.dim:
-            raise InputError(f"LAMA: expected tokens (B, L, {self.dim}), got {tuple(x.shape)}.")
 
     def extra_repr(self) -> str:
         """What torch prints of it."""

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from foveate.methods.lama.method import check_penalty
-from foveate.methods.lama.weights import clean, losses, over_tokens
-from foveate.ops.errors import InputError
+from foveate.methods.lama.weights import checked, clean, losses, over_tokens
 from foveate.ops.masks.checks import whole
 from foveate.parts.pooler import Pooled, Pooler, PoolerRecipe
 
@@ -67,10 +66,7 @@ class SelfAttentivePooler(Pooler):
         self, x: Tensor, real: Tensor | None = None, embeddings: Tensor | None = None
     ) -> Pooled:
         """Pool; shapes as in `Pooler.forward`."""
-        if x.dim() != 3 or x.shape[2] != self.dim:
-            raise InputError(
-                f"SelfAttentive: expected tokens (B, L, {self.dim}), got {tuple(x.shape)}."
-            )
+        checked("SelfAttentive", x, real, self.dim)
         x = clean(x, real)
         scores = self.second(self.first(x).tanh()).mT
         weights = over_tokens(scores.float() if x.dtype.itemsize < 4 else scores, real)

@@ -5,6 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from foveate.ops.errors import InputError
+
+
+def checked(pooler: str, x: Tensor, real: Tensor | None, dim: int) -> None:
+    """Refuse tokens of another width, and a `real` that doesn't say which of them are real."""
+    if x.dim() != 3 or x.shape[2] != dim:
+        raise InputError(f"{pooler}: expected tokens (B, L, {dim}), got {tuple(x.shape)}.")
+    if real is not None and (real.dtype != torch.bool or real.shape != x.shape[:2]):
+        raise InputError(
+            f"{pooler}: expected real {tuple(x.shape[:2])} of bool, True for real tokens, got "
+            f"{tuple(real.shape)} of {real.dtype}."
+        )
+
 
 def clean(x: Tensor, real: Tensor | None) -> Tensor:
     """X (B, L, d) with 0 on padding, which may hold anything."""
