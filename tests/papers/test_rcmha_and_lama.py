@@ -23,7 +23,8 @@ def cell(key, name, tmp_path, **more):
 
 @pytest.mark.parametrize("arm", list(rcmha.ARMS))
 def test_rcmha_trains_an_arm(arm, tmp_path):
-    _, found = cell("rcmha", arm, tmp_path)
+    made, found = cell("rcmha", arm, tmp_path, tuned=4e-3)
+    assert arm in made.grid.cells  # tuned as all others
     figures = found[arm]
     assert 0 <= figures["accuracy"] <= 1
     assert figures["early"] == figures["curve"][0][1]

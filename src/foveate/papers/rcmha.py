@@ -4,8 +4,8 @@ The paper has the best next-character accuracy for RCMHA (0.572), above MHA, MDH
 alone) and RMHA (relative scores alone). Here small language models on bytes: 2 layers of width 96
 with 4 heads, windows of 64 bytes, as the sheet's author ran them (there on tiny Shakespeare, here
 on the standard library's source, which is at hand everywhere). MHA and MDHA have learned absolute
-positions. "early" is the validation loss after a fifth of the steps: the paper's convolution should
-learn faster too.
+positions. Each arm takes the better of the same two learning rates. "early" is the validation loss
+after a fifth of the steps: the paper's convolution should learn faster too.
 
 Beside it a task in which the convolution must help: associative recall by a single layer. The value
 that follows a key is found by looking for a token whose predecessor is the key, so that a layer
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.papers.harness import Check, Found, Paper, Trial, at_least
+from foveate.papers.harness import Check, Found, Grid, Paper, Trial, at_least
 from foveate.papers.tasks import standard_library
 from foveate.papers.tasks.recall import Recall
 from foveate.papers.training.language import (
@@ -47,7 +47,8 @@ ARMS = {
     "RCMHA": (f"rcmha(reach={REACH}, value_bias=False)", "none"),
 }
 RECALLS = {f"{arm}, recall": arm for arm in ("RMHA", "RCMHA")}
-STEPS, LR, BATCH = 600, 2e-3, 32
+STEPS, BATCH = 600, 32
+RATES = (2e-3, 4e-3)
 RECALL_STEPS, RECALL_LR = 800, 3e-3
 
 
@@ -63,9 +64,7 @@ def run(trial: Trial) -> Found:
             SIZES, attention=attention, position=position, attention_out_bias=True
         )
 
-    model, found = trained_on_bytes(
-        trial, make, steps=STEPS, lr=LR, length=SIZES.length, batch=BATCH
-    )
+    model, found = trained_on_bytes(trial, make, steps=STEPS, length=SIZES.length, batch=BATCH)
     task = standard_library(SIZES.length, held=16 if trial.quick else 512)
     found["accuracy"] = evaluate(model, task, "test", BATCH)["accuracy"]
     found["early"] = found["curve"][0][1]
@@ -159,6 +158,7 @@ PAPER = Paper(
         ),
     ),
     needs=(learnt("RMHA"),),
+    grid=Grid("learning rate", RATES, cells=tuple(ARMS)),
     requires=REQUIRES,
     data=lambda: f"{standard_library(SIZES.length).describe()}; {recall().describe()}",
 )  # fmt: skip
