@@ -8,7 +8,7 @@ walks through one).
 
 from __future__ import annotations
 
-from foveate.catalog import adaptive, caches, formulas, patterns, projections, trained
+from foveate.catalog import adaptive, caches, formulas, patterns, poolers, projections, trained
 from foveate.catalog.row import YES, Capabilities, Paper, Row, Support
 from foveate.ops.errors import UnknownMethodError, nearest
 
@@ -31,6 +31,7 @@ ROWS: tuple[Row, ...] = (
     *formulas.ROWS,
     *adaptive.ROWS,
     *projections.ROWS,
+    *poolers.ROWS,
 )
 
 

@@ -55,6 +55,22 @@ ALMAN_SONG = Paper(
     "2310.04064",
 )
 
+RCMHA = Paper(
+    "RCMHA: Relative Convolutional Multi-Head Attention for Natural Language Modelling",
+    "Sugiharto et al., 2023",
+    "2308.03429",
+)
+PRIMER = Paper(
+    "Primer: Searching for Efficient Transformers for Language Modeling",
+    "So et al., 2021",
+    "2109.08668",
+)
+TRANSFORMER_XL = Paper(
+    "Transformer-XL: Attentive Language Models Beyond a Fixed-Length Context",
+    "Dai et al., 2019",
+    "1901.02860",
+)
+
 ROWS: tuple[Row, ...] = (
     Row(
         key="hsa",
@@ -201,6 +217,25 @@ ROWS: tuple[Row, ...] = (
                 "the approximation's degree depends on the largest entries of all tokens, "
                 "unless a radius is given",
             ),
+        ),
+        jobs=BUILDERS,
+    ),
+    Row(
+        key="rcmha",
+        kind="attention",
+        path="foveate.methods.rcmha.RCMHA",
+        title="Relative convolutional attention",
+        summary="A short convolution on queries, keys and values; scores by learnt distances; a "
+        "memory of earlier segments.",
+        papers=(RCMHA, PRIMER, TRANSFORMER_XL),
+        sheet="rcmha",
+        capabilities=Capabilities(
+            decode=Support(
+                True,
+                "from keys, values and the convolution's last inputs; equal to the whole sequence "
+                "unless segment_conv='reset' or a memory is set",
+            ),
+            bidirectional=Support(True, "scores do; the convolution looks back all the same"),
         ),
         jobs=BUILDERS,
     ),

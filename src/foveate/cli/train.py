@@ -48,6 +48,13 @@ def train(
     steps: Annotated[int, typer.Option(help="Of the optimizer.")] = 1000,
     batch: Annotated[int, typer.Option(help="Sequences in each step.")] = 16,
     length: Annotated[int, typer.Option(help="Bytes in each sequence.")] = 128,
+    segment: Annotated[
+        int | None,
+        typer.Option(
+            help="Read each sequence in segments of so many bytes, behind what was kept of those "
+            'before; for attentions with a memory, such as "rcmha(memory=64)".'
+        ),
+    ] = None,
     layers: Annotated[int, typer.Option(help="Blocks.")] = 4,
     dim: Annotated[int, typer.Option(help="Width.")] = 128,
     heads: Annotated[int, typer.Option(help="Heads, as the projection counts them.")] = 8,
@@ -98,6 +105,7 @@ def train(
         resume=resume,
         mixer=_by_layer(mixer, layers),
         like=like,
+        segment=segment,
     )  # fmt: skip
     with Screen() as screen:
         screen.begin(f"training {like or mixer or projection}", steps)

@@ -14,6 +14,7 @@ from foveate import catalog
 from foveate.ops.errors import InputError, nearest
 from foveate.parts.attention import AttentionRecipe
 from foveate.parts.mixer import MixerRecipe
+from foveate.parts.pooler import PoolerRecipe
 from foveate.parts.projection import Recipe
 
 _SPEC = re.compile(r"\s*([^\s()]+)\s*(\(.*\))?\s*", re.DOTALL)
@@ -77,6 +78,12 @@ def make_attention(spec: str) -> Any:
             f"{spec!r} is a mixer: it takes attention's place in a model that is built and trained "
             "with it, by foveate.models.FoveateConfig(mixer=...) or foveate train --mixer. What "
             "can run in a model that is trained already is listed by: foveate methods."
+        )
+    if isinstance(method, PoolerRecipe):
+        raise InputError(
+            f"{spec!r} is a pooler: it makes one vector of a text's tokens in an encoder that is "
+            "trained with it, by foveate.models.FoveateEncoderConfig(pooling=...). What can run in "
+            "a model that is trained already is listed by: foveate methods."
         )
     if isinstance(method, Recipe):
         raise InputError(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from foveate.models.layouts import config_from, load_layout, weights_from
     from foveate.models.look import attention_maps
     from foveate.models.nat import NAT
+    from foveate.models.pictures import word_picture
     from foveate.models.skip import without_layers
     from foveate.models.step3 import step3_config
 
@@ -47,7 +48,7 @@ _HOMES = {
     "without_layers": "skip",
 }
 
-_PLAIN = {"DiT": "dit", "GAT": "gat", "NAT": "nat"}
+_PLAIN = {"DiT": "dit", "GAT": "gat", "NAT": "nat", "word_picture": "pictures"}
 
 __all__ = [
     "GAT",
@@ -69,6 +70,7 @@ __all__ = [
     "to_tpla",
     "weights_from",
     "without_layers",
+    "word_picture",
 ]
 
 

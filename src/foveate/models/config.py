@@ -6,10 +6,12 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from foveate import catalog
 from foveate.models.auto import register_models
 from foveate.ops.errors import InputError, nearest
+from foveate.ops.masks.checks import whole
 
-POOLINGS = ("mean", "cls")
+POOLINGS = ("mean", "max", "cls", "ends")
 
 
 class FoveateConfig(PreTrainedConfig):
@@ -119,26 +121,57 @@ class FoveateEncoderConfig(FoveateConfig):
     """Sizes and composition of a bidirectional encoder; fields as in `FoveateConfig`, and these.
 
     Attributes:
-        pooling: what stands for a whole sequence: "mean" of its real tokens, or "cls", the first of
-            them.
+        pooling: what stands for a whole sequence: "mean" or "max" of its real tokens; "cls", the
+            first of them; "ends", the last state of both directions of recurrent layers; or a
+            pooler of the catalog, such as "lama(heads=8)".
+        recurrent_layers: bidirectional GRU layers between the embeddings and the blocks, of which
+            there may be none (num_hidden_layers=0); they know the order of tokens themselves.
+        embedding_size: width of the embeddings before recurrent layers; None is hidden_size.
+        classifier_hidden: width of a hidden layer in the classification head, with ReLU; None is a
+            linear head.
         classifier_dropout: of the pooled vector in training, before the classification head.
 
     Raises:
-        InputError: as in `FoveateConfig`; pooling is unknown, or the dropout outside [0, 1).
+        InputError: as in `FoveateConfig`; pooling is unknown, the dropout outside [0, 1), or a
+            field is given that only goes with recurrent layers.
     """
 
     model_type = "foveate-encoder"
+    keys_to_ignore_at_inference = ["past_key_values", "aux", "pooler_weights"]
 
     pooling: str = "mean"
+    recurrent_layers: int = 0
+    embedding_size: int | None = None
+    classifier_hidden: int | None = None
     classifier_dropout: float = 0.0
     use_cache: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Check what only an encoder has."""
-        if self.pooling not in POOLINGS:
+        poolers = tuple(row.key for row in catalog.rows() if row.kind == "pooler")
+        named = str(self.pooling).partition("(")[0].strip()
+        if self.pooling not in POOLINGS and named not in poolers:
             raise InputError(
                 f"FoveateEncoderConfig(pooling={self.pooling!r}) is unknown; "
-                f"{nearest(str(self.pooling), POOLINGS)}"
+                f"{nearest(named, (*POOLINGS, *poolers))}"
+            )
+        whole("FoveateEncoderConfig", "recurrent_layers", self.recurrent_layers, least=0)
+        for name in ("embedding_size", "classifier_hidden"):
+            if getattr(self, name) is not None:
+                whole("FoveateEncoderConfig", name, getattr(self, name), least=1)
+        asked = {
+            "pooling='ends'": self.pooling == "ends",
+            "embedding_size": self.embedding_size not in (None, self.hidden_size),
+        }
+        for name, given in asked.items():
+            if given and not self.recurrent_layers:
+                raise InputError(
+                    f"FoveateEncoderConfig({name}) is for recurrent layers; give recurrent_layers."
+                )
+        if self.recurrent_layers and self.position == "learned":
+            raise InputError(
+                "FoveateEncoderConfig(position='learned'): recurrent layers know the order; "
+                'expected "none", or "rope" for blocks behind them.'
             )
         if not 0 <= self.classifier_dropout < 1:
             raise InputError(

@@ -1,7 +1,11 @@
 """A bidirectional encoder of foveate's layers and a classification head, for transformers.
 
 The blocks of the causal language model (`foveate.models.causal_lm`), in which every token sees all
-real tokens of its sequence, before and after it.
+real tokens of its sequence, before and after it; bidirectional GRU layers before them, or in their
+place. The classifier of the LAMA paper, a GRU whose states are pooled by low-rank attention:
+
+    FoveateEncoderConfig(vocab_size=..., num_labels=..., num_hidden_layers=0, recurrent_layers=1,
+                         embedding_size=100, hidden_size=128, pooling="lama(heads=8)")
 """
 
 from __future__ import annotations
@@ -13,15 +17,18 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from foveate.methods import make
 from foveate.models.blocks import block_of
 from foveate.models.causal_lm import FoveatePreTrained, gathered
-from foveate.models.config import FoveateEncoderConfig
+from foveate.models.config import POOLINGS, FoveateEncoderConfig
 from foveate.models.masking import seen_by
 from foveate.models.position import last_norm, positioned, positions_of
+from foveate.models.recurrent import BiGRU
 from foveate.models.reference import stream_of
 from foveate.nn import Block
 from foveate.ops.errors import InputError
 from foveate.parts.context import Context
+from foveate.parts.pooler import Pooler
 from foveate.parts.rope import Rope
 from foveate.parts.tree import Tree
 
@@ -30,30 +37,33 @@ from foveate.parts.tree import Tree
 class EncoderOutput(ModelOutput):
     """What the encoder returns.
 
-    last_hidden_state (B, L, dim), meaningless on padding; pooler_output (B, dim), see
-    `FoveateEncoderConfig.pooling`; hidden_states: (B, L, dim) before each block and after the last
-    norm, if asked for; aux: losses, each a mean over the layers that have it, and statistics as
-    "layers.<i>.<name>".
+    last_hidden_state (B, L, dim), meaningless on padding; pooler_output (B, dim, or a pooler's
+    width), see `FoveateEncoderConfig.pooling`; hidden_states: (B, L, dim) before each block and
+    after the last norm, if asked for; aux: losses, each a mean over the layers that have it, and
+    statistics as "layers.<i>.<name>"; pooler_weights (B, m, L), what each head of a pooler looks
+    at, see `foveate.models.word_picture`.
     """
 
     last_hidden_state: Tensor | None = None
     pooler_output: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     aux: dict[str, Tensor] | None = None
+    pooler_weights: Tensor | None = None
 
 
 @dataclass
 class ClassifierOutput(ModelOutput):
     """What the classifier returns.
 
-    loss, with the layers' auxiliary losses in training; logits (B, labels); hidden_states and aux
-    as in `EncoderOutput`.
+    loss, with the auxiliary losses of layers and pooler in training; logits (B, labels);
+    hidden_states, aux and pooler_weights as in `EncoderOutput`.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     aux: dict[str, Tensor] | None = None
+    pooler_weights: Tensor | None = None
 
 
 class FoveateEncoder(FoveatePreTrained):
@@ -69,7 +79,11 @@ class FoveateEncoder(FoveatePreTrained):
 
     def __init__(self, config: FoveateEncoderConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        width = config.embedding_size or config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, width, config.pad_token_id)
+        self.recurrent: BiGRU | None = None
+        if config.recurrent_layers:
+            self.recurrent = BiGRU(width, config.hidden_size, config.recurrent_layers)
         ropes: dict[tuple[int, bool], Rope | None] = {}
         self.layers = nn.ModuleList(
             block_of(config, i, ropes) for i in range(config.num_hidden_layers)
@@ -80,8 +94,29 @@ class FoveateEncoder(FoveatePreTrained):
                 "language models; use another one here."
             )
         self.embed_positions = positions_of(config)
-        self.norm = last_norm(config, self.blocks)
+        bare = self.recurrent is not None and not self.blocks
+        self.norm = nn.Identity() if bare else last_norm(config, self.blocks)
+        self.pooler: Pooler | None = None
+        if config.pooling not in POOLINGS:
+            recipe = make(config.pooling)
+            if recipe.wants_embeddings and width != config.hidden_size:
+                raise InputError(
+                    f"FoveateEncoderConfig(pooling={config.pooling!r}) pools with the embeddings; "
+                    f"expected them as wide as the tokens, {config.hidden_size}, but "
+                    f"embedding_size is {width}."
+                )
+            self.pooler = recipe.build(config.hidden_size)
         self.post_init()
+
+    def extra_repr(self) -> str:
+        """What torch prints of it; checkpoints of a training tell by it what they are of."""
+        pooling = self.config.pooling
+        return "" if self.pooler is not None or pooling == "mean" else f"pooling={pooling!r}"
+
+    @property
+    def pooled_size(self) -> int:
+        """Width of the vector that stands for a sequence."""
+        return self.config.hidden_size if self.pooler is None else self.pooler.width
 
     @property
     def blocks(self) -> list[Block]:
@@ -124,7 +159,14 @@ class FoveateEncoder(FoveatePreTrained):
                 "attention_mask: a sequence has no real token, so nothing stands for it; leave it "
                 "out of the batch."
             )
+        if self.recurrent is not None and seen.mask is not None and seen.real is None:
+            raise InputError(
+                "position_ids: recurrent layers read a row as one sequence; give packed sequences "
+                "as rows of a batch."
+            )
         tokens, x = x, positioned(self.embed_positions, x, 0, seen, position_ids)
+        if self.recurrent is not None:
+            x = self.recurrent(x, seen.real)
         ctx = Context(
             mask=seen.mask,
             q_positions=seen.q_positions,
@@ -140,17 +182,24 @@ class FoveateEncoder(FoveatePreTrained):
             states.append(x)
             found.append(aux)
         x = states[-1] = self.norm(x)
+        aux, weights = gathered(found), None
+        if self.pooler is None:
+            vector = pooled(x, seen.real, self.config.pooling)
+        else:
+            vector, weights, more = self.pooler(x, seen.real, tokens)
+            aux |= more
         out = EncoderOutput(
             last_hidden_state=x,
-            pooler_output=pooled(x, seen.real, self.config.pooling),
+            pooler_output=vector,
             hidden_states=tuple(states) if output_hidden_states else None,
-            aux=gathered(found) or None,
+            aux=aux or None,
+            pooler_weights=weights,
         )
         return out.to_tuple() if return_dict is False else out
 
 
 class FoveateForSequenceClassification(FoveatePreTrained):
-    """The encoder with a linear head on its pooled vector.
+    """The encoder with a head on its pooled vector: linear, or with one hidden layer.
 
     As in transformers, `config.num_labels` counts the classes, and `config.problem_type`
     ("single_label_classification", "multi_label_classification" or "regression") chooses the loss;
@@ -169,7 +218,9 @@ class FoveateForSequenceClassification(FoveatePreTrained):
         self.num_labels = config.num_labels
         self.encoder = FoveateEncoder(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        width, hidden = self.encoder.pooled_size, config.classifier_hidden
+        self.classifier_hidden = None if hidden is None else nn.Linear(width, hidden)
+        self.classifier = nn.Linear(hidden or width, config.num_labels)
         self.post_init()
 
     def forward(
@@ -208,7 +259,10 @@ class FoveateForSequenceClassification(FoveatePreTrained):
             tree=tree,
             output_hidden_states=output_hidden_states,
         )
-        logits = self.classifier(self.dropout(inner.pooler_output))
+        vector = self.dropout(inner.pooler_output)
+        if self.classifier_hidden is not None:
+            vector = self.classifier_hidden(vector).relu()
+        logits = self.classifier(vector)
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -218,7 +272,11 @@ class FoveateForSequenceClassification(FoveatePreTrained):
             if self.training and losses:
                 loss = loss + torch.stack(losses).sum().to(loss.dtype)
         out = ClassifierOutput(
-            loss=loss, logits=logits, hidden_states=inner.hidden_states, aux=inner.aux
+            loss=loss,
+            logits=logits,
+            hidden_states=inner.hidden_states,
+            aux=inner.aux,
+            pooler_weights=inner.pooler_weights,
         )
         return out.to_tuple() if return_dict is False else out
 
@@ -229,11 +287,21 @@ def pooled(x: Tensor, real: Tensor | None, how: str) -> Tensor:
     Args:
         x: (B, L, dim).
         real: (B, L) bool, False on padding; None is all real.
-        how: "mean" of the real tokens, or "cls", the first of them.
+        how: "mean" or "max" of the real tokens; "cls", the first of them; "ends", the first half
+            of the last one and the second half of the first: where the directions of a GRU end.
 
     Returns:
         (B, dim).
     """
+    if how == "max":
+        return (x if real is None else x.masked_fill(~real[..., None], -torch.inf)).amax(1)
+    if how == "ends":
+        last = torch.full_like(x[:, 0, 0], x.shape[1] - 1, dtype=torch.int64)
+        first = torch.zeros_like(last)
+        if real is not None:
+            first, last = real.int().argmax(1), last - real.flip(1).int().argmax(1)
+        rows, half = torch.arange(len(x), device=x.device), x.shape[2] // 2
+        return torch.cat((x[rows, last, :half], x[rows, first, half:]), 1)
     if how == "cls":
         if real is None:
             return x[:, 0]

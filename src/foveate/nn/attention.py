@@ -135,6 +135,10 @@ class Attention(nn.Module):
         known = self._context(x, mask, past, ctx)
         known.hidden, known.cache = x if x_kv is x else None, cache
         known.weights = self.projection.maps
+        if isinstance(self.attention, Stateful) and isinstance(cache, StateCache):
+            past += x_kv.shape[1]
+            x_kv = self.attention.recalled(x, x_kv, cache.state)
+            past -= x_kv.shape[1]
         where = _positions(known, x.shape[1], past, x_kv)
         p = self.projection
         q = p.query(x)

@@ -181,6 +181,10 @@ class TokenCache:
         self._held = {name: x.index_select(2, rows.to(x.device)) for name, x in self._held.items()}
         self._length = len(rows)
 
+    def detach(self) -> None:
+        """Let no gradient flow into what is held."""
+        self._held = {name: x.detach() for name, x in self._held.items()}
+
     def reset(self) -> None:
         """Forget everything, the batch size included."""
         self._held, self._length = {}, 0

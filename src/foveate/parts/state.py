@@ -155,6 +155,21 @@ class Stateful(Attention):
     def new_state(self) -> State:
         """An empty state."""
 
+    def recalled(self, x: Tensor, x_kv: Tensor, state: State) -> Tensor:
+        """What keys and values are made of, where a layer has this state.
+
+        Mostly the new tokens alone. An attention that keeps the layer's input of earlier tokens, to
+        make their keys and values anew, puts it before them; `step` then gets more keys than
+        queries.
+
+        Args:
+            x: (B, n, dim), the layer's input.
+            x_kv: (B, n, kv_dim), where keys and values come from; x itself, if nothing else is
+                given.
+            state: made by `new_state`.
+        """
+        return x_kv
+
     @abstractmethod
     def step(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, state: State) -> AttentionOutput:
         """The next n >= 1 tokens of each sequence; the first call holds the prompt.

@@ -67,6 +67,11 @@ class Classification:
         """Number of labels."""
         return len(self.data.labels)
 
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """The words that are known, the first one being token SPECIAL."""
+        return tuple(self._words)
+
     def batch(self, seed: int, number: int, size: int) -> Batch:
         """Training batch `number` of a seed: inputs (size, L), targets (size, 1)."""
         texts = self.data.train

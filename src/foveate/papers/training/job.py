@@ -16,7 +16,7 @@ from foveate.ops.errors import InputError, nearest
 from foveate.papers.tasks.text import ByteText, text_file
 from foveate.papers.training.language import Sizes, language_model
 from foveate.papers.training.loop import Trained, train
-from foveate.papers.training.objective import evaluate
+from foveate.papers.training.objective import BySegments, evaluate
 from foveate.papers.training.regime import Regime
 from foveate.runs.records import writable_folder
 from foveate.runs.text import default_text
@@ -35,6 +35,7 @@ class Job:
         mixer: in attention's place, for all layers or one for each; None is attention everywhere.
         like: the composition and widths of a released model in small, "step3"; None is none. Of
             the sizes its layers, length and vocabulary are taken.
+        segment: tokens of the segments in which a sequence is read; None reads it whole.
         data: a text file; None is the text that is shipped (WikiText-2).
         sizes: of the model.
         regime: of the training.
@@ -53,6 +54,7 @@ class Job:
     resume: bool
     mixer: str | tuple[str | None, ...] | None = None
     like: str | None = None
+    segment: int | None = None
 
 
 def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]) -> dict[str, Any]:
@@ -68,6 +70,7 @@ def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]
     from transformers import ByT5Tokenizer
 
     task = _text(job)
+    segments = None if job.segment is None else BySegments(job.segment)
     checkpoints = job.out / "checkpoints"
     held = job.out / "config.json"
     if not job.resume and (held.exists() or any(checkpoints.glob("step-*"))):
@@ -82,13 +85,14 @@ def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]
     _give_reference(model, task)
     writable_folder(job.out)
     model.to(job.device)
-    done = train(model, task, job.regime, folder=checkpoints, tell=tell)
+    given: dict[str, Any] = {} if segments is None else {"objective": segments}
+    done = train(model, task, job.regime, folder=checkpoints, tell=tell, **given)
     for note in done.notes:
         say(note)
     with quiet():
         model.save_pretrained(job.out)
         ByT5Tokenizer(extra_ids=0).save_pretrained(job.out)
-    facts = _facts(job, task, model, done)
+    facts = _facts(job, task, model, done, segments)
     new = job.out / ".training.new"
     new.write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     new.replace(job.out / "training.json")
@@ -136,13 +140,16 @@ def _text(job: Job) -> ByteText:
     return ByteText(shipped, job.sizes.length, "WikiText-2 test split", (0.9, 0.05), 512, SPECIAL)
 
 
-def _facts(job: Job, task: ByteText, model: Any, done: Trained) -> dict[str, Any]:
-    found = evaluate(model, task, "test", job.regime.batch)
+def _facts(
+    job: Job, task: ByteText, model: Any, done: Trained, segments: BySegments | None
+) -> dict[str, Any]:
+    found = evaluate(model, task, "test", job.regime.batch, segments=segments)
     return {
         "projection": model.config.of_layer("projection", 0) if job.like else job.projection,
         "attention": job.attention,
         "mixer": job.mixer,
         "like": job.like,
+        "segment": job.segment,
         "parameters": sum(p.numel() for p in model.parameters()),
         "data": task.describe(),
         "regime": job.regime.as_dict(),

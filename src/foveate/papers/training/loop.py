@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from foveate.papers.tasks.base import Batch, Task, generator
 from foveate.papers.training.checkpoint import Checkpoints
 from foveate.papers.training.errors import DivergedError
-from foveate.papers.training.objective import evaluate, next_token
+from foveate.papers.training.objective import BySegments, evaluate, next_token
 from foveate.papers.training.regime import Regime, optimizer_of, schedule_of
 from foveate.parts.weights import put_weights, weights
 from foveate.runs.records import digest
@@ -73,6 +73,7 @@ def train(
         task: batches.
         regime: how.
         objective: loss of a batch, a scalar; default cross entropy, plus the model's own losses.
+            With `BySegments` the validation split is read in segments too.
         folder: of checkpoints, written at each evaluation; None keeps none.
         resume: go on from the folder's latest checkpoint; else these are removed.
         tell: takes the share that is done and a few words, at the start and after some steps.
@@ -84,7 +85,10 @@ def train(
     device = next(model.parameters()).device
     optimizer = optimizer_of(model, regime)
     schedule = schedule_of(optimizer, regime)
-    kept = None if folder is None else Checkpoints(folder, _identity(model, task, regime))
+    kept = (
+        None if folder is None else Checkpoints(folder, _identity(model, task, regime, objective))
+    )
+    segments = objective if isinstance(objective, BySegments) else None
     done = Trained()
     bad = 0
     if kept is not None and not resume:
@@ -127,7 +131,7 @@ def train(
                 tell(done.steps / regime.steps, f"step {done.steps}, loss {losses[-1]:.3f}")
             if done.steps % regime.every and done.steps < regime.steps:
                 continue
-            entry = _entry(model, task, regime, done.steps, rate, losses)
+            entry = _entry(model, task, regime, segments, done.steps, rate, losses)
             _check_finite(entry["validation"], "validation loss", done.steps, regime)
             done.history.append(entry)
             losses = []
@@ -157,9 +161,15 @@ def _check_finite(loss: float, name: str, step: int, regime: Regime) -> None:
 
 
 def _entry(
-    model: nn.Module, task: Task, regime: Regime, step: int, rate: float, losses: list[float]
+    model: nn.Module,
+    task: Task,
+    regime: Regime,
+    segments: BySegments | None,
+    step: int,
+    rate: float,
+    losses: list[float],
 ) -> dict[str, float]:
-    found = evaluate(model, task, "validation", regime.batch)
+    found = evaluate(model, task, "validation", regime.batch, segments=segments)
     return {
         "step": step,
         "lr": rate,
@@ -174,14 +184,15 @@ def _state(done: Trained, bad: int, schedule: Any) -> dict[str, Any]:
     return {"trained": trained, "bad": bad, "schedule": schedule.state_dict()}
 
 
-def _identity(model: nn.Module, task: Task, regime: Regime) -> str:
+def _identity(model: nn.Module, task: Task, regime: Regime, objective: Objective) -> str:
     """Digest of what decides a training: what the model is made of, data and regime."""
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
-    return digest(
-        {
-            "model": repr(model),
-            "shapes": shapes,
-            "task": task.describe(),
-            "regime": regime.as_dict(),
-        }
-    )
+    made = {
+        "model": repr(model),
+        "shapes": shapes,
+        "task": task.describe(),
+        "regime": regime.as_dict(),
+    }
+    if isinstance(objective, BySegments):
+        made["objective"] = repr(objective)
+    return digest(made)

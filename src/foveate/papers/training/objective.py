@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foveate.ops.errors import InputError
 from foveate.papers.tasks.base import IGNORED, Batch, Split, Task
 
 
@@ -39,8 +42,57 @@ def next_token(model: nn.Module, batch: Batch) -> Tensor:
     return loss
 
 
+@dataclass(frozen=True)
+class BySegments:
+    """An objective that reads each sequence in segments, every one behind a cache of those before.
+
+    How Transformer-XL is trained: an attention whose state is detached (rcmha) learns within a
+    segment and sees its memory; others get the gradient of the whole sequence.
+
+    Attributes:
+        length: of a segment, in tokens.
+
+    Raises:
+        InputError: length below 1.
+    """
+
+    length: int
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise InputError(f"segments must hold 1 token or more, got {self.length}.")
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross entropy over all scored positions, plus each of the model's losses.
+
+        Those are means over the segments. The model is a language model of foveate, with
+        `new_cache`.
+        """
+        parts = batch.targets.split(self.length, 1)
+        summed = own = torch.zeros((), device=batch.inputs.device)
+        for output, targets in zip(self.outputs(model, batch.inputs), parts):
+            summed = summed + cross_entropy(logits_of(output), targets, "sum")
+            for name, value in (getattr(output, "aux", None) or {}).items():
+                if name.endswith("_loss"):
+                    own = own + value
+        return summed / (batch.targets != IGNORED).sum().clamp(min=1) + own / len(parts)
+
+    def outputs(self, model: nn.Module, inputs: Tensor) -> Iterator[Any]:
+        """What the model says of each segment of inputs (B, L), behind those before."""
+        cache = cast(Any, model).new_cache()
+        for part in inputs.split(self.length, 1):
+            yield model(part, past_key_values=cache)
+
+
 @torch.no_grad()
-def evaluate(model: nn.Module, task: Task, split: Split, size: int = 16) -> dict[str, float]:
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    split: Split,
+    size: int = 16,
+    *,
+    segments: BySegments | None = None,
+) -> dict[str, float]:
     """Loss in nats for each scored token, its exponential, and next-token accuracy.
 
     Args:
@@ -48,6 +100,8 @@ def evaluate(model: nn.Module, task: Task, split: Split, size: int = 16) -> dict
         task: whose split is taken, all of it, in batches of `size`.
         split: validation or test.
         size: sequences at a time; changes nothing.
+        segments: read each sequence as the model was trained, a segment behind the memory of those
+            before; None reads it whole.
 
     Returns:
         loss, perplexity and accuracy (of the tokens with the largest logit).
@@ -58,7 +112,10 @@ def evaluate(model: nn.Module, task: Task, split: Split, size: int = 16) -> dict
     loss = right = scored = 0.0
     for batch in task.held_out(split, size):
         batch = batch.to(device)
-        logits = logits_of(model(batch.inputs))
+        if segments is None:
+            logits = logits_of(model(batch.inputs))
+        else:
+            logits = torch.cat([logits_of(x) for x in segments.outputs(model, batch.inputs)], 1)
         asked = batch.targets != IGNORED
         loss += cross_entropy(logits, batch.targets, "sum").item()
         right += (logits.argmax(-1) == batch.targets)[asked].sum().item()
