@@ -8,7 +8,7 @@ walks through one).
 
 from __future__ import annotations
 
-from foveate.catalog import caches, formulas, patterns, projections, trained
+from foveate.catalog import caches, formulas, images, patterns, projections, trained
 from foveate.catalog.row import YES, Capabilities, Paper, Row, Support
 from foveate.ops.errors import UnknownMethodError, nearest
 
@@ -29,6 +29,7 @@ ROWS: tuple[Row, ...] = (
     *caches.ROWS,
     *trained.ROWS,
     *formulas.ROWS,
+    *images.ROWS,
     *projections.ROWS,
 )
 

@@ -164,16 +164,46 @@ class BiFormer(nn.Module):
         """
         if output_fmt != "NCHW":
             raise InputError(f"BiFormer(output_fmt={output_fmt!r}): expected 'NCHW'.")
-        chosen = _indices(indices)
-        last = max(chosen) + 1 if stop_early and intermediates_only else STAGES
+        chosen = self._indices(indices)
+        last = max(chosen) + 1 if stop_early and intermediates_only else len(self.stages)
         maps = self._maps(x, last)
         final = self._normed(maps[-1]) if last == STAGES else maps[-1]
         found = [final if norm and i == STAGES - 1 else maps[i] for i in chosen]
         return found if intermediates_only else (final, found)
 
+    def prune_intermediate_layers(
+        self,
+        indices: int | Sequence[int] | None = None,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Drop the stages behind the last that is asked for, and norm and head if told; in place.
+
+        Returns:
+            The stages that are asked for.
+        """
+        chosen = self._indices(indices)
+        self.stages = self.stages[: max(chosen) + 1]
+        self.downsample_layers = self.downsample_layers[: max(chosen) + 1]
+        if prune_norm or len(self.stages) < STAGES:
+            self.norm = None
+        if prune_head:
+            self.reset_classifier(0)
+        return chosen
+
+    def _indices(self, given: int | Sequence[int] | None) -> list[int]:
+        count = len(self.stages)
+        if given is None or isinstance(given, int):
+            chosen = list(range(count))[-(count if given is None else given) :]
+        else:
+            chosen = list(given)
+        if not chosen or given == 0 or any(not -count <= i < count for i in chosen):
+            raise InputError(f"BiFormer(indices={given!r}): stages are 0 to {count - 1}.")
+        return [i % count for i in chosen]
+
     def forward_features(self, x: Tensor) -> Tensor:
         """The last stage's normed map, (B, width, H / 32, W / 32)."""
-        return self._normed(self._maps(x, STAGES)[-1])
+        return self._normed(self._maps(x, len(self.stages))[-1])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits of what `forward_features` returns, or its mean."""
@@ -183,7 +213,7 @@ class BiFormer(nn.Module):
     # --------------------------------------------------------------------------------------------
     def features(self, x: Tensor) -> tuple[Tensor, ...]:
         """Maps of all stages, (B, width, H / 4, W / 4) first; normed in a `pyramid`."""
-        maps = self._maps(x, STAGES)
+        maps = self._maps(x, len(self.stages))
         if self.extra_norms is not None:
             maps = [norm(one) for norm, one in zip(self.extra_norms, maps)]
         return tuple(maps)
@@ -321,15 +351,6 @@ def _downsampling(stem: str, channels: int, dims: tuple[int, ...]) -> list[nn.Mo
         nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1), nn.BatchNorm2d(b))
         for a, b in zip(dims, dims[1:])
     ]
-
-
-def _indices(given: int | Sequence[int] | None) -> list[int]:
-    if given is None:
-        given = STAGES
-    chosen = list(range(STAGES))[-given:] if isinstance(given, int) else list(given)
-    if not chosen or any(not -STAGES <= i < STAGES for i in chosen):
-        raise InputError(f"BiFormer(indices={given!r}): stages are 0 to {STAGES - 1}.")
-    return [i % STAGES for i in chosen]
 
 
 def _initialise(module: nn.Module) -> None:

@@ -149,16 +149,14 @@ class BiLevelRoutingAttention(nn.Module):
         if self.pad == "refactored":
             q, k, v, queries, counted = self._refactored(q, k, v)
         shape = q.shape[1:3]
-        qr, kr = (counted.means(self._split(part)) for part in (q, k))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
+            scores = self._affinity(*(counted.means(self._split(part)) for part in (q, k)))
+            chosen = route(scores.detach(), self.topk, (queries.per_region > 0)[:, None])
+            weights = soft_weights(scores, chosen, self.scale) if self.soft else None
         keys, k, v = self._pooled(queries, k, v)
         query, key, value = (self._split(part) for part in (q, k, v))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
-            scores = self._affinity(qr, kr)
-            chosen = route(scores.detach(), self.topk, (queries.per_region > 0)[:, None])
         options: dict[str, Any] = {"scale": self.scale, "backend": self.backend}
-        if self.soft:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
-                weights = soft_weights(scores, chosen, self.scale)
+        if weights is not None:
             y = soft_attention(query, key, value, chosen, weights, (queries, keys), options)
         else:
             layout = region_layout(chosen, queries, keys)

@@ -115,9 +115,7 @@ class BiLevelRouting(Pattern):
         with torch.no_grad():
             return route(affinity(queries.means(q), keys.means(k)), self.topk, allowed)
 
-    def _seen(
-        self, q: Tensor, k: Tensor, ctx: Context
-    ) -> tuple[Regions, Regions, Tensor]:
+    def _seen(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Regions, Regions, Tensor]:
         """Regions of real tokens, and which of keys those of queries may see at all."""
         queries, keys = self.partition(q, k, ctx)
         if ctx.mask is None:
@@ -130,9 +128,7 @@ class BiLevelRouting(Pattern):
         queries, keys = queries.only(tokens.q_real), keys.only(tokens.k_real)
         return queries, keys, seen & (keys.per_region > 0)[:, None]
 
-    def _mask_layout(
-        self, queries: Regions, keys: Regions, tokens: Tokens, ctx: Context
-    ) -> Layout:
+    def _mask_layout(self, queries: Regions, keys: Regions, tokens: Tokens, ctx: Context) -> Layout:
         """All that the mask allows, region by region; kept in `ctx.store`."""
         mask = EVERYTHING if ctx.mask is None else ctx.mask
         tile = (tile_of(queries.size), tile_of(keys.size))
@@ -140,7 +136,8 @@ class BiLevelRouting(Pattern):
         def make() -> Layout:
             mask._check(queries.tokens, keys.tokens)
             q_at, k_at = (
-                _nearest(part.padded(size)[0]) for part, size in ((queries, tile[0]), (keys, tile[1]))
+                _nearest(part.padded(size)[0])
+                for part, size in ((queries, tile[0]), (keys, tile[1]))
             )
             with torch.inference_mode(False):  # what is kept must serve training, too
                 made = build(mask, tokens.q_pos[:, q_at], tokens.k_pos[:, k_at], tile, None)
