@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from foveate import Context, attention, blocks, causal, padding
+from foveate import Context, attention, causal, padding
 from foveate.methods import make
 from foveate.methods.biformer import BiLevelRouting, grid_regions, route
 from foveate.nn import Attention

@@ -74,7 +74,7 @@ class SubspaceAttention(nn.Module):
         InputError: the groups don't divide the channels.
     """
 
-    def __init__(self, channels: int, hyper: ULSAM = ULSAM()) -> None:
+    def __init__(self, channels: int, hyper: ULSAM) -> None:
         super().__init__()
         whole("SubspaceAttention", "channels", channels, least=1)
         if channels % hyper.groups:

@@ -55,7 +55,7 @@ def route(scores: Tensor, k: int, allowed: Tensor | None = None) -> Tensor:
 
 
 def soft_weights(scores: Tensor, chosen: Tensor, scale: float) -> Tensor:
-    """w (B, p, k): softmax of scale A over the chosen regions; 0 where none is chosen."""
+    """W (B, p, k): softmax of scale A over the chosen regions; 0 where none is chosen."""
     none = chosen < 0
     logits = (scale * scores.gather(-1, chosen.clamp_min(0))).masked_fill(none, -torch.inf)
     return logits.masked_fill(none.all(-1, keepdim=True), 0.0).softmax(-1).masked_fill(none, 0.0)
@@ -63,7 +63,8 @@ def soft_weights(scores: Tensor, chosen: Tensor, scale: float) -> Tensor:
 
 def tile_of(rows: int, most: int = _MOST) -> int:
     """A multiple of 8 of at most `most` that cuts so many rows with the least waste."""
-    return -(-(-(-rows // -(-rows // most))) // 8) * 8
+    tiles = -(-rows // most)
+    return -(-rows // (8 * tiles)) * 8
 
 
 def region_layout(chosen: Tensor, queries: Regions, keys: Regions) -> Layout:
