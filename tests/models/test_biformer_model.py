@@ -42,18 +42,18 @@ def test_swin_layout_has_the_published_size():
 
 
 def test_multiply_adds_against_torchs_counter():
-    """Convolutions and linear maps as torch counts them; what is mixed by the sheet's formula."""
+    """All that torch sees, routing among it; attention itself by the sheet's formula."""
     model = biformer_tiny()
     found = macs(model, IMAGE)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(torch.zeros(IMAGE))
-    assert 2 * (found.convolutions + found.linear) == counter.get_total_flops()
     routed = [(2, 56, 64, 1), (2, 28, 128, 4), (8, 14, 256, 16)]
-    want = sum(
-        depth * (49**2 * c + 2 * side**2 * (topk * side**2 // 49) * c)
-        for depth, side, c, topk in routed
+    routing = sum(depth * 49**2 * c for depth, _, c, _ in routed)
+    attention = sum(
+        depth * 2 * side**2 * (topk * side**2 // 49) * c for depth, side, c, topk in routed
     )
-    assert found.mixing == want + 2 * 2 * 49**2 * 512
+    assert 2 * (found.convolutions + found.linear + routing) == counter.get_total_flops()
+    assert found.mixing == routing + attention + 2 * 2 * 49**2 * 512
 
 
 def test_oracle_8_keys_a_query_sees():

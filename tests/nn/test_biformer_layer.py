@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from foveate.methods.biformer import grid_regions
 from foveate.nn import BiLevelRoutingAttention, GridAttention
 from foveate.ops.errors import InputError
 
@@ -52,7 +53,7 @@ def by_hand(m: BiLevelRoutingAttention, x: Tensor, topk: int = 3, regions: int =
             means.append(torch.stack(found))
         scores = means[0] @ means[1].T
         for r, box in enumerate(boxes):
-            order = sorted(range(len(boxes)), key=lambda t: -float(scores[r, t]))[:topk]
+            order = sorted(range(len(boxes)), key=lambda t: -float(scores[r, t].detach()))[:topk]
             keys, values = (
                 torch.cat([t[b][boxes[o]].flatten(0, 1) for o in order]) for t in (k, v)
             )
@@ -115,8 +116,6 @@ def test_images_of_a_batch_may_differ_in_size():
     # 6 x 9 tokens in 2 x 3 regions of the same size: an image whose third row of regions is empty
     alone = layer(regions=3, topk=2)
     alone.load_state_dict(m.state_dict())
-    from foveate.methods.biformer import grid_regions
-
     alone.partition = lambda h, w, device="cpu": grid_regions((h, w), (2, 3), device=device)
     torch.testing.assert_close(y[1:, :6], alone(x[1:, :6]), atol=1e-12, rtol=0)
     with pytest.raises(InputError, match="goes with pad='masked'"):
@@ -125,7 +124,7 @@ def test_images_of_a_batch_may_differ_in_size():
 
 @pytest.mark.parametrize("pool", ["average", "max"])
 def test_keys_pooled_within_their_regions(pool):
-    """All regions chosen: dense attention to the pooled image, LePE and routing of the whole one."""
+    """With all regions chosen: dense attention to the pooled image."""
     m = layer(regions=3, topk=9, kv_per_region=2, kv_pool=pool, lepe=0)
     x = torch.randn(2, 12, 18, DIM, dtype=torch.float64)
     q, k, v = m.qkv(x)
