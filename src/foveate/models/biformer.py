@@ -235,7 +235,7 @@ class BiFormer(nn.Module):
         maps = []
         for smaller, stage in zip(self.downsample_layers[:count], self.stages[:count]):
             x = smaller(x)
-            for block in stage:  # type: ignore[union-attr]
+            for block in stage.children():
                 again = self.recompute and torch.is_grad_enabled()
                 x = checkpoint(block, x, use_reentrant=False) if again else block(x)
             maps.append(x)
@@ -332,7 +332,7 @@ def _mixing(
     return BiLevelRoutingAttention(dim, dim // head_dim, regions, topk, pad=pad, scale=scale)
 
 
-def _downsampling(stem: str, channels: int, dims: tuple[int, ...]) -> list[nn.Module]:
+def _downsampling(stem: str, channels: int, dims: tuple[int, ...]) -> list[nn.Sequential]:
     if stem == "patches":
         first = nn.Sequential(nn.Conv2d(channels, dims[0], 4, stride=4), nn.BatchNorm2d(dims[0]))
         return [first] + [

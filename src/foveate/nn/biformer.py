@@ -212,14 +212,14 @@ class BiLevelRoutingAttention(nn.Module):
                 "are, or pad='reference'."
             )
         s, m = self.regions, self.kv_per_region
-        pool = functional.adaptive_avg_pool2d
+        pool: nn.Module = nn.AdaptiveAvgPool2d(m)
         if self.kv_pool == "max":
-            pool = functional.adaptive_max_pool2d
+            pool = nn.AdaptiveMaxPool2d(m)
 
         def pooled(x: Tensor) -> Tensor:
             x = x.unflatten(2, (s, -1)).unflatten(1, (s, -1))  # (B, S, h, S, w, C)
             x = x.permute(0, 1, 3, 5, 2, 4)
-            x = pool(x.flatten(0, 2), m).unflatten(0, (-1, s, s))  # (B, S, S, C, m, m)
+            x = pool(x.flatten(0, 2)).unflatten(0, (-1, s, s))  # (B, S, S, C, m, m)
             return x.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2)
 
         return grid_regions((s * m, s * m), s, device=k.device), pooled(k), pooled(v)
