@@ -124,22 +124,26 @@ def test_matching_cells_run(name, tmp_path):
     assert ("partner is seen" in found) is (name == "BRA k=2")
 
 
-def test_partners_are_found_where_routing_is_by_key():
-    """Where keys alone make queries and keys, the best of all other regions is the partner."""
+def test_partners_are_found_where_keys_alone_decide():
+    """One-hot keys as queries and keys: a region and its partner suit it best, or worst."""
     task = MatchingRegions(held=16)
     model = biformer.Model(biformer.attention("BRA k=2", 0))
     with torch.no_grad():
+        model.key.weight.copy_(torch.eye(16, 64))
         for name in ("payload", "place"):
             getattr(model, name).weight.zero_()
         for layer in model.layers:
             layer.feedforward[2].weight.zero_()
+            layer.feedforward[2].bias.zero_()
             layer.attention.projection.out.weight.zero_()
-            for part in ("query", "key"):
-                made = getattr(layer.attention.projection, part, None)
-                if made is not None:
-                    torch.nn.init.eye_(made.weight)
-    if hasattr(model.layers[0].attention.projection, "query"):
+            layer.attention.projection.out.bias.zero_()
+            for part in (layer.attention.projection.q, layer.attention.projection.k):
+                torch.nn.init.eye_(part.weight)
+                part.bias.zero_()
         assert biformer.partner_share(model, task) == 1.0
+        for layer in model.layers:
+            layer.attention.projection.k.weight.neg_()
+        assert biformer.partner_share(model, task) == 0.0
 
 
 def test_ulsam_counts():
