@@ -14,7 +14,7 @@ tuned for all arms alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -87,14 +87,12 @@ def ours(at: Mapping[str, Mapping[str, Any]]) -> float:
 
 def _saved(metric: str, want: float) -> tuple[Check, ...]:
     """That each number of groups saves exactly what the block's formula says."""
+
+    def off(arm: str) -> Callable[[Found], float]:
+        return lambda at: abs(at["MobileNet"][metric] - at[arm][metric] - want)
+
     return tuple(
-        at_most(
-            f"|{metric} saved by {arm} - {want:g}|",
-            lambda at, arm=arm: abs(at["MobileNet"][metric] - at[arm][metric] - want),
-            0.0,
-            exact=True,
-        )
-        for arm in OURS
+        at_most(f"|{metric} saved by {arm} - {want:g}|", off(arm), 0.0, exact=True) for arm in OURS
     )
 
 
