@@ -10,7 +10,7 @@ from torch import Tensor
 
 from foveate import Context, attention, causal, padding
 from foveate.methods import make
-from foveate.methods.biformer import BiLevelRouting, grid_regions, route
+from foveate.methods.biformer import BiLevelRouting, grid_regions, region_layout, route
 from foveate.nn import Attention
 from foveate.ops.errors import InputError
 
@@ -58,11 +58,13 @@ def test_oracle_1_all_regions_is_dense(s):
     method = BiLevelRouting(topk=s * s, regions=s, shape=(8, 8))
     ours = method(q, k, v, Context(scale=SCALE)).out
     torch.testing.assert_close(ours, want, atol=1e-12, rtol=0)
-    # by way of its layout, and with the chosen regions in any order
-    layout = method.layout(q, k, v, Context())
-    assert layout.dense().all()
-    out = attention(q, k, v, layout=layout, scale=SCALE).out
-    torch.testing.assert_close(out, want, atol=1e-12, rtol=0)
+    # by way of a layout, with the chosen regions in any order
+    parts = grid_regions((8, 8), s)
+    for chosen in (method.choose(q, k, Context()), torch.rand(2, s * s, s * s).argsort(-1)):
+        layout = region_layout(chosen, parts, parts)
+        assert layout.dense().all()
+        out = attention(q, k, v, layout=layout, scale=SCALE).out
+        torch.testing.assert_close(out, want, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("topk", range(1, 10))
@@ -176,6 +178,20 @@ def test_oracle_9_tiny_case():
     ]
     assert want == pytest.approx([2.462117, 2.761594, 2.905148, 2.537883], abs=1e-6)
     assert method(q, k, v, Context(scale=1.0)).out.flatten().tolist() == pytest.approx(want)
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (4, 2, 6), (10,), (7, 9)])
+def test_means_of_regions(shape):
+    """With and without a grid that is cut evenly, and of what is real alone."""
+    x = torch.randn(2, 3, math.prod(shape), 5)
+    real = torch.rand(2, math.prod(shape)) > 0.3
+    parts = grid_regions(shape, 2)
+    for some, seen in ((parts, torch.ones_like(real)), (parts.only(real), real)):
+        for r in range(parts.count):
+            inside = (parts.of[0] == r) & seen
+            for b in range(2):
+                want = x[b, :, inside[b]].double().sum(1) / max(1, int(inside[b].sum()))
+                torch.testing.assert_close(some.means(x)[b, :, r].double(), want)
 
 
 @pytest.mark.parametrize("shape", [(30, 30), (13, 8), (5, 3, 4), (11,)])

@@ -185,6 +185,7 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     )
 
 
+@torch.no_grad()
 def test_half_precision():
     model, x = small().eval(), torch.randn(2, 3, 64, 64)
     want = model(x)

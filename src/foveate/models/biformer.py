@@ -354,7 +354,7 @@ def _downsampling(stem: str, channels: int, dims: tuple[int, ...]) -> list[nn.Se
 
 
 def _initialise(module: nn.Module) -> None:
-    """Linear maps normal with 0.02, cut at two deviations; the rest as torch makes it."""
+    """Linear maps normal with a deviation of 0.02, no bias; the rest as torch makes it."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

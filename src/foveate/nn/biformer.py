@@ -227,7 +227,7 @@ class BiLevelRoutingAttention(nn.Module):
     def mixing_macs(self, x: Tensor) -> int:
         """Multiply-adds for x (B, H, W, dim) that no weight takes part in: routing and attention.
 
-        p^2 (widths of heads) and HW k n (widths of queries and values), for each image.
+        p^2 qk_dim and HW k n (qk_dim + dim) for each image, as if all regions were of one size.
         """
         height, width = x.shape[1:3]
         if self.pad == "reference":

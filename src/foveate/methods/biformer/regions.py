@@ -27,10 +27,12 @@ class Regions:
         table: (1 or B, p, n) int64, tokens of each of p regions, -1 is none; each token stands in
             one region, or in none (padding).
         tokens: how many there are.
+        boxes: (regions, tokens of each) on each axis, where they cut a grid evenly.
     """
 
     table: Tensor
     tokens: int
+    boxes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     @property
     def count(self) -> int:
@@ -89,6 +91,12 @@ class Regions:
     def means(self, x: Tensor) -> Tensor:
         """Means of x (B, H, N, D) over each region, in fp32 or wider: (B, H, p, D)."""
         wide = torch.promote_types(x.dtype, torch.float32)
+        if self.boxes is not None:  # without a copy, axis by axis
+            counts, sizes = self.boxes
+            x = x.unflatten(2, [n for pair in zip(counts, sizes) for n in pair])
+            for axis in reversed(range(len(sizes))):
+                x = x.sum(3 + 2 * axis, dtype=wide)
+            return x.flatten(2, 1 + len(sizes)) / self.size
         total = self.rows(x).sum(3, dtype=wide)
         return total / self.per_region.clamp_min(1)[:, None, :, None]
 
@@ -135,6 +143,7 @@ def _grid(
             token = token.masked_fill(~inside, -(1 << 40))  # stays negative on further axes
             token = token.reshape(-1, token.shape[2] * token.shape[3])
         table = token.clamp_min(-1)[None].to(device)
-        made = Regions(table, math.prod(shape))
+        even = all(c * s == n for n, c, s in zip(shape, counts, sizes))
+        made = Regions(table, math.prod(shape), (counts, sizes) if even else None)
         _ = made.whole, made.of, made.per_region
         return made
