@@ -11,6 +11,7 @@ from torch import Tensor
 from foveate import Context, attention, causal, padding
 from foveate.methods import make
 from foveate.methods.biformer import BiLevelRouting, grid_regions, region_layout, route
+from foveate.models import DiT
 from foveate.nn import Attention
 from foveate.ops.errors import InputError
 
@@ -321,3 +322,14 @@ def test_what_is_refused():
         make("biformer(topk=0)")
     with pytest.raises(InputError, match="expected 2 values|regions"):
         BiLevelRouting(regions=(2, 2, 2), shape=(6, 6))(q, k, v)
+
+
+def test_a_diffusion_transformer_takes_it():
+    torch.manual_seed(0)
+    model = DiT((8, 8), (1, 1), attention="biformer(regions=2, topk=4)", dim=16, depth=1)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    x, step = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 700.0])
+    all_regions = model(x, step)
+    torch.testing.assert_close(model.swap("full")(x, step), all_regions)
+    assert not torch.allclose(model.swap("biformer(regions=2, topk=1)")(x, step), all_regions)
