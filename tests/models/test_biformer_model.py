@@ -161,6 +161,10 @@ def test_any_size_trains(side, more):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_an_empty_batch():
+    assert small().eval()(torch.randn(0, 3, 64, 64)).shape == (0, 5)
+
+
 def test_checkpointing_changes_no_gradient():
     x = torch.randn(2, 3, 64, 64)
     found = []

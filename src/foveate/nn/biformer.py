@@ -142,6 +142,8 @@ class BiLevelRoutingAttention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
         """(B, H', W', dim): at least as large as the image."""
+        if not len(v):  # nothing to choose for
+            return v
         counted = self.partition(q.shape[1], q.shape[2], q.device)
         queries = counted
         if real is not None:
