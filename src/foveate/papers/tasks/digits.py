@@ -140,7 +140,7 @@ class Textures:
         held: images of each held-out split.
     """
 
-    noise: float = 0.5
+    noise: float = 1.2
     held: int = 512
 
     @property
