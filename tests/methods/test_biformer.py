@@ -278,11 +278,23 @@ def test_soft_routing_weights_what_is_gathered(differentiable):
         torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-9)
 
 
+@pytest.mark.parametrize("soft", [False, True])
+def test_fewer_key_heads_count_for_their_groups(soft):
+    q, k, v = (x.detach() for x in heads(36, count=6))
+    few = k[:, :2], v[:, :2]
+    method = BiLevelRouting(topk=3, regions=3, shape=(6, 6), soft=soft)
+    want = method(q, *(x.repeat_interleave(3, 1) for x in few)).out
+    torch.testing.assert_close(method(q, *few).out, want, atol=1e-12, rtol=0)
+
+
 def test_of_equal_regions_the_first_is_taken():
     scores = torch.tensor([[[0.0, 1.0, 1.0, 0.0, float("nan")]]])
     assert route(scores, 3)[0, 0].tolist() == [1, 2, 0]
     allowed = torch.tensor([False, False, True, False, False])
     assert route(scores, 3, allowed)[0, 0].tolist() == [2, -1, -1]
+    low = torch.tensor([[[0.0, -torch.inf, 1.0, -torch.inf]]])
+    allowed = torch.tensor([False, True, True, True])
+    assert route(low, 3, allowed)[0, 0].tolist() == [2, 1, 3]
 
 
 def test_it_is_an_attention_of_a_layer():

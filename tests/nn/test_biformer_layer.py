@@ -122,6 +122,49 @@ def test_images_of_a_batch_may_differ_in_size():
         layer(pad="reference")(x, real)
 
 
+def test_padding_may_hold_anything():
+    m = layer(regions=3, topk=2)
+    x = torch.randn(2, 9, 9, DIM, dtype=torch.float64)
+    real = torch.ones(2, 9, 9, dtype=torch.bool)
+    real[1, 6:] = real[1, :, 7:] = False
+    y = m(x, real)
+    broken = x.masked_fill(~real[..., None], float("nan"))
+    torch.testing.assert_close(m(broken, real), y)
+    torch.testing.assert_close(y[~real], m.wo.bias.expand(y[~real].shape))
+    with pytest.raises(InputError, match="real is bool"):
+        m(x, real.double())
+
+
+def test_multiply_adds_where_regions_do_not_fit():
+    x = torch.zeros(2, 30, 30, DIM, dtype=torch.float64)
+    for pad, regions, size, tokens in (
+        ("masked", 49, 25, 900), ("reference", 49, 25, 35 * 35), ("refactored", 64, 16, 32 * 32),
+    ):  # fmt: skip
+        m = layer(pad=pad)
+        assert m.mixing_macs(x) == 2 * (regions**2 * DIM + tokens * 3 * size * 2 * DIM)
+    every = layer(topk=49)  # no more than there are
+    assert every.mixing_macs(x) == 2 * (49**2 * DIM + 900 * 900 * 2 * DIM)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_regions_are_chosen_in_fp32_under_autocast(learned):
+    """Means that bf16 can't tell apart."""
+    more = {"soft": True, "differentiable": True, "learned": True} if learned else {}
+    m = layer(regions=2, **more).float()
+    qr, kr = torch.zeros(2, 1, HEADS, 4, DIM // HEADS).unbind(0)
+    qr[..., 0], kr[..., 0] = 1.0, torch.tensor([1.0, 1.001, 1.002, 1.003])
+    if learned:
+        torch.nn.init.eye_(m.router.emb.weight)
+        torch.nn.init.zeros_(m.router.emb.bias)
+    seen = []
+    real = m._affinity
+    m._affinity = lambda *_: seen.append(real(qr, kr)) or seen[-1].expand(1, -1, -1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        m(torch.randn(1, 4, 4, DIM))
+    assert seen[0].dtype == torch.float32
+    assert seen[0][0, 0].argmax() == 3
+
+
 @pytest.mark.parametrize("pool", ["average", "max"])
 def test_keys_pooled_within_their_regions(pool):
     """With all regions chosen: dense attention to the pooled image."""

@@ -16,6 +16,7 @@ Source: Zhu et al. 2023, arXiv 2303.08810, sections 3.2 and 3.3.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -34,6 +35,7 @@ from foveate.methods.biformer import (
 from foveate.ops import attention
 from foveate.ops.errors import InputError
 from foveate.ops.masks.checks import whole
+from foveate.parts.precision import uncast
 
 Pad = Literal["masked", "reference", "refactored"]
 PADS: tuple[Pad, ...] = ("masked", "reference", "refactored")
@@ -123,21 +125,23 @@ class BiLevelRoutingAttention(nn.Module):
             InputError: shapes don't fit.
         """
         height, width = image_of(self, x, self.dim)
-        if real is not None and (self.pad != "masked" or real.shape != x.shape[:3]):
+        if real is not None and (
+            self.pad != "masked" or real.shape != x.shape[:3] or real.dtype != torch.bool
+        ):
             raise InputError(
                 f"BiLevelRoutingAttention: real is bool {tuple(x.shape[:3])} and goes with "
-                f"pad='masked'; got {tuple(real.shape)} with pad={self.pad!r}."
+                f"pad='masked'; got {real.dtype} {tuple(real.shape)} with pad={self.pad!r}."
             )
         if self.pad == "reference":
             x = functional.pad(x, (0, 0, 0, -width % self.regions, 0, -height % self.regions))
         q, k, v = self.qkv(x)
         if real is not None:
-            v = v * real[..., None]
+            v = v.masked_fill(~real[..., None], 0.0)  # not times 0: padding may be NaN
         y = self._attend(q, k, v, real)[:, : v.shape[1], : v.shape[2]]
         if self.lepe is not None:
             y = y + convolved(self.lepe, v)
         if real is not None:
-            y = y * real[..., None]
+            y = y.masked_fill(~real[..., None], 0.0)
         return self.wo(y)[:, :height, :width]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
@@ -151,7 +155,10 @@ class BiLevelRoutingAttention(nn.Module):
         if self.pad == "refactored":
             q, k, v, queries, counted = self._refactored(q, k, v)
         shape = q.shape[1:3]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
+        with (
+            uncast(q),  # the choice stays in fp32
+            torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable),
+        ):
             scores = self._affinity(*(counted.means(self._split(part)) for part in (q, k)))
             chosen = route(scores.detach(), self.topk, (queries.per_region > 0)[:, None])
             weights = soft_weights(scores, chosen, self.scale) if self.soft else None
@@ -229,17 +236,24 @@ class BiLevelRoutingAttention(nn.Module):
     def mixing_macs(self, x: Tensor) -> int:
         """Multiply-adds for x (B, H, W, dim) that no weight takes part in: routing and attention.
 
-        p^2 qk_dim and HW k n (qk_dim + dim) for each image, as if all regions were of one size.
+        p^2 qk_dim and HW k n (qk_dim + dim) for each image, as if all regions were of one size, of
+        tokens with what they are filled up with.
         """
-        height, width = x.shape[1:3]
-        if self.pad == "reference":
-            height += -height % self.regions
-            width += -width % self.regions
-        parts = self.partition(height, width)
-        size = parts.size if self.kv_per_region is None else self.kv_per_region**2
-        seen = min(self.topk, parts.count) * size
-        pairs = height * width * seen * (self.qk_dim + self.dim)
-        return x.shape[0] * (parts.count**2 * self.qk_dim + pairs)
+        sides = list(x.shape[1:3])
+        counts = [self.regions] * 2
+        if self.pad == "refactored":
+            sizes = [n // self.regions for n in sides]
+            counts = [-(-n // size) for n, size in zip(sides, sizes)]
+        else:
+            sizes = [-(-n // self.regions) for n in sides]
+        if self.pad != "masked":
+            sides = [count * size for count, size in zip(counts, sizes)]
+        tokens, p = math.prod(sides), math.prod(counts)
+        if self.kv_per_region is None:
+            seen = min(min(self.topk, p) * math.prod(sizes), tokens)
+        else:
+            seen = min(self.topk, p) * self.kv_per_region**2
+        return x.shape[0] * (p**2 * self.qk_dim + tokens * seen * (self.qk_dim + self.dim))
 
     def extra_repr(self) -> str:
         """What torch prints of it."""

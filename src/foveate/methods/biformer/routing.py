@@ -24,6 +24,7 @@ from torch import Tensor
 
 from foveate.methods.biformer.regions import Regions
 from foveate.ops import AttentionOutput, Layout, attention, merge
+from foveate.parts.precision import uncast
 from foveate.parts.selection import topk_mask
 
 _MOST = 64  # rows of a query tile
@@ -34,8 +35,9 @@ def affinity(query: Tensor, key: Tensor) -> Tensor:
 
     With fewer key heads each counts for its group of query heads, as if it were repeated.
     """
-    grouped = query.unflatten(1, (key.shape[1], -1)).sum(2)
-    return grouped.transpose(1, 2).flatten(2) @ key.permute(0, 1, 3, 2).flatten(1, 2)
+    with uncast(query):  # means in fp32 are compared in fp32
+        grouped = query.unflatten(1, (key.shape[1], -1)).sum(2)
+        return grouped.transpose(1, 2).flatten(2) @ key.permute(0, 1, 3, 2).flatten(1, 2)
 
 
 def route(scores: Tensor, k: int, allowed: Tensor | None = None) -> Tensor:
@@ -49,7 +51,9 @@ def route(scores: Tensor, k: int, allowed: Tensor | None = None) -> Tensor:
         allowed: bool, broadcastable to scores; None is all.
     """
     best = topk_mask(scores, k, allowed)
-    order = scores.masked_fill(~best, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    lowest = torch.finfo(scores.dtype).min  # what is chosen stands before all that isn't
+    ranks = torch.where(scores >= lowest, scores, lowest).masked_fill(~best, -torch.inf)
+    order = ranks.argsort(dim=-1, descending=True, stable=True)
     order = order[..., : min(k, scores.shape[-1])]
     return order.where(best.gather(-1, order), -1)
 
