@@ -141,6 +141,8 @@ def test_what_timm_asks_of_a_backbone():
     assert model.prune_intermediate_layers([1]) == [1]
     (only_again,) = model.forward_intermediates(x, [1], intermediates_only=True)
     torch.testing.assert_close(only_again, only)
+    model.reset_classifier(3)  # on what is left
+    assert model(x).shape == (2, 3)
 
 
 @pytest.mark.parametrize("side", [56, 75])
@@ -206,6 +208,8 @@ def test_what_is_refused():
         small(head_dim=24)
     with pytest.raises(InputError, match="expected images"):
         small()(torch.randn(2, 1, 64, 64))
+    with pytest.raises(InputError, match="odd side"):
+        small(positions=2)
     with pytest.raises(InputError, match="stem"):
         small(stem="none")
     with pytest.raises(InputError, match="stages are 0 to 3"):

@@ -86,6 +86,8 @@ class BiFormer(nn.Module):
                 raise InputError(f"BiFormer({name}={tuple(given)}): expected {STAGES} numbers.")
         if stem not in ("convolutions", "patches"):
             raise InputError(f"BiFormer(stem={stem!r}): expected 'convolutions' or 'patches'.")
+        if positions and (positions < 0 or positions % 2 == 0):
+            raise InputError(f"BiFormer(positions={positions}): expected an odd side, or 0.")
         if not 0 <= drop_path < 1:
             raise InputError(f"BiFormer(drop_path={drop_path}): expected 0 to below 1.")
         self.dims, self.channels, self.num_classes = tuple(dims), channels, classes
@@ -185,6 +187,7 @@ class BiFormer(nn.Module):
         chosen = self._indices(indices)
         self.stages = self.stages[: max(chosen) + 1]
         self.downsample_layers = self.downsample_layers[: max(chosen) + 1]
+        self.num_features = self.dims[len(self.stages) - 1]
         if prune_norm or len(self.stages) < STAGES:
             self.norm = None
         if prune_head:

@@ -35,7 +35,7 @@ def parameters(model: nn.Module) -> int:
 
 @torch.no_grad()
 def macs(model: nn.Module, shape: Sequence[int]) -> Macs:
-    """Multiply-adds of a forward of random inputs of this shape; run once, in eval mode.
+    """Multiply-adds of a forward of an input of zeros of this shape; run once, in eval mode.
 
     Args:
         model: a module of one input.
