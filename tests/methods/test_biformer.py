@@ -297,6 +297,35 @@ def test_of_equal_regions_the_first_is_taken():
     assert route(low, 3, allowed)[0, 0].tolist() == [2, 1, 3]
 
 
+def test_keys_on_a_grid_of_their_own():
+    q, k, v = heads(48)[0], *(x[:, :, :12] for x in heads(48)[1:])
+    of_q, of_k = region_of(6, 8, 2), region_of(3, 4, 2)
+    scores = torch.stack(
+        [
+            torch.stack(
+                [
+                    (q[:, :, of_q == r].mean(2) * k[:, :, of_k == t].mean(2)).sum((1, 2))
+                    for t in range(4)
+                ],
+                1,
+            )
+            for r in range(4)
+        ],
+        1,
+    )
+    seen = torch.zeros_like(scores).scatter(2, scores.topk(2).indices, 1.0) > 0
+    want = dense(q, k, v, seen[:, of_q][:, :, of_k][:, None])
+    method = BiLevelRouting(topk=2, regions=2, shape=(6, 8), kv_shape=(3, 4))
+    torch.testing.assert_close(method(q, k, v, Context(scale=SCALE)).out, want, atol=1e-12, rtol=0)
+
+
+def test_a_number_is_a_shape_of_one_axis():
+    q, k, v = (x.detach() for x in heads(36))
+    one, two = make("biformer(shape=36, regions=4)"), BiLevelRouting(shape=(36,), regions=4)
+    assert one == two
+    assert torch.equal(one(q, k, v).out, BiLevelRouting(regions=4)(q, k, v).out)
+
+
 def test_it_is_an_attention_of_a_layer():
     layer = Attention(32, 4, attention="biformer(regions=2, topk=1)", position="none")
     x = torch.randn(2, 24, 32)
@@ -330,9 +359,11 @@ def test_what_is_refused():
         BiLevelRouting(differentiable=True)
     with pytest.raises(InputError, match="takes no mask"):
         BiLevelRouting(soft=True)(q, k, v, Context(mask=causal()))
+    with pytest.raises(InputError, match="shape"):
+        make("biformer(shape=6.5)")
     with pytest.raises(InputError, match="topk=0"):
         make("biformer(topk=0)")
-    with pytest.raises(InputError, match="expected 2 values|regions"):
+    with pytest.raises(InputError, match="expected 2 values"):
         BiLevelRouting(regions=(2, 2, 2), shape=(6, 6))(q, k, v)
 
 

@@ -169,11 +169,15 @@ def test_an_empty_batch():
 
 def test_checkpointing_changes_no_gradient():
     x = torch.randn(2, 3, 64, 64)
-    found = []
+    found: list[list[torch.Tensor]] = []
     for enable in (False, True):
         model = small()
         model.set_grad_checkpointing(enable)
+        runs: list[int] = []
+        for stage in model.stages:
+            stage[0].norm1.register_forward_hook(lambda *_, runs=runs: runs.append(1))
         model(x).square().sum().backward()
+        assert len(runs) == (8 if enable else 4)
         found.append([p.grad.clone() for p in model.parameters()])
     for one, two in zip(*found):
         torch.testing.assert_close(one, two)

@@ -45,7 +45,7 @@ class BiLevelRouting(Pattern):
     Attributes:
         topk: regions that each region sees (paper: 1, 4, 16 in its first three stages).
         regions: on each axis, or one number for all (paper: 7).
-        shape: of the grid, so that models that don't tell it can be used.
+        shape: of the grid, so that models that don't tell it can be used; a number is one axis.
         kv_shape: of the keys' grid, where it isn't that of the queries (keys that were pooled); as
             many regions on each axis.
         soft: keys and values of a chosen region count times the softmax of its affinity.
@@ -65,9 +65,11 @@ class BiLevelRouting(Pattern):
     def __post_init__(self) -> None:
         for name in ("regions", "shape", "kv_shape"):
             given = getattr(self, name)
-            if isinstance(given, list):
-                object.__setattr__(self, name, tuple(given))
-            for value in given if isinstance(given, tuple | list) else ():
+            if given is None or name == "regions" and not isinstance(given, tuple | list):
+                continue
+            axes = tuple(given) if isinstance(given, tuple | list) else (given,)
+            object.__setattr__(self, name, axes)
+            for value in axes:
                 whole("BiLevelRouting", name, value, least=1)
         whole("BiLevelRouting", "topk", self.topk, least=1)
         if not isinstance(self.regions, tuple):
