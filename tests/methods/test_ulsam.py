@@ -234,6 +234,9 @@ def test_oracle_8_mobilenet_v1():
             "3.9 517"  # the paper's row
         )
     )
+    narrow = MobileNetV1(width=0.75, replace=(8,), ulsam=ULSAM(groups=1))
+    counts = f"{parameters(narrow) / 1e6:.1f} {macs(narrow, IMAGE).total / 1e6:.0f}"
+    assert counts == "2.4 296"  # the paper's row
     added = MobileNetV1(after=(8,))
     assert macs(added, IMAGE).total - full == 200_704
 
