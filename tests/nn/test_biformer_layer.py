@@ -250,3 +250,14 @@ def test_what_is_refused():
         layer()(torch.randn(2, 49, DIM, dtype=torch.float64))
     with pytest.raises(InputError, match="fewer than 7 regions"):
         layer(pad="refactored")(torch.randn(1, 5, 9, DIM, dtype=torch.float64))
+
+
+def test_compiled_it_is_cut_once():
+    """Routing runs as it is: what it lists depends on values."""
+    m = layer(regions=2, topk=2).eval()
+    x = torch.randn(1, 4, 4, DIM, dtype=torch.float64)
+    graphs = []
+    torch.compiler.reset()
+    compiled = torch.compile(m, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    torch.testing.assert_close(compiled(x), m(x))
+    assert len(graphs) == 2

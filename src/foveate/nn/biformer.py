@@ -144,6 +144,7 @@ class BiLevelRoutingAttention(nn.Module):
             y = y.masked_fill(~real[..., None], 0.0)
         return self.wo(y)[:, :height, :width]
 
+    @torch.compiler.disable  # how many keys are listed is known only when it runs
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
         """(B, H', W', dim): at least as large as the image."""
         if not len(v):  # nothing to choose for
