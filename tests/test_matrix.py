@@ -21,6 +21,7 @@ SMALL = {
     "block-sparse": "block-sparse(blocks=1)",
     "fna": "fna(window=31)",
     "gna": "gna(window=32, stride=8)",
+    "biformer": "biformer(topk=3)",
     "tri-shape": "tri-shape(sinks=8, local=16, bottom=20)",
     "grid": "grid(max_stride=9)",
     "q-boundary": "q-boundary(patterns=['grid(max_stride=9)'])",

@@ -8,7 +8,16 @@ walks through one).
 
 from __future__ import annotations
 
-from foveate.catalog import adaptive, caches, formulas, patterns, poolers, projections, trained
+from foveate.catalog import (
+    adaptive,
+    caches,
+    formulas,
+    images,
+    patterns,
+    poolers,
+    projections,
+    trained,
+)
 from foveate.catalog.row import YES, Capabilities, Paper, Row, Support
 from foveate.ops.errors import UnknownMethodError, nearest
 
@@ -30,6 +39,7 @@ ROWS: tuple[Row, ...] = (
     *trained.ROWS,
     *formulas.ROWS,
     *adaptive.ROWS,
+    *images.ROWS,
     *projections.ROWS,
     *poolers.ROWS,
 )

@@ -14,6 +14,13 @@ from typing import TYPE_CHECKING, Any
 from foveate.ops.errors import MissingPackageError
 
 if TYPE_CHECKING:
+    from foveate.models.biformer import (
+        BiFormer,
+        biformer_base,
+        biformer_small,
+        biformer_stl,
+        biformer_tiny,
+    )
     from foveate.models.cache import ModelCache
     from foveate.models.causal_lm import CausalLMOutput, FoveateForCausalLM, FoveateModel
     from foveate.models.config import FoveateConfig, FoveateEncoderConfig
@@ -24,6 +31,7 @@ if TYPE_CHECKING:
     from foveate.models.latent import to_tpla
     from foveate.models.layouts import config_from, load_layout, weights_from
     from foveate.models.look import attention_maps
+    from foveate.models.mobilenet import MobileNetV1, MobileNetV2
     from foveate.models.nat import NAT
     from foveate.models.pictures import word_picture
     from foveate.models.skip import without_layers
@@ -48,11 +56,24 @@ _HOMES = {
     "without_layers": "skip",
 }
 
-_PLAIN = {"DiT": "dit", "GAT": "gat", "NAT": "nat", "word_picture": "pictures"}
+_PLAIN = {
+    "BiFormer": "biformer",
+    "DiT": "dit",
+    "GAT": "gat",
+    "MobileNetV1": "mobilenet",
+    "MobileNetV2": "mobilenet",
+    "NAT": "nat",
+    "biformer_base": "biformer",
+    "biformer_small": "biformer",
+    "biformer_stl": "biformer",
+    "biformer_tiny": "biformer",
+    "word_picture": "pictures",
+}
 
 __all__ = [
     "GAT",
     "NAT",
+    "BiFormer",
     "CausalLMOutput",
     "DiT",
     "FoveateConfig",
@@ -61,8 +82,14 @@ __all__ = [
     "FoveateForCausalLM",
     "FoveateForSequenceClassification",
     "FoveateModel",
+    "MobileNetV1",
+    "MobileNetV2",
     "ModelCache",
     "attention_maps",
+    "biformer_base",
+    "biformer_small",
+    "biformer_stl",
+    "biformer_tiny",
     "config_from",
     "echo_student",
     "load_layout",

@@ -1,6 +1,7 @@
 """Layers to build models from: the one composable attention, feed-forward, MoE, blocks."""
 
 from foveate.nn.attention import Attention
+from foveate.nn.biformer import BiLevelRoutingAttention, GridAttention
 from foveate.nn.block import Block
 from foveate.nn.ema import GatedEMA
 from foveate.nn.feedforward import GELU, SwiGLU
@@ -17,8 +18,10 @@ from foveate.nn.output import LayerOutput
 __all__ = [
     "GELU",
     "Attention",
+    "BiLevelRoutingAttention",
     "Block",
     "GatedEMA",
+    "GridAttention",
     "LayerOutput",
     "MixerLayer",
     "MoE",
