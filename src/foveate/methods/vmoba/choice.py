@@ -94,7 +94,7 @@ def _reach(g: Tensor, own: Tensor, tau: float) -> Tensor:
     total = n.sum(-1, keepdim=True)
     mass = torch.where(own, n, 0.0).sum(-1, keepdim=True)
     rest = torch.where(own, 0.0, n).sum(-1, keepdim=True)
-    # No further than all others reach, so that what scores 0 stays out.
+    # No further than all others reach; what scores 0 adds nothing and stays out.
     target = ((tau - mass / (total + 1e-6)).clamp_min(0) * total).minimum(rest)
     picked = _by_sort if g.shape[-1] <= _SORTED else _by_bins
     return own | picked(n, own, target)
@@ -103,10 +103,10 @@ def _reach(g: Tensor, own: Tensor, tau: float) -> Tensor:
 def _by_sort(n: Tensor, own: Tensor, target: Tensor) -> Tensor:
     """Others in falling order until their sum reaches the target; one at least."""
     ranked = n.masked_fill(own, -1.0)
-    values, order = ranked.sort(-1, descending=True, stable=True)
+    values, order = ranked.sort(dim=-1, descending=True, stable=True)
     values = values.clamp_min(0)
     before = values.cumsum(-1) - values
-    kept = before < target
+    kept = (before < target) & (values > 0)
     kept[..., 0] = True
     return torch.zeros_like(own).scatter_(-1, order, kept) & ~own
 
@@ -127,6 +127,6 @@ def _by_bins(n: Tensor, own: Tensor, target: Tensor) -> Tensor:
         at = some.nonzero()[:, 0]
         ranked, order = values[at].sort(descending=True, stable=True)
         before = above.view(-1)[row] + ranked.cumsum(0) - ranked
-        flat_kept[row, at[order[before < target.view(-1)[row]]]] = True
+        flat_kept[row, at[order[(before < target.view(-1)[row]) & (ranked > 0)]]] = True
     best = n.masked_fill(own, -1.0).argmax(-1, keepdim=True)
     return kept.scatter(-1, best, True) & ~own

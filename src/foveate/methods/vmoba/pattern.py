@@ -13,7 +13,6 @@ Source: Wu et al. 2025, arXiv 2506.23858, section 3; KwaiVGI/VMoBA.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,9 +27,9 @@ from foveate.ops.masks.checks import whole
 from foveate.parts.attention import Pattern, mask_layout, remember
 from foveate.parts.block_rows import Blocks, rows_by_block, scores_of
 from foveate.parts.context import Context
-from foveate.parts.form import is_causal_or_full
-from foveate.parts.grid_blocks import Cut, boxes, equal_runs, even_runs
-from foveate.parts.tokens import Tokens, tokens_of
+from foveate.parts.grid_blocks import Cut, Grid, boxes, equal_runs, even_runs
+from foveate.parts.tokens import Tokens
+from foveate.parts.video import grid_keys, grid_of, keys_beside, video_tokens
 
 PARTITIONS = ("1d", "2d", "3d")
 
@@ -122,7 +121,7 @@ class VMoBA(Pattern):
         """What is seen whatever the scores say, in words."""
         return "its own block" if self.keep_own else "nothing"
 
-    def cut(self, grid: tuple[int, ...], layer: int) -> Cut:
+    def cut(self, grid: Grid, layer: int) -> Cut:
         """The blocks of a layer's grid, in numbers of the grid's tokens."""
         frames, height, width = (1,) * (3 - len(grid)) + tuple(grid)
         kind = self.partitions[layer % len(self.partitions)]
@@ -137,37 +136,18 @@ class VMoBA(Pattern):
 
     @override
     def is_dense(self, q: Tensor, k: Tensor, ctx: Context) -> bool:
-        self.grid_of(q, k, ctx)
         return ctx.step is not None and ctx.step < self.dense_until
 
-    def grid_of(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[int, ...]:
-        """The grid of this call.
-
-        Raises:
-            InputError: there is none, or it isn't what queries and keys lie on.
-        """
-        grid = self.shape if self.shape is not None else ctx.grid
-        if grid is None or not 2 <= len(grid) <= 3:
-            raise InputError(
-                "vmoba needs the grid of the tokens, frames x rows x columns; give shape= or "
-                "Context(grid=...)."
-            )
-        beside = self.before + self.after
-        for name, x in (("queries", q), ("keys", k)):
-            if x.shape[2] != math.prod(grid) + beside:
-                more = f" and {beside} beside it" if beside else ""
-                raise InputError(
-                    f"vmoba: a grid of {' x '.join(map(str, grid))} tokens{more} doesn't make "
-                    f"{x.shape[2]} {name}; it is self attention over a whole video (no decoding)."
-                )
-        return tuple(grid)
+    def grid_of(self, q: Tensor, k: Tensor, ctx: Context) -> Grid:
+        """The grid of this call; raises InputError where there is none or it doesn't fit."""
+        return grid_of("vmoba", self.shape, self.before + self.after, q, k, ctx)
 
     @override
     def layout(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Layout:
+        grid = self.grid_of(q, k, ctx)
         if self.is_dense(q, k, ctx):
             return mask_layout(ctx.mask, q, k, ctx)
         tokens = video_tokens("vmoba", q, k, ctx)
-        grid = self.grid_of(q, k, ctx)
         kind = ctx.layer % len(self.partitions)
         blocks = remember(
             ctx,
@@ -176,25 +156,16 @@ class VMoBA(Pattern):
         )
         return rows_by_block(self.choose(q, k, tokens, blocks, ctx.layer), blocks, k.shape[2])
 
-    def _blocks(self, grid: tuple[int, ...], layer: int, tokens: Tokens) -> Blocks:
-        """The grid's blocks, then one of the tokens beside it; real keys alone, in front."""
-        table = self.cut(grid, layer).tokens
-        table = torch.where(table >= 0, table + self.before, -1)
-        beside = self._beside(math.prod(grid))
-        if len(beside):
-            width = max(table.shape[1], len(beside))
-            table = torch.nn.functional.pad(table, (0, width - table.shape[1]), value=-1)
-            last = torch.nn.functional.pad(beside, (0, width - len(beside)), value=-1)
-            table = torch.cat((table, last[None]))
-        table = table.to(tokens.k_real.device)
-        there = tokens.k_real[:, table.clamp_min(0)] & (table >= 0)
-        front = torch.argsort(~there, dim=-1, stable=True)
-        keys = table.expand_as(front).gather(-1, front)
-        return Blocks(keys.masked_fill(~there.gather(-1, front), -1))
-
-    def _beside(self, tokens: int) -> Tensor:
-        every = torch.arange(self.before + tokens + self.after)
-        return torch.cat((every[: self.before], every[self.before + tokens :]))
+    def _blocks(self, grid: Grid, layer: int, tokens: Tokens) -> Blocks:
+        """The grid's blocks, then one of the tokens beside it."""
+        table = grid_keys(self.cut(grid, layer), self.before, tokens)
+        beside = keys_beside(grid, self.before, self.after, tokens)
+        if beside.shape[1]:
+            width = max(table.shape[2], beside.shape[1])
+            table = torch.nn.functional.pad(table, (0, width - table.shape[2]), value=-1)
+            last = torch.nn.functional.pad(beside, (0, width - beside.shape[1]), value=-1)
+            table = torch.cat((table, last[:, None]), 1)
+        return Blocks(table)
 
     def choose(self, q: Tensor, k: Tensor, tokens: Tokens, blocks: Blocks, layer: int) -> Tensor:
         """The blocks that each query sees: bool (B, Hq, S, C).
@@ -241,20 +212,3 @@ class VMoBA(Pattern):
                 found[b, :, rows] = part
             found[b, :, real & ~inner] = True
         return found
-
-
-def video_tokens(owner: str, q: Tensor, k: Tensor, ctx: Context) -> Tokens:
-    """The tokens of a call over a whole video.
-
-    Raises:
-        InputError: a mask that isn't everything (padding aside), positions or biases.
-    """
-    tokens = tokens_of(q, k, ctx)
-    if tokens.causal and q.shape[2] > 1 or not is_causal_or_full(ctx, tokens):
-        raise InputError(
-            f"{owner} is defined for attention to everything, padding aside, but the mask is "
-            f"{ctx.mask!r} or tokens were moved; leave the mask, or use moba, which is causal."
-        )
-    if ctx.bias is not None:
-        raise InputError(f"{owner} doesn't look at biases, so it would choose wrongly with one.")
-    return tokens
