@@ -8,7 +8,7 @@ walks through one).
 
 from __future__ import annotations
 
-from foveate.catalog import caches, formulas, patterns, projections, trained
+from foveate.catalog import blocks, caches, formulas, patterns, projections, trained
 from foveate.catalog.row import YES, Capabilities, Paper, Row, Support
 from foveate.ops.errors import UnknownMethodError, nearest
 
@@ -26,6 +26,7 @@ __all__ = [
 
 ROWS: tuple[Row, ...] = (
     *patterns.ROWS,
+    *blocks.ROWS,
     *caches.ROWS,
     *trained.ROWS,
     *formulas.ROWS,
