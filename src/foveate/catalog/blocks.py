@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from foveate.catalog.row import Capabilities, Paper, Row, Support
 
-MOBA = Paper("MoBA: Mixture of Block Attention for Long-Context LLMs", "Lu et al., 2025", "2502.13189")
+MOBA = Paper(
+    "MoBA: Mixture of Block Attention for Long-Context LLMs", "Lu et al., 2025", "2502.13189"
+)
 
 VMOBA = Paper(
     "VMoBA: Mixture-of-Block Attention for Video Diffusion Models", "Wu et al., 2025", "2506.23858"

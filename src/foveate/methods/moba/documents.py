@@ -93,9 +93,7 @@ def _split(mask: Mask | None) -> tuple[tuple[int, ...] | None, list[Mask]]:
     return (tuple(found[0].cu_seqlens) if len(found) == 1 else None), rest
 
 
-def _plain(
-    ctx: Context, tokens: Tokens, bounds: tuple[int, ...] | None, rest: list[Mask]
-) -> bool:
+def _plain(ctx: Context, tokens: Tokens, bounds: tuple[int, ...] | None, rest: list[Mask]) -> bool:
     if bounds is None:
         return is_causal_or_full(ctx, tokens)
     names = {part.spec.partition("(")[0] for part in rest}
