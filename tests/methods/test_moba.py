@@ -51,8 +51,9 @@ def test_oracle_1_all_blocks_or_one_block_are_causal_attention(block, topk):
     found = MoBA(block, topk)(q, k, v, CAUSAL)
     torch.testing.assert_close(found.out, want.out, atol=1e-12, rtol=1e-12)
     # Also where the choice is made, block by block.
+    earlier = torch.arange(8) < torch.arange(37)[:, None] // 5
     chosen = rows_by_block(
-        torch.ones(2, 4, 37, 8, dtype=torch.bool) & (torch.arange(8) < torch.arange(37)[:, None] // 5),
+        earlier.expand(2, 4, -1, -1),
         Blocks(torch.nn.functional.pad(torch.arange(37), (0, 3), value=-1).view(1, 8, 5)),
         37,
         (torch.arange(37)[None] // 5, torch.arange(37)[None] % 5),

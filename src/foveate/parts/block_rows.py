@@ -35,7 +35,7 @@ class Blocks:
         return (self.keys >= 0).sum(-1)
 
     def means(self, x: Tensor) -> Tensor:
-        """Mean of each block's rows of x (B, H, L, D): (B, H, C, D), in fp32 or wider; 0 of none."""
+        """Mean of each block's rows of x (B, H, L, D), 0 of none: (B, H, C, D), fp32 or wider."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         keys = self.keys.expand(len(x), -1, -1)
         there = (keys >= 0)[:, None, :, :, None]
@@ -57,7 +57,7 @@ class Blocks:
 
 
 def scores_of(q: Tensor, means: Tensor) -> Tensor:
-    """q . mean of each block, in fp32 or wider, without the softmax's scale: (B, Hq, Lq, C).
+    """Products of queries and block means, in fp32 or wider and without the scale: (B, Hq, Lq, C).
 
     Args:
         q: (B, Hq, Lq, D).

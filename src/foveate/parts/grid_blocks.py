@@ -16,6 +16,7 @@ from torch import Tensor
 from foveate.ops.errors import InputError
 
 Grid = tuple[int, ...]
+Arm = tuple[int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,18 +83,11 @@ def curve(grid: Grid) -> Tensor:
     sides = (1,) * (3 - len(grid)) + tuple(grid)
     # The curve enters along the longest side.
     axes = sorted(range(3), key=lambda axis: -sides[axis])
-    arms = []
-    for axis in axes:
-        arm = [0, 0, 0]
-        arm[axis] = sides[axis]
-        arms.append(tuple(arm))
-    found: list[tuple[int, int, int]] = []
+    arms = [_times_arm(((1, 0, 0), (0, 1, 0), (0, 0, 1))[axis], sides[axis]) for axis in axes]
+    found: list[Arm] = []
     _walk((0, 0, 0), arms[0], arms[1], arms[2], found)
     at = torch.tensor(found)
     return (at[:, 0] * sides[1] + at[:, 1]) * sides[2] + at[:, 2]
-
-
-Arm = tuple[int, int, int]
 
 
 def _walk(p: Arm, a: Arm, b: Arm, c: Arm, found: list[Arm]) -> None:

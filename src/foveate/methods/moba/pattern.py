@@ -133,9 +133,9 @@ class MoBA(Pattern):
         rows = None if kept is None else kept.trail.rows(k)
         one = bool((docs.document == docs.document[:, :1]).logical_or(docs.document < 0).all())
         known: Tensor | None = None
-        if kept is not None and rows is not None and one:
-            if [kept.first[r] for r in rows.tolist()] == first and kept.means.shape[2] <= count:
-                known = kept.means[rows.to(k.device)]
+        if kept is not None and rows is not None and one and kept.means.shape[2] <= count:
+            same = [kept.first[r] for r in rows.tolist()] == first
+            known = kept.means[rows.to(k.device)] if same else None
         done = 0 if known is None else known.shape[2]
         rest = type(docs.blocks)(docs.blocks.keys[:, done:]).means(k)
         means = rest if known is None else torch.cat((known, rest), 2)

@@ -1,8 +1,8 @@
 """VMoBA: video tokens attend to blocks of frames, of places, and of both, turn by turn over layers.
 
-    layer mod 3 = 0  temporal: `frames` latent frames           (t-major runs)
-                  1  spatial: a tile of places, over all frames  "t (nh sh)(nw sw) -> (nh nw) t sh sw"
-                  2  both: a box                "(nt ct)(nh ch)(nw cw) -> (nt nh nw) ct ch cw"
+    layer mod 3 = 0  temporal: `frames` latent frames, runs of tokens frame by frame
+                  1  spatial: a tile of all frames  "t (nh sh)(nw sw) -> (nh nw) t sh sw"
+                  2  both: a box                    "(nt ct)(nh ch)(nw cw) -> (nt nh nw) ct ch cw"
 
 As in MoBA a query scores blocks by q . mean(k) and sees the chosen ones whole, its own among them,
 in one softmax; but nothing is causal, pairs of all queries of a head compete (`scope="head"`), and
