@@ -1,0 +1,74 @@
+"""Clips of two soft balls that fly about and bounce off the walls: a small world that has motion.
+
+Each has a colour, a radius and a velocity of its own; brighter and larger ones cover nothing, the
+lights add up. Values lie in about -1 to 1. A clip depends on (split, seed, number) alone, so the
+splits are disjoint but for chance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foveate.ops.errors import InputError
+from foveate.papers.tasks.base import generator
+
+BALLS = 2
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Where clips come from.
+
+    Attributes:
+        sizes: frames, height, width, in pixels (or latents).
+        channels: colours.
+    """
+
+    sizes: tuple[int, int, int] = (6, 8, 8)
+    channels: int = 3
+
+    def __post_init__(self) -> None:
+        if len(self.sizes) != 3 or min(self.sizes) < 1 or self.channels < 1:
+            raise InputError(
+                f"Clips({self.sizes}, channels={self.channels}): expected frames, height and width."
+            )
+
+    def draw(self, count: int, *what: object) -> Tensor:
+        """(count, channels, *sizes) clips that depend on `what` alone."""
+        random = generator("clips", *self.sizes, self.channels, *what)
+        frames, height, width = self.sizes
+        drawn = torch.rand(count, BALLS, 6 + self.channels, generator=random)
+        colour = 2 * drawn[..., 6:] - 1
+        radius = 0.1 + 0.12 * drawn[..., 0]
+        begin, speed = drawn[..., 1:3], 0.25 * (2 * drawn[..., 3:5] - 1)
+        at = begin[:, :, None] + speed[:, :, None] * torch.arange(frames)[:, None]
+        at = 1 - (at.remainder(2) - 1).abs()  # reflected at 0 and 1
+        y = (torch.arange(height) + 0.5) / height
+        x = (torch.arange(width) + 0.5) / width
+        away = (at[..., 0, None] - y)[..., None].square() + (at[..., 1, None] - x)[
+            ..., None, :
+        ].square()
+        light = torch.exp(-away / (2 * radius[..., None, None, None].square()))
+        return torch.einsum("nbc,nbthw->ncthw", colour, light)
+
+    def training(self, count: int, seed: int, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Batch `number` of a seed: (clips, t in 0.1 ... 0.9, noise)."""
+        return self._noisy(count, "train", seed, number)
+
+    def held_out(self, count: int, split: str = "test") -> tuple[Tensor, Tensor, Tensor]:
+        """The same clips, t and noise for every seed."""
+        return self._noisy(count, split)
+
+    def _noisy(self, count: int, *what: object) -> tuple[Tensor, Tensor, Tensor]:
+        clean = self.draw(count, *what)
+        random = generator("clips' noise", *self.sizes, *what)
+        t = 0.1 + 0.8 * torch.rand(count, generator=random)
+        return clean, t, torch.randn(clean.shape, generator=random)
+
+    def describe(self) -> str:
+        """One line that names the data."""
+        size = " x ".join(map(str, self.sizes))
+        return f"clips of two bouncing balls, {size}, {self.channels} colours, generated"
