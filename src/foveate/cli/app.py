@@ -10,7 +10,7 @@ from rich.text import Text
 
 import foveate
 from foveate.bench import command as bench
-from foveate.cli import explain, fit, methods, recall, reproduce, train
+from foveate.cli import denoise, explain, fit, methods, recall, reproduce, train
 from foveate.compare import command as compare
 from foveate.cost import command as cost
 from foveate.ops.errors import FoveateError
@@ -49,6 +49,7 @@ def build() -> typer.Typer:
     reproduce.register(app)
     recall.register(app)
     train.register(app)
+    denoise.register(app)
     return app
 
 
