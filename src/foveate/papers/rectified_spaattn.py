@@ -1,9 +1,9 @@
 """Rectified SpaAttn: the sparse output scaled to its share of the mass, and pooled values beside it.
 
 A grid of 8 x 16 x 16 tokens with 32 text tokens beside it, head size 32, blocks of 4 x 4 x 4, of
-which a quarter or a tenth is computed. Queries and keys are amp (smooth field + 0.3 noise), each
-number an independent Gaussian field of some length scale and variance 1; values likewise with a
-field of their own; text is N(0, I). Error: that of the visual rows against dense attention, in
+which a quarter or a tenth is computed. Queries and keys are amp (smooth field + 0.3 noise), of one
+field, so that tokens attend to those around them; each number of it is an independent Gaussian
+field of some length scale and variance 1. Values have a field of their own; text is N(0, I). Error: that of the visual rows against dense attention, in
 the float64 reference, relative. All arms compute the same blocks.
 """
 
@@ -46,10 +46,11 @@ def tensors(scale: float, amp: float, *what: object) -> tuple[Tensor, Tensor, Te
     random = generator("fields", scale, *what)
     count = math.prod(GRID)
     made = []
-    for factor in (amp, amp, 1.0):
+    shared, other = field(scale, random), field(scale, random)
+    for factor, smooth in ((amp, shared), (amp, shared), (1.0, other)):
         noise = torch.randn(count, DIM, generator=random, dtype=torch.float64)
         text = torch.randn(TEXT, DIM, generator=random, dtype=torch.float64)
-        made.append(torch.cat((factor * (field(scale, random) + 0.3 * noise), text))[None, None])
+        made.append(torch.cat((factor * (smooth + 0.3 * noise), text))[None, None])
     return made[0], made[1], made[2]
 
 
