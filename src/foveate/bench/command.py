@@ -13,6 +13,7 @@ from rich.text import Text
 from foveate.bench import gpu_command as gpu
 from foveate.bench.scaling_command import scaling
 from foveate.bench.screen import close, numbers, print_json, run_job, screen, words
+from foveate.bench.video_command import video
 from foveate.ops.errors import MissingPackageError
 
 OUT = "foveate-report/bench"
@@ -48,6 +49,7 @@ def register(app: typer.Typer) -> None:
     bench.command("projections")(projections)
     bench.command("neighborhood")(neighborhood)
     bench.command("scaling")(scaling)
+    bench.command("video")(video)
     app.add_typer(bench, name="bench", help="How fast the kernels are on this machine.")
 
 
