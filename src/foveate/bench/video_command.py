@@ -52,14 +52,10 @@ def video(
     from foveate.methods import split
     from foveate.runs.timing import Pace
 
-    sides = numbers("--size", size.replace("x", ","))
+    sides = _whole("--size", size, "x", 3, "8x32x32")
     if quick and size == "8x32x32":
         sides = (4, 16, 16)
-    if len(sides) != 3:
-        raise InputError(f"--size {size!r}: expected frames x height x width, such as 8x32x32.")
-    pair = numbers("--steps", steps)
-    if len(pair) != 2:
-        raise InputError(f"--steps {steps!r}: expected two numbers, such as 300,10.")
+    pair = _whole("--steps", steps, ",", 2, "300,10")
     options = job.Options(
         methods=tuple(split(methods)) if methods else job.METHODS,
         sizes=(sides[0], sides[1], sides[2]),
@@ -78,6 +74,13 @@ def video(
     console.print(video_table(found))
     console.print()
     close(console, [], [Path(out) / "results.jsonl"])
+
+
+def _whole(name: str, text: str, between: str, count: int, such_as: str) -> tuple[int, ...]:
+    parts = text.split(between)
+    if len(parts) != count or not all(part.strip().isdecimal() for part in parts):
+        raise InputError(f"{name} {text!r}: expected {count} whole numbers, such as {such_as}.")
+    return tuple(int(part) for part in parts)
 
 
 def video_table(found: list[dict[str, Any]]) -> Table:

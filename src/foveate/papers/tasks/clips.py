@@ -1,7 +1,7 @@
 """Clips of two soft balls that fly about and bounce off the walls: a small world that has motion.
 
-Each has a colour, a radius and a velocity of its own; brighter and larger ones cover nothing, the
-lights add up. Values lie in about -1 to 1. A clip depends on (split, seed, number) alone, so the
+Each has a colour, a radius and a velocity of its own; they cover nothing, the lights add up. Values
+lie in about -3 to 3, their variance is about 0.5, as that of a video model's latents. A clip depends on (split, seed, number) alone, so the
 splits are disjoint but for chance.
 """
 
@@ -16,6 +16,7 @@ from foveate.ops.errors import InputError
 from foveate.papers.tasks.base import generator
 
 BALLS = 2
+BRIGHT = 3.0
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Clips:
         random = generator("clips", *self.sizes, self.channels, *what)
         frames, height, width = self.sizes
         drawn = torch.rand(count, BALLS, 6 + self.channels, generator=random)
-        colour = 2 * drawn[..., 6:] - 1
-        radius = 0.1 + 0.12 * drawn[..., 0]
+        colour = BRIGHT * (2 * drawn[..., 6:] - 1)
+        radius = 0.12 + 0.13 * drawn[..., 0]
         begin, speed = drawn[..., 1:3], 0.25 * (2 * drawn[..., 3:5] - 1)
         at = begin[:, :, None] + speed[:, :, None] * torch.arange(frames)[:, None]
         at = 1 - (at.remainder(2) - 1).abs()  # reflected at 0 and 1

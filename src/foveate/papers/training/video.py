@@ -15,7 +15,7 @@ from torch import Tensor
 from foveate.models.denoise import STEP, noised, sample
 from foveate.models.dit import DiT
 from foveate.ops.errors import InputError, MissingPackageError
-from foveate.papers.tasks.clips import Clips
+from foveate.papers.tasks.clips import BRIGHT, Clips
 from foveate.papers.training.denoising import error, fit
 from foveate.papers.training.regime import Regime
 from foveate.parts.weights import put_weights, weights
@@ -167,7 +167,7 @@ def pictures(model: DiT, clips: Clips, job: Job) -> list[Path]:
 
 
 def _picture(clips: Tensor, path: Path) -> Path:
-    """(n, channels, T, H, W) in about -1 ... 1 as one picture."""
+    """Clips (n, channels, T, H, W) as one picture."""
     try:
         from matplotlib.image import imsave
     except ImportError as problem:
@@ -175,7 +175,7 @@ def _picture(clips: Tensor, path: Path) -> Path:
             "The pictures need matplotlib: pip install 'foveate[report]'"
         ) from problem
     scale = max(1, 64 // clips.shape[-1])
-    shown = clips[:, :3].clamp(-1, 1) / 2 + 0.5
+    shown = (clips[:, :3] / BRIGHT).clamp(-1, 1) / 2 + 0.5
     big = shown.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     framed = torch.nn.functional.pad(big, (0, 2, 0, 2), value=1.0)
     sheet = framed.permute(0, 3, 2, 4, 1).flatten(2, 3).flatten(0, 1)

@@ -1,0 +1,66 @@
+"""The miniatures of vmoba and rectified-spaattn: arms, what they count, data, all paths."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from foveate import papers
+from foveate.papers import rectified_spaattn, vmoba
+from foveate.papers.harness import Trial
+
+
+def test_vmoba_counts_and_runs(monkeypatch):
+    made = papers.load("vmoba")
+    monkeypatch.setattr(vmoba, "SIZES", (2, 4, 8))
+    monkeypatch.setattr(vmoba, "BLOCKS", "frames=1, tile=(2, 4), box=(2, 2, 4)")
+    monkeypatch.setattr(
+        vmoba, "METHODS",
+        {arm: text.replace("box=(2, 4, 4)", "box=(2, 2, 4)") for arm, text in vmoba.METHODS.items()},
+    )  # fmt: skip
+    found = {}
+    for cell in made.cells:
+        found |= made.run(Trial(cell, 0, quick=True, tuned=1e-3))
+    assert set(made.baseline) | set(made.ours) == set(found)
+    exact = {check.name: check for check in made.checks if check.exact}
+    assert exact["operations of Wan: dense / VMoBA"].figure(found) == pytest.approx(2.834, abs=1e-3)
+    for check in (*made.checks, *made.needs):
+        assert check.values([found])
+    for arm in ("VMoBA", "per query", "top-k", "1-D"):
+        assert 0 < found[arm]["density"] < 1
+    assert found["swapped, head"].keys() == {"off 1d", "off 2d", "off 3d"}
+
+
+def test_vmoba_arms_begin_with_the_same_weights():
+    one, two = (vmoba.model_of(vmoba.METHODS[arm], 3) for arm in ("dense", "VMoBA"))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
+    other = vmoba.model_of("full", 4)
+    assert not torch.equal(one.embed.weight, other.embed.weight)
+
+
+def test_fields_have_their_variance_and_length():
+    random = torch.Generator().manual_seed(0)
+    for scale in (1.0, 2.5):
+        x = rectified_spaattn.field(scale, random, dim=512)
+        assert x.shape == (8 * 16 * 16, 512)
+        assert float(x.square().mean()) == pytest.approx(1, abs=0.05)
+        # Two blurs of standard deviation s meet as one of sqrt(2) s: correlation exp(-d^2 / 4 s^2).
+        cube = x.view(8, 16, 16, -1)
+        near = float((cube[4, 8, 7] * cube[4, 8, 9]).mean())
+        assert near == pytest.approx(float(torch.tensor(-4 / (4 * scale**2)).exp()), abs=0.12)
+
+
+def test_rectified_arms_compute_the_same_blocks(monkeypatch):
+    monkeypatch.setattr(rectified_spaattn, "SETTINGS", ((1.5, 1.0, 0.9), (2.5, 1.0, 0.75)))
+    made = papers.load("rectified-spaattn")
+    found = made.run(Trial("fields", 0))
+    for drop, blocks in ((0.9, 3), (0.75, 8)):
+        density = {found[arm][f"density {drop:g}"] for arm in ("sparse", "Rectified", "no GAPR")}
+        assert len(density) == 1
+        # `blocks` of 32 and the text, or, where text is among the best, one block less.
+        visual, text = 2048, 32
+        pairs = visual * (blocks * 64 + text) + text * (visual + text)
+        assert density.pop() <= pairs / (visual + text) ** 2
+    assert found["Rectified"]["scale 2.5, amp 1, drop 0.75"] < 0.8 * found["sparse"][
+        "scale 2.5, amp 1, drop 0.75"
+    ]
