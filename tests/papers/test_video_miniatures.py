@@ -14,10 +14,8 @@ def test_vmoba_counts_and_runs(monkeypatch):
     made = papers.load("vmoba")
     monkeypatch.setattr(vmoba, "SIZES", (2, 4, 8))
     monkeypatch.setattr(vmoba, "BLOCKS", "frames=1, tile=(2, 4), box=(2, 2, 4)")
-    monkeypatch.setattr(
-        vmoba, "METHODS",
-        {arm: text.replace("box=(2, 4, 4)", "box=(2, 2, 4)") for arm, text in vmoba.METHODS.items()},
-    )  # fmt: skip
+    smaller = {a: m.replace("box=(2, 4, 4)", "box=(2, 2, 4)") for a, m in vmoba.METHODS.items()}
+    monkeypatch.setattr(vmoba, "METHODS", smaller)
     found = {}
     for cell in made.cells:
         found |= made.run(Trial(cell, 0, quick=True, tuned=1e-3))
@@ -61,6 +59,7 @@ def test_rectified_arms_compute_the_same_blocks(monkeypatch):
         visual, text = 2048, 32
         pairs = visual * (blocks * 64 + text) + text * (visual + text)
         assert density.pop() <= pairs / (visual + text) ** 2
-    assert found["Rectified"]["scale 2.5, amp 1, drop 0.75"] < 0.8 * found["sparse"][
-        "scale 2.5, amp 1, drop 0.75"
-    ]
+    assert (
+        found["Rectified"]["scale 2.5, amp 1, drop 0.75"]
+        < 0.8 * found["sparse"]["scale 2.5, amp 1, drop 0.75"]
+    )

@@ -1,7 +1,7 @@
 """A video diffusion transformer's self attention at full size: chosen blocks against dense.
 
-A small DiT (`foveate denoise`) looks at one noised clip of at least 8,192 tokens; every method takes
-the place of its attention. For each method:
+A small DiT (`foveate denoise`) looks at one noised clip of at least 8,192 tokens; every method
+takes the place of its attention. For each method:
 
 * times: one layer's attention, choosing included, in turn with dense attention in the same rounds,
   by layer; "ideal" is all pairs over the pairs in visited tiles, "share" how much of it was got;
@@ -9,9 +9,10 @@ the place of its attention. For each method:
 * model off: that of the predicted clip, all layers replaced.
 
 Rectified SpaAttn is run without its neighbouring blocks: of the 64 blocks of 8,192 tokens they are
-two in five, of a real video's 900 few. Without a folder the model is trained first, on small grids and then for a few steps on the whole
-one (positions are computed, so the weights fit both). A speed is given only if the method's output
-agrees with its own in float64 on plain torch, near ties of choices aside.
+two in five, of a real video's 900 few. Without a folder the model is trained first, on small grids
+and then for a few steps on the whole one (positions are computed, so the weights fit both). A speed
+is given only if the method's output agrees with its own in float64 on plain torch, near ties of
+choices aside.
 """
 
 from __future__ import annotations
@@ -81,7 +82,9 @@ class Options:
         check_sizes(size=self.sizes, threads=self.threads)
         check_clock(self.pace.clock, self.threads)
         if len(self.sizes) != 3 or min(self.steps) < 0:
-            raise InputError("bench video: expected frames x height x width, and steps of 0 or more.")
+            raise InputError(
+                "bench video: expected frames x height x width, and steps of 0 or more."
+            )
         for text in self.methods:
             if not isinstance(make(text), Attention):
                 raise InputError(f"bench video: {text} is no attention; see foveate methods.")
@@ -152,7 +155,8 @@ def trained(options: Options, tell: Callable[[float, str], None] | None = None) 
     """The model that is measured."""
     if options.model is not None:
         return load(options.model, sizes=options.sizes, patch=(1, 1, 1), attention="full")
-    small = (max(1, options.sizes[0] // 2), *(max(1, n // 2) for n in options.sizes[1:]))
+    frames, height, width = (max(1, n // 2) for n in options.sizes)
+    small = (frames, height, width)
     shape: dict[str, Any] = {"patch": (1, 1, 1), "dim": 128, "depth": 3, "num_heads": 2}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
@@ -212,12 +216,8 @@ def measure(cell: Cell, seen: _Seen, options: Options) -> dict[str, Any]:
         if not error <= TOLERANCE:
             found["failed"] = f"wrong: off by {error:.1e} from its own float64"
             continue
-        calls: dict[str, Callable[[], object]] = {
-            "dense": lambda q=q, k=k, v=v: attention(q, k, v),
-            "sdpa": lambda q=q, k=k, v=v: torch.nn.functional.scaled_dot_product_attention(q, k, v),
-            "ours": lambda q=q, k=k, v=v, ctx=ctx: method(q, k, v, replace(ctx, store={})),
-        }
-        samples = {name: s.by(options.pace.clock) for name, s in race(calls, options.pace).items()}
+        raced = race(_calls(method, q, k, v, ctx), options.pace)
+        samples = {name: sample.by(options.pace.clock) for name, sample in raced.items()}
         best = min(("dense", "sdpa"), key=lambda name: spread(samples[name])["median"])
         found["seconds"] = spread(samples["ours"])
         found["dense_seconds"] = spread(samples[best])
@@ -233,6 +233,16 @@ def measure(cell: Cell, seen: _Seen, options: Options) -> dict[str, Any]:
         values["times_faster"] = dense_time / sum(one["seconds"]["median"] for one in timed)
         values["ideal"] = len(layers) / sum(1 / one["ideal"] for one in layers)
     return values
+
+
+def _calls(
+    method: Attention, q: Tensor, k: Tensor, v: Tensor, ctx: Context
+) -> dict[str, Callable[[], object]]:
+    return {
+        "dense": lambda: attention(q, k, v),
+        "sdpa": lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v),
+        "ours": lambda: method(q, k, v, replace(ctx, store={})),
+    }
 
 
 def _layout(method: Any, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Any:
@@ -254,4 +264,3 @@ class _Share:
 
 def _off(found: Tensor, want: Tensor) -> float:
     return float((found - want).norm() / want.norm())
-

@@ -87,7 +87,16 @@ def video_table(found: list[dict[str, Any]]) -> Table:
     """A line for each method: means over layers."""
     table = Table(box=None, pad_edge=False)
     table.add_column("method", overflow="fold")
-    heads = ("tokens", "threads", "density", "off", "model off", "ideal", "times faster", "of ideal")
+    heads = (
+        "tokens",
+        "threads",
+        "density",
+        "off",
+        "model off",
+        "ideal",
+        "times faster",
+        "of ideal",
+    )
     for name in heads:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", overflow="fold")

@@ -16,6 +16,7 @@ from foveate.cost.figure import draw
 from foveate.cost.presets import PRESETS
 from foveate.cost.search import KERNELS, Pair, search
 from foveate.cost.tiles import Tile, Visited, end_to_end, simulate
+from foveate.cost.video_command import video
 from foveate.ops import neighborhood
 from foveate.ops.errors import InputError, nearest
 
@@ -25,6 +26,7 @@ def register(app: typer.Typer) -> None:
     cost = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
     cost.callback()(_group)
     cost.command("tiles")(tiles)
+    cost.command("video")(video)
     app.add_typer(cost, name="cost", help="What attention will cost, before anyone runs it.")
 
 

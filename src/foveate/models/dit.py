@@ -143,9 +143,7 @@ class DiT(nn.Module):
             tokens = torch.cat((tokens, self.text(text)), 1)
         order = self.order(x.device)
         phase: Phase = "train" if self.training else "prefill"
-        ctx = Context(
-            grid=self.grid, q_positions=order, kv_positions=order, phase=phase, step=done
-        )
+        ctx = Context(grid=self.grid, q_positions=order, kv_positions=order, phase=phase, step=done)
         if order is not None:
             tokens = tokens[:, order]
         known = self.step(_waves(step, tokens.shape[-1]).to(tokens.dtype))

@@ -1,10 +1,11 @@
-"""Rectified SpaAttn: the sparse output scaled to its share of the mass, and pooled values beside it.
+"""Rectified SpaAttn: the sparse output, scaled to its share of the mass, and pooled values beside.
 
 A grid of 8 x 16 x 16 tokens with 32 text tokens beside it, head size 32, blocks of 4 x 4 x 4, of
 which a quarter or a tenth is computed. Queries and keys are amp (smooth field + 0.3 noise), of one
 field, so that tokens attend to those around them; each number of it is an independent Gaussian
-field of some length scale and variance 1. Values have a field of their own; text is N(0, I). Error: that of the visual rows against dense attention, in
-the float64 reference, relative. All arms compute the same blocks.
+field of some length scale and variance 1. Values have a field of their own; text is N(0, I).
+Error: that of the visual rows against dense attention, relative, in float64. All arms but "no IPAR"
+(whose map ranks otherwise) compute the same blocks.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ GRID, BOX, TEXT, DIM = (8, 16, 16), (4, 4, 4), 32, 32
 SETTINGS = tuple(
     (scale, amp, drop) for scale in (1.0, 1.5, 2.5) for amp in (1.0, 1.6) for drop in (0.75, 0.9)
 )
-ARMS = {
+ARMS: dict[str, dict[str, Any]] = {
     "sparse": {"rectify": False},
     "Rectified": {},
     "no GAPR": {"gapr": False},

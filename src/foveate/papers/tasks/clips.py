@@ -1,8 +1,8 @@
 """Clips of two soft balls that fly about and bounce off the walls: a small world that has motion.
 
 Each has a colour, a radius and a velocity of its own; they cover nothing, the lights add up. Values
-lie in about -3 to 3, their variance is about 0.5, as that of a video model's latents. A clip depends on (split, seed, number) alone, so the
-splits are disjoint but for chance.
+lie in about -3 to 3, their variance is about 0.5, as that of a video model's latents. A clip
+depends on (split, seed, number) alone, so the splits are disjoint but for chance.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]
         raise InputError(
             f"{job.out} holds a training already; give --resume to go on with it, or another --out."
         )
-    about = {
+    about: dict[str, Any] = {
         "sizes": job.sizes, "patch": job.patch, "channels": clips.channels, "dim": job.dim,
         "depth": job.depth, "num_heads": job.heads, "attention": job.attention,
     }  # fmt: skip

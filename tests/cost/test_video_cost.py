@@ -1,7 +1,10 @@
 """The planner's totals against the ones that VMoBA's authors print (oracle 9 of its sheet)."""
 
+import json
+
 import pytest
 
+from foveate.cli import main
 from foveate.cost.video import MODELS, VideoModel
 from foveate.ops.errors import InputError
 
@@ -32,3 +35,14 @@ def test_bad_sizes_are_refused():
         VideoModel(layers=0, width=3, feedforward=5)
     with pytest.raises(InputError):
         MODELS["wan-1.3b"].flops(0)
+
+
+def test_the_command(capsys):
+    assert main(["cost", "video", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tokens"] == 55_296
+    assert [round(row["tera"], 1) for row in found["rows"]] == [705.0, 248.7]
+    assert main(["cost", "video", "--tokens", "100", "--layers", "2", "--density", "0.1,0.5"]) == 0
+    assert "100 tokens" in capsys.readouterr().out
+    for bad in (["--tokens", "3x"], ["--density", "2"], ["--density", "a"], ["--model", "wan"]):
+        assert main(["cost", "video", *bad]) == 2
