@@ -158,6 +158,42 @@ def test_sparse_decoding_is_the_rule_for_new_tokens_and_keeps_means():
     torch.testing.assert_close(found.out, want.out, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_sinks_softcap_and_bias_are_those_of_one_softmax(dtype):
+    q, k, v = qkv(50)
+    more = {
+        "sink_logits": torch.randn(4, dtype=dtype),
+        "bias": torch.randn(1, 4, 50, 50, dtype=dtype),
+        "softcap": 5.0,
+    }
+    seen = MoBA(8, 3).layout(q, k, v, CAUSAL).dense()
+    found = MoBA(8, 3)(*(x.to(dtype) for x in (q, k, v)), Context(mask=causal(), **more))
+    wide = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in more.items()}
+    want = attention(q, k, v, blocks(seen, 1), backend="reference", **wide)
+    band = {torch.float64: 1e-12, torch.float32: 1e-5}[dtype]
+    torch.testing.assert_close(found.out.double(), want.out, atol=band, rtol=band)
+    torch.testing.assert_close(found.lse.double(), want.lse, atol=band, rtol=band)
+
+
+def test_a_prompt_in_chunks_and_more_queries_than_keys():
+    q, k, v = qkv(50)
+    whole = MoBA(8, 3)(q, k, v, CAUSAL).out
+    part = MoBA(8, 3)(q[:, :, 21:40], k[:, :, :40], v[:, :, :40], replace(CAUSAL, store={})).out
+    torch.testing.assert_close(part, whole[:, :, 21:40], atol=1e-12, rtol=1e-12)
+    found = MoBA(8, 3)(q, k[:, :, :30], v[:, :, :30], replace(CAUSAL, store={}))
+    assert not found.out[:, :, :20].any()
+    assert (found.lse[:, :, :20] == -torch.inf).all()
+    alone = MoBA(8, 3)(q[:, :, 20:], k[:, :, :30], v[:, :, :30], replace(CAUSAL, store={}))
+    torch.testing.assert_close(found.out[:, :, 20:], alone.out, atol=1e-12, rtol=1e-12)
+
+
+def test_an_entry_of_padding_alone_is_empty():
+    q, k, v = qkv(37)
+    found = MoBA(8, 3)(q, k, v, Context(mask=causal() & padding([37, 0])))
+    assert not found.out[1].any()
+    assert (found.lse[1] == -torch.inf).all()
+
+
 def test_a_layer_trains_with_it_and_may_change_to_full_attention():
     layer = Attention(32, 4, attention="moba(block=8, topk=2)")
     x = torch.randn(2, 50, 32)

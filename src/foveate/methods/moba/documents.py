@@ -74,6 +74,7 @@ def documents_of(ctx: Context, tokens: Tokens, block: int) -> Documents:
     block_of, place_of = blocks.owner(tokens.k_real.shape[1])
     at = tokens.shift[:, None] + torch.arange(tokens.q_real.shape[1], device=table.device)
     inside = (at >= 0) & (at < tokens.k_real.shape[1]) & tokens.q_real
+    inside = inside & tokens.k_real.any(1, keepdim=True)
     at = at.clamp(0, max(0, tokens.k_real.shape[1] - 1))
     batch = max(len(x) for x in (block_of, at, inside))
     own, place = (x.expand(batch, -1).gather(1, at.expand(batch, -1)) for x in (block_of, place_of))

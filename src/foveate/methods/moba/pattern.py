@@ -48,6 +48,8 @@ class MoBA(Pattern):
     Blocks are cut from each sequence's (with `documents(...)` in the mask, each document's) first
     token. Where fewer earlier blocks exist, all of them are seen. The mask must be causal, padding
     and documents apart. Routing is causal, as blocks are candidates only once they are complete.
+    Models whose last layers stay full (paper: 3 of 32) name an attention for each layer: a list in
+    `FoveateConfig`, an `Assignment` under `foveate.use`.
 
     Attributes:
         block: keys of a block (paper: 512 at 8K tokens, 4096 at 1M).
