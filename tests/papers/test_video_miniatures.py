@@ -18,7 +18,7 @@ def test_vmoba_counts_and_runs(monkeypatch):
     monkeypatch.setattr(vmoba, "METHODS", smaller)
     found = {}
     for cell in made.cells:
-        found |= made.run(Trial(cell, 0, quick=True, tuned=1e-3))
+        found |= made.run(Trial(cell, 0, quick=True))
     assert set(made.baseline) | set(made.ours) == set(found)
     exact = {check.name: check for check in made.checks if check.exact}
     assert exact["operations of Wan: dense / VMoBA"].figure(found) == pytest.approx(2.834, abs=1e-3)
