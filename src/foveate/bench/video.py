@@ -23,20 +23,17 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from foveate.bench.job import Begin, check_clock, check_sizes, run_cells
 from foveate.methods import make
-from foveate.models.denoise import STEP, noised
+from foveate.models.denoise import STEP, denoising_loss, load, noised
 from foveate.models.dit import DiT
 from foveate.ops import AttentionOutput, attention
 from foveate.ops.errors import InputError
-from foveate.papers.tasks.clips import Clips
-from foveate.papers.training.denoising import fit
-from foveate.papers.training.regime import Regime
-from foveate.papers.training.video import load
 from foveate.parts import Attention, Context
+from foveate.runs.clips import Clips
 from foveate.runs.records import Records
 from foveate.runs.timing import Pace, paired, race, spread
 
@@ -166,9 +163,15 @@ def trained(options: Options, tell: Callable[[float, str], None] | None = None) 
         (small, model, options.steps[0], 2), (options.sizes, whole, options.steps[1], 1)
     ):  # fmt: skip
         one.load_state_dict(model.state_dict())
-        if steps:
-            regime = Regime(steps=steps, batch=batch, lr=1e-3, every=steps, seed=options.seed)
-            fit(one, Clips(grid), regime, tell=tell)
+        optimizer = torch.optim.AdamW(one.parameters(), lr=1e-3)
+        for step in range(steps):
+            loss = denoising_loss(one, *Clips(grid).training(batch, options.seed, step))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(one.parameters(), 1.0)
+            optimizer.step()
+            if tell is not None:
+                tell((step + 1) / steps, f"step {step + 1}, error {loss.item():.3f}")
     return whole.eval()
 
 

@@ -10,13 +10,18 @@ that each prediction points to (rectified flow's Euler steps; Liu et al. 2022, a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from foveate.models.dit import DiT
 from foveate.ops.errors import InputError
 from foveate.ops.masks.checks import whole
+from foveate.parts.weights import put_weights, weights
 
 STEP = 1000.0  # the model is told t in thousandths
 
@@ -70,3 +75,40 @@ def sample(
     finally:
         model.train(was_training)
     return x
+
+
+def save(model: DiT, about: dict[str, Any], folder: Path) -> None:
+    """Write the weights and what `load` makes the model from."""
+    from safetensors.torch import save_file
+
+    save_file(weights(model), folder / "model.safetensors")
+    (folder / "model.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+def load(folder: str | Path, **changed: Any) -> DiT:
+    """The model of a folder that `foveate denoise` has made.
+
+    Args:
+        folder: with model.json and model.safetensors.
+        changed: arguments of `DiT` that are to differ, such as `sizes` (positions are computed,
+            so the weights fit any) or `attention`.
+
+    Raises:
+        InputError: the folder holds no such model.
+    """
+    from safetensors.torch import load_file
+
+    place = Path(folder).expanduser()
+    try:
+        about = json.loads((place / "model.json").read_text(encoding="utf-8"))
+        held = load_file(place / "model.safetensors")
+    except (OSError, ValueError) as problem:
+        raise InputError(
+            f"{place} holds no model of foveate denoise ({problem}); make one with: "
+            f"foveate denoise --out {place}"
+        ) from problem
+    for name in ("sizes", "patch"):
+        about[name] = tuple(about[name])
+    model = DiT(**(about | changed))
+    put_weights(model, held)
+    return model.eval()

@@ -74,9 +74,9 @@ def run(trial: Trial) -> Found:
     if trial.cell == "cost":
         return cost()
     from foveate.methods import make
-    from foveate.papers.tasks.clips import Clips
     from foveate.papers.training.denoising import error, fit
     from foveate.papers.training.regime import Regime
+    from foveate.runs.clips import Clips
 
     steps = 4 if trial.quick else STEPS
     clips, held = Clips(SIZES), 4 if trial.quick else HELD

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from foveate.models.denoise import denoising_loss
-from foveate.papers.tasks.clips import Clips
 from foveate.papers.training.checkpoint import Checkpoints
 from foveate.papers.training.errors import DivergedError
 from foveate.papers.training.regime import Regime, optimizer_of, schedule_of
+from foveate.runs.clips import Clips
 from foveate.runs.records import digest
 
 

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.models.denoise import STEP, noised, sample
+from foveate.models.denoise import STEP, noised, sample, save
 from foveate.models.dit import DiT
 from foveate.ops.errors import InputError, MissingPackageError
-from foveate.papers.tasks.clips import BRIGHT, Clips
 from foveate.papers.training.denoising import error, fit
 from foveate.papers.training.regime import Regime
-from foveate.parts.weights import put_weights, weights
+from foveate.runs.clips import BRIGHT, Clips
 from foveate.runs.records import writable_folder
 
 HELD = 48
@@ -64,7 +63,7 @@ def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]
     Raises:
         FoveateError: bad input, before any work; or the training diverged.
     """
-    clips = Clips(job.sizes)
+    clips = Clips(job.sizes, times=(0.02, 1.0))
     checkpoints = job.out / "checkpoints"
     if not job.resume and ((job.out / "model.json").exists() or any(checkpoints.glob("step-*"))):
         raise InputError(
@@ -105,43 +104,6 @@ def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]
     new.write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     new.replace(job.out / "training.json")
     return facts
-
-
-def save(model: DiT, about: dict[str, Any], folder: Path) -> None:
-    """Write the weights and what `load` makes the model from."""
-    from safetensors.torch import save_file
-
-    save_file(weights(model), folder / "model.safetensors")
-    (folder / "model.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-
-
-def load(folder: str | Path, **changed: Any) -> DiT:
-    """The model of a folder that `foveate denoise` has made.
-
-    Args:
-        folder: with model.json and model.safetensors.
-        changed: arguments of `DiT` that are to differ, such as `sizes` (positions are computed,
-            so the weights fit any) or `attention`.
-
-    Raises:
-        InputError: the folder holds no such model.
-    """
-    from safetensors.torch import load_file
-
-    place = Path(folder).expanduser()
-    try:
-        about = json.loads((place / "model.json").read_text(encoding="utf-8"))
-        held = load_file(place / "model.safetensors")
-    except (OSError, ValueError) as problem:
-        raise InputError(
-            f"{place} holds no model of foveate denoise ({problem}); make one with: "
-            f"foveate denoise --out {place}"
-        ) from problem
-    for name in ("sizes", "patch"):
-        about[name] = tuple(about[name])
-    model = DiT(**(about | changed))
-    put_weights(model, held)
-    return model.eval()
 
 
 @torch.no_grad()

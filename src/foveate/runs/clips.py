@@ -7,13 +7,13 @@ depends on (split, seed, number) alone, so the splits are disjoint but for chanc
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from foveate.ops.errors import InputError
-from foveate.papers.tasks.base import generator
 
 BALLS = 2
 BRIGHT = 3.0
@@ -26,10 +26,12 @@ class Clips:
     Attributes:
         sizes: frames, height, width, in pixels (or latents).
         channels: colours.
+        times: t is drawn between these; 1 is noise alone.
     """
 
     sizes: tuple[int, int, int] = (6, 8, 8)
     channels: int = 3
+    times: tuple[float, float] = (0.1, 0.9)
 
     def __post_init__(self) -> None:
         if len(self.sizes) != 3 or min(self.sizes) < 1 or self.channels < 1:
@@ -39,7 +41,7 @@ class Clips:
 
     def draw(self, count: int, *what: object) -> Tensor:
         """(count, channels, *sizes) clips that depend on `what` alone."""
-        random = generator("clips", *self.sizes, self.channels, *what)
+        random = _random("clips", *self.sizes, self.channels, *what)
         frames, height, width = self.sizes
         drawn = torch.rand(count, BALLS, 6 + self.channels, generator=random)
         colour = BRIGHT * (2 * drawn[..., 6:] - 1)
@@ -56,7 +58,7 @@ class Clips:
         return torch.einsum("nbc,nbthw->ncthw", colour, light)
 
     def training(self, count: int, seed: int, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Batch `number` of a seed: (clips, t in 0.1 ... 0.9, noise)."""
+        """Batch `number` of a seed: (clips, t, noise)."""
         return self._noisy(count, "train", seed, number)
 
     def held_out(self, count: int, split: str = "test") -> tuple[Tensor, Tensor, Tensor]:
@@ -65,11 +67,22 @@ class Clips:
 
     def _noisy(self, count: int, *what: object) -> tuple[Tensor, Tensor, Tensor]:
         clean = self.draw(count, *what)
-        random = generator("clips' noise", *self.sizes, *what)
-        t = 0.1 + 0.8 * torch.rand(count, generator=random)
+        random = _random("clips' noise", *self.sizes, *what)
+        low, high = self.times
+        t = low + (high - low) * torch.rand(count, generator=random)
         return clean, t, torch.randn(clean.shape, generator=random)
 
     def describe(self) -> str:
         """One line that names the data."""
         size = " x ".join(map(str, self.sizes))
-        return f"clips of two bouncing balls, {size}, {self.channels} colours, generated"
+        low, high = self.times
+        return (
+            f"clips of two bouncing balls, {size}, {self.channels} colours, noise {low:g} to "
+            f"{high:g}, generated"
+        )
+
+
+def _random(*what: object) -> torch.Generator:
+    """A generator that depends on all that is given and on nothing else."""
+    made = hashlib.sha256(":".join(map(str, what)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(made[:8], "little") >> 1)
