@@ -8,6 +8,7 @@ import torch
 from foveate import papers
 from foveate.papers import rectified_spaattn, vmoba
 from foveate.papers.harness import Trial
+from foveate.papers.harness.verdict import conclude, outcomes
 
 
 def test_vmoba_counts_and_runs(monkeypatch):
@@ -51,15 +52,66 @@ def test_fields_have_their_variance_and_length():
 def test_rectified_arms_compute_the_same_blocks(monkeypatch):
     monkeypatch.setattr(rectified_spaattn, "SETTINGS", ((1.5, 1.0, 0.9), (2.5, 1.0, 0.75)))
     made = papers.load("rectified-spaattn")
-    found = made.run(Trial("fields", 0))
-    for drop, blocks in ((0.9, 3), (0.75, 8)):
-        density = {found[arm][f"density {drop:g}"] for arm in ("sparse", "Rectified", "no GAPR")}
-        assert len(density) == 1
-        # `blocks` of 32 and the text, or, where text is among the best, one block less.
-        visual, text = 2048, 32
-        pairs = visual * (blocks * 64 + text) + text * (visual + text)
-        assert density.pop() <= pairs / (visual + text) ** 2
-    assert (
-        found["Rectified"]["scale 2.5, amp 1, drop 0.75"]
-        < 0.8 * found["sparse"]["scale 2.5, amp 1, drop 0.75"]
-    )
+    found = {}
+    for cell in made.cells:
+        found |= made.run(Trial(cell, 0))
+    assert set(found) == {*made.baseline, *made.ours}
+    for check in made.checks:
+        assert check.values([found])
+    for fields in rectified_spaattn.FIELDS:
+        arms = {arm: found[f"{arm}, {fields}"] for arm in rectified_spaattn.ARMS}
+        for drop, blocks in ((0.9, 3), (0.75, 8)):
+            density = {arms[arm][f"density {drop:g}"] for arm in ("sparse", "Rectified", "no GAPR")}
+            assert len(density) == 1
+            # `blocks` of 32 and the text, or, where text is among the best, one block less.
+            visual, text = 2048, 32
+            pairs = visual * (blocks * 64 + text) + text * (visual + text)
+            assert density.pop() <= pairs / (visual + text) ** 2
+        name = "scale 2.5, amp 1, drop 0.75"
+        assert arms["Rectified"][name] < 0.8 * arms["sparse"][name]
+
+
+def test_rectified_fields_are_one_or_two():
+    """Queries and keys have a field in common or none, and values never have theirs."""
+    for fields, near in (("one field", 1 / 1.09), ("two fields", 0)):
+        q, k, v = (x[0, 0, :2048] for x in rectified_spaattn.tensors(fields, 1.0, 1.6, 0))
+        pairs = {"qk": (q, k), "qv": (q, v), "kv": (k, v)}
+        alike = {
+            n: float(torch.corrcoef(torch.stack(p).flatten(1))[0, 1]) for n, p in pairs.items()
+        }
+        assert alike == pytest.approx({"qk": near, "qv": 0, "kv": 0}, abs=0.05)
+    one, two = (rectified_spaattn.tensors(f, 1.0, 1.6, 0) for f in ("one field", "two fields"))
+    assert torch.equal(one[0], two[0])
+    assert torch.equal(one[2], two[2])
+
+
+def test_rectified_holds_only_if_both_fields_do():
+    """The same thresholds on both; what fails on either is no "holds"."""
+    made = papers.load("rectified-spaattn")
+    names = [rectified_spaattn.name_of(setting) for setting in rectified_spaattn.SETTINGS]
+    thresholds = {
+        fields: [(c.holds, c.refuted, c.at_least) for c in made.checks if fields in c.name]
+        for fields in rectified_spaattn.FIELDS
+    }
+    assert thresholds["two fields"] == thresholds["one field"]
+    assert sum(map(len, thresholds.values())) == len(made.checks) == 6
+
+    def verdict(**changed):
+        errors = {"sparse": 0.5, "Rectified": 0.4, "no GAPR": 0.6, "no IPAR": 0.6}
+        seeds = []
+        for seed in range(3):
+            one = {}
+            for fields in rectified_spaattn.FIELDS:
+                for arm, error in errors.items():
+                    error = changed.get(
+                        f"{arm}, {fields}".replace(" ", "_").replace(",", ""), error
+                    )
+                    one[f"{arm}, {fields}"] = dict.fromkeys(names, error + 1e-4 * seed)
+            seeds.append(one)
+        return conclude(outcomes(made, seeds))
+
+    assert verdict() == "holds"
+    for fields in ("two_fields", "one_field"):
+        assert verdict(**{f"no_GAPR_{fields}": 0.4}) == "inconclusive"
+        assert verdict(**{f"no_IPAR_{fields}": 0.4}) == "inconclusive"
+        assert verdict(**{f"Rectified_{fields}": 0.6}) == "refuted"
