@@ -303,12 +303,12 @@ def test_gradients_hold_the_choice_constant():
         )
 
 
-def test_padded_frames_are_a_shorter_last_block():
+@pytest.mark.parametrize("rule", [{"drop": 1.0, "p_thr": 0.2}, {"drop": 0.7, "p_thr": 0.0}])
+def test_padded_frames_are_a_shorter_last_block(rule):
+    """The mass and the number of blocks are each sequence's own."""
     q, k, v = qkv()
-    method = replace(SMALL, order="rows")
+    method = replace(SMALL, order="rows", **rule)
     ctx = Context(grid=GRID, mask=padding([192, 144]))
-    # A number of blocks would be a share of the whole grid's; the mass is each sequence's own.
-    method = replace(method, drop=1.0, p_thr=0.2)
     found = method(q, k, v, ctx)
     short = method(*(x[1:, :, :144] for x in (q, k, v)), Context(grid=(3, 6, 8)))
     torch.testing.assert_close(found.out[1:, :, :144], short.out, atol=1e-12, rtol=1e-12)
@@ -322,6 +322,25 @@ def test_the_first_steps_may_stay_dense():
     want = attention(q, k, v, backend="reference").out
     torch.testing.assert_close(method(q, k, v, Context(grid=GRID, step=0.05)).out, want)
     assert not torch.allclose(method(q, k, v, Context(grid=GRID, step=0.1)).out, want)
+    # Padding on the left, told by positions; what was visited is told, too.
+    pads, heard = torch.tensor([0, 48]), []
+    places = torch.arange(192) - pads[:, None]
+    found = method(q, k, v, Context(
+        grid=GRID, mask=padding(192 - pads), q_positions=places, kv_positions=places, step=0.0,
+        stats=lambda **said: heard.append(said["layout"].density),
+    )).out  # fmt: skip
+    want = attention(*(x[1:, :, 48:] for x in (q, k, v)), backend="reference").out
+    torch.testing.assert_close(found[1:, :, 48:], want)
+    assert heard == [pytest.approx((1 + 0.75) / 2)]
+
+
+def test_layers_of_one_forward_may_have_other_grids():
+    q, k, v = qkv()
+    store = {}
+    SMALL(q, k, v, Context(grid=GRID, store=store))
+    found = SMALL(q, k, v, Context(grid=(2, 8, 12), store=store)).out
+    want = SMALL(q, k, v, Context(grid=(2, 8, 12))).out
+    assert torch.equal(found, want)
 
 
 def test_work_is_told():

@@ -270,6 +270,14 @@ def test_images_are_videos_of_one_frame():
     assert torch.equal(flat, method(q, k, v, Context(grid=(1, 8, 8))).out)
 
 
+def test_layers_of_one_forward_may_have_other_grids():
+    q, k, v = qkv()
+    method, store = VMoBA(**SIZES), {}
+    method(q, k, v, Context(grid=GRID, store=store))
+    found = method(q, k, v, Context(grid=(12, 4, 8), store=store)).out
+    assert torch.equal(found, method(q, k, v, Context(grid=(12, 4, 8))).out)
+
+
 def test_what_it_is_not_for_is_refused():
     q, k, v = qkv()
     method = VMoBA(**SIZES)

@@ -37,11 +37,16 @@ from foveate.parts.video import grid_keys, grid_of, keys_beside, video_tokens
 
 @dataclass(frozen=True, eq=False)
 class _Places:
-    """Where tokens stand: blocks (N), text (B', T), near (N, N) blocks computed whatever P says."""
+    """Where tokens stand.
+
+    blocks (N); text (B', T); near (N, N) blocks computed whatever P says; keep (B', 1, 1, 1) blocks
+    at least, a share of each sequence's own (those of padding alone aren't counted).
+    """
 
     blocks: Blocks
     text: Tensor
     near: Tensor
+    keep: Tensor
 
 
 @dataclass(frozen=True)
@@ -137,15 +142,18 @@ class RectifiedSpaAttn(Attention):
         ctx = Context() if ctx is None else ctx
         grid_of("rectified-spaattn", self.shape, self.before + self.after, q, k, ctx)
         _check(ctx)
-        if not q.shape[0] or (ctx.step is not None and ctx.step < self.dense_until):
+        if not q.shape[0]:
             return attention(q, k, v, ctx.mask, **ctx.options)
         start = clock(q, ctx)
-        places = self._places(q, k, ctx)
-        choice = self._choice(q, k, ctx, places)
-        layout = self._layout(choice.computed, places, q.shape[2])
+        places = None if self._is_dense(ctx) else self._places(q, k, ctx)
+        if places is None:
+            layout = mask_layout(ctx.mask, q, k, ctx)
+        else:
+            choice = self._choice(q, k, ctx, places)
+            layout = self._layout(choice.computed, places, q.shape[2])
         built = clock(q, ctx)
         result = attention(q, k, v, layout=layout, **ctx.options)
-        if self.rectify:
+        if places is not None and self.rectify:
             result = _rectified(result, choice, v, places.blocks)
         if ctx.stats is not None:
             ctx.stats(
@@ -159,7 +167,7 @@ class RectifiedSpaAttn(Attention):
     def layout(self, q: Tensor, k: Tensor, ctx: Context) -> Layout:
         """What is computed, to count and to see it; shapes as in a call."""
         grid_of("rectified-spaattn", self.shape, self.before + self.after, q, k, ctx)
-        if ctx.step is not None and ctx.step < self.dense_until:
+        if self._is_dense(ctx):
             return mask_layout(ctx.mask, q, k, ctx)
         places = self._places(q, k, ctx)
         return self._layout(self._choice(q, k, ctx, places).computed, places, q.shape[2])
@@ -175,6 +183,9 @@ class RectifiedSpaAttn(Attention):
         tokens = int(torch.tensor(grid).prod())
         order = curve(grid) if self.order == "curve" else torch.arange(tokens)
         return equal_runs(order, min(self.block, tokens))
+
+    def _is_dense(self, ctx: Context) -> bool:
+        return ctx.step is not None and ctx.step < self.dense_until
 
     def _places(self, q: Tensor, k: Tensor, ctx: Context) -> _Places:
         grid = grid_of("rectified-spaattn", self.shape, self.before + self.after, q, k, ctx)
@@ -192,9 +203,11 @@ class RectifiedSpaAttn(Attention):
                 near |= first[:, None] & first
             blocks = Blocks(grid_keys(cut, self.before, tokens))
             text = keys_beside(grid, self.before, self.after, tokens)
-            return _Places(blocks, text, near.to(q.device))
+            own = (blocks.sizes > 0).sum(1).tolist()
+            keep = torch.tensor([keep_of(self.drop, n) for n in own], device=q.device)
+            return _Places(blocks, text, near.to(q.device), keep.view(-1, 1, 1, 1))
 
-        return remember(ctx, (RectifiedSpaAttn, self, ctx.mask, q.shape[2], q.device), make)
+        return remember(ctx, (RectifiedSpaAttn, self, grid, ctx.mask, q.shape[2], q.device), make)
 
     def _choice(self, q: Tensor, k: Tensor, ctx: Context, places: _Places) -> Choice:
         blocks = places.blocks
@@ -203,8 +216,8 @@ class RectifiedSpaAttn(Attention):
         with torch.no_grad():
             count = pooled.raw.shape[-1]
             entries = pooled.map if places.text.shape[1] else pooled.map[..., :-1]
-            best = best_blocks(entries.detach(), keep_of(self.drop, count), self.p_thr)
             some = (blocks.sizes > 0)[:, None, None]
+            best = best_blocks(entries.detach(), places.keep, self.p_thr)
             computed = (best[..., :count] | places.near) & some
             left = ~computed & some
             made_up = torch.zeros_like(left)

@@ -73,8 +73,8 @@ def pooled_map(
     )
 
 
-def best_blocks(p: Tensor, top_k: int, p_thr: float) -> Tensor:
-    """M, the most attended entries of each row: bool, as P (..., N + 1)."""
+def best_blocks(p: Tensor, top_k: int | Tensor, p_thr: float) -> Tensor:
+    """M, the most attended entries of each row: bool, as P (..., N + 1); top_k of all or of each."""
     if p_thr >= 1:
         return torch.ones_like(p, dtype=torch.bool)
     values, order = p.sort(dim=-1, descending=True, stable=True)

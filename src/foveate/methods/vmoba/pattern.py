@@ -151,7 +151,7 @@ class VMoBA(Pattern):
         kind = ctx.layer % len(self.partitions)
         blocks = remember(
             ctx,
-            (VMoBA, self, kind, ctx.mask, q.shape[2], q.device),
+            (VMoBA, self, grid, kind, ctx.mask, q.shape[2], q.device),
             lambda: self._blocks(grid, ctx.layer, tokens),
         )
         return rows_by_block(self.choose(q, k, tokens, blocks, ctx.layer), blocks, k.shape[2])
