@@ -54,6 +54,12 @@ def test_a_wrong_output_gets_no_speed(monkeypatch):
     assert all("off by" in layer["failed"] for layer in values["layers"])
 
 
+def test_heads_that_choose_together_get_a_speed():
+    method = "vmoba(frames=1, tile=(4, 4), box=(2, 4, 4), scope='query-heads')"
+    (found,) = job.run(options(methods=(method,)))
+    assert found["values"]["times_faster"] > 0
+
+
 def test_bad_options_are_refused():
     for bad in ({"sizes": (0, 8, 8)}, {"sizes": (8, 8)}, {"methods": ("mfa",)}, {"steps": (-1, 0)}):
         with pytest.raises(InputError):

@@ -56,7 +56,7 @@ class Options:
         methods: texts of the catalog.
         sizes: frames, height, width of the clip; tokens are single latents.
         model: folder of `foveate denoise`; None trains one of 3 layers with 2 heads of 64.
-        steps: of that training, (on a quarter of each side, on the whole grid).
+        steps: of that training, (on half of each side, on the whole grid).
         threads: of torch.
         pace: how long to measure.
         seed: of the model and the clip.
@@ -205,9 +205,9 @@ def measure(cell: Cell, seen: _Seen, options: Options) -> dict[str, Any]:
             return replace(ctx, store={})
 
         out, dense = method(q, k, v, fresh()).out, attention(q, k, v).out
-        wide = (q[:, :1].double(), k[:, :1].double(), v[:, :1].double())
+        wide = (q.double(), k.double(), v.double())  # all heads: they may choose together
         right = method(*wide, replace(fresh(), backend="blocks")).out
-        error = _off(out[:, :1].double(), right)
+        error = _off(out.double(), right)
         found: dict[str, Any] = {
             "layer": layer,
             "error": error,

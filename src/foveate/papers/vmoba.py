@@ -154,7 +154,7 @@ PAPER = Paper(
     key="vmoba",
     claim="Trained with blocks of frames, places and both by turns, of which a head's best pairs "
     "are kept, a video model is as good as with full attention at a fifth of the pairs; blocks of "
-    "frames alone, or a fixed number for each query, are worse.",
+    "frames alone are worse, and a fixed number for each query is no better.",
     metric="squared error of predicted clips; share of pairs; operations",
     cells=(*METHODS, "cost"),
     run=run,
