@@ -74,7 +74,7 @@ def pooled_map(
 
 
 def best_blocks(p: Tensor, top_k: int | Tensor, p_thr: float) -> Tensor:
-    """M, the most attended entries of each row: bool, as P (..., N + 1); top_k of all or of each."""
+    """M, the most attended entries of each row: bool, as P (..., N + 1), top_k at least."""
     if p_thr >= 1:
         return torch.ones_like(p, dtype=torch.bool)
     values, order = p.sort(dim=-1, descending=True, stable=True)
