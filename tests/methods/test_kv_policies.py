@@ -215,3 +215,14 @@ def test_snapkv_keeps_what_the_papers_lines_choose(pooling, kernel):
 def test_bad_fields_are_refused(text):
     with pytest.raises(InputError):
         make(text)
+
+
+@pytest.mark.parametrize("more", [1, 3])
+def test_ranks_that_are_no_numbers_go_first(more):
+    cache = EvictingCache()
+    x = torch.randn(1, 2, 6 + more, 4)
+    cache.update(x, x)
+    rank = torch.arange(6.0 + more).expand(1, 2, -1).clone()
+    rank[:, :, -more:] = float("nan")
+    cache.keep(rank, 6)
+    torch.testing.assert_close(cache.positions, torch.arange(6).expand(1, 2, -1), check_dtype=False)

@@ -123,6 +123,8 @@ def test_padding_leaves_the_state_of_a_moving_average():
     want, last = one_by_one(made, x, real)
     torch.testing.assert_close(y, want)
     torch.testing.assert_close(h, last)
+    bad = x.masked_fill(~real[..., None], float("nan"))
+    torch.testing.assert_close(made(bad, real=real)[1], last)
 
 
 def test_memories_that_make_no_sense_are_refused():

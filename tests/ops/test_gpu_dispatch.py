@@ -26,7 +26,7 @@ def test_flash_attention_is_taken_where_it_is_declared_faster(inputs, monkeypatc
     assert sdpa_gpu.implementation() == "FA2"
     assert "FA2 isn't declared faster than triton" in passed_over(inputs, triton_can=True)[0]
     assert passed_over(inputs, triton_can=False) == []
-    monkeypatch.setattr(sdpa_gpu, "implementation", lambda: "FA3")
+    monkeypatch.setattr(sdpa_gpu, "implementation", lambda device: "FA3")
     assert passed_over(inputs, triton_can=True) == []
     assert passed_over(MASKED, triton_can=True)
     short = Inputs(*(x[:, :, :100] for x in (Q, Q, Q)))
@@ -132,3 +132,42 @@ def test_a_forced_configuration_is_for_its_kernel():
     with config.Forced(chosen, "decode"):
         assert config.config_for("decode", 64, 64, torch.half, torch.device("cpu")) == chosen
         assert config.config_for("forward", 64, 64, torch.half, torch.device("cpu")) != chosen
+
+
+def test_cudnn_goes_before_flash_attention_2_on_hopper(monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        assert sdpa_gpu.implementation(gpu) == "cuDNN"
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+        assert sdpa_gpu.implementation(gpu) == "FA2"
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        assert sdpa_gpu.implementation(gpu) == "FA2"
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.plain_empty
+@pytest.mark.parametrize("mask", [None, causal()])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_torchs_kernels_give_what_the_engine_gives(mask, dim):
+    torch.use_deterministic_algorithms(False)
+    q, k, v = (
+        torch.randn(2, heads, 1024, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for heads in (8, 2, 2)
+    )
+    grad = torch.randn_like(q)
+    found = []
+    for backend in ("sdpa", "triton"):
+        out, lse = attention(q, k, v, mask=mask, backend=backend)
+        grads = torch.autograd.grad((out, lse), (q, k, v), (grad, torch.ones_like(lse)))
+        found.append((out, lse, *grads))
+    for theirs, ours in zip(*found):
+        torch.testing.assert_close(theirs.float(), ours.float(), rtol=0.05, atol=0.05)

@@ -87,6 +87,9 @@ def kernels(
         bool, typer.Option("--quick", help="A few small cells, in a minute; options still count.")
     ] = False,
     device: Device = "cpu",
+    workers: Annotated[
+        int, typer.Option(help="On a GPU: processes that compile; one at a time measures.")
+    ] = 1,
 ) -> None:
     """Prefill and training: every backend on every mask, against SDPA and against the ideal.
 
@@ -99,7 +102,7 @@ def kernels(
             device, words(masks), numbers("--lengths", lengths),
             numbers("--head-dims", head_dims), heads, kv_heads, words(dtypes), words(passes),
             words(backends), numbers("--tile", tile), documents, repeats, seed, out, as_json,
-            fresh, quick,
+            fresh, quick, workers,
         )  # fmt: skip
         return
     heads = 2 if heads is None else heads

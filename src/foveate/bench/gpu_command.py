@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from foveate.bench.screen import close, print_json, run_job, screen
@@ -31,6 +32,7 @@ def kernels(
     as_json: bool,
     fresh: bool,
     quick: bool,
+    workers: int,
 ) -> None:
     """Measure prefill and training shapes; print tables and one line for each dtype and pass."""
     from foveate.bench import gpu_kernels as job
@@ -59,7 +61,7 @@ def kernels(
         seed=seed,
     )
     options.check()
-    found = run_job(lambda *more: job.run(options, where, *more), out, fresh)
+    found = run_job(partial(job.run, options, where, workers=workers), out, fresh)
     lines = kernel_summary(found)
     if as_json:
         print_json(found, lines)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import as_completed
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,9 +20,11 @@ from torch import Tensor
 
 from foveate.bench import catalogue, patterns
 from foveate.bench.case import Case, Declined
-from foveate.bench.correct import Judge
+from foveate.bench.contestants import Contestant
+from foveate.bench.correct import Judge, Verdict
 from foveate.bench.gpu import Clock, environment, matmul_peak
 from foveate.bench.gpu_contestants import DENSE, NAMES, contestant, installed
+from foveate.bench.gpu_workers import Workers
 from foveate.bench.ideal import counts, useful_flops
 from foveate.bench.job import DTYPES, Begin, check_known, check_sizes, told
 from foveate.bench.lengths import draw_documents
@@ -115,36 +119,56 @@ def run(
     device: torch.device,
     records: Records | None = None,
     begin: Begin | None = None,
+    workers: int = 1,
 ) -> list[dict[str, Any]]:
-    """Measure every cell that isn't in the records yet; {"cell", "values"} of all, in order."""
+    """Measure every cell that isn't in the records yet; {"cell", "values"} of all, in order.
+
+    With several `workers`, processes of their own compile and build layouts side by side, and one
+    at a time has the GPU to check and measure.
+    """
     options.check()
-    here, clock = environment(device), Clock(device)
-    peaks: dict[str, float] = {}
+    check_sizes(workers=(workers,))
+    here, cells = environment(device), list(options.cells())
     how = {
         "contestants": list(options.names()), "pace": asdict(options.pace), "seed": options.seed,
+        "workers": workers,
     }  # fmt: skip
-    done, cells = [], list(options.cells())
-    for number, cell in enumerate(cells):
-        if begin is not None:
-            begin(str(cell), number, len(cells))
-        named = {"job": "gpu kernels", **asdict(cell)}
-        key = digest({"cell": named, "how": how, "environment": here})
-        values = None if records is None else records.get(key)
-        if values is None:
-            if cell.dtype not in peaks:
-                peaks[cell.dtype] = matmul_peak(clock, DTYPES[cell.dtype], device)
-            values = measure(cell, options, clock, device, peaks[cell.dtype])
-            values["environment"] = here
-            if records is not None:
-                records.add(key, named, values)
-        done.append({"cell": named, "values": values})
-    return done
+    named = [{"job": "gpu kernels", **asdict(cell)} for cell in cells]
+    keys = [digest({"cell": name, "how": how, "environment": here}) for name in named]
+    found = [None if records is None else records.get(key) for key in keys]
+    missing = [i for i, values in enumerate(found) if values is None]
+    clock = Clock(device)
+    peaks = {t: matmul_peak(clock, DTYPES[t], device) for t in {cells[i].dtype for i in missing}}
+
+    def keep(index: int, values: dict[str, Any]) -> None:
+        found[index] = values = {**values, "environment": here}
+        if records is not None:
+            records.add(keys[index], named[index], values)
+
+    if workers == 1:
+        for i in missing:
+            if begin is not None:
+                begin(str(cells[i]), i, len(cells))
+            keep(i, measure(cells[i], options, clock, device, peaks[cells[i].dtype], nullcontext()))
+    else:
+        with Workers(workers, options, str(device)) as pool:
+            jobs = {pool.measure(cells[i], peaks[cells[i].dtype]): i for i in missing}
+            for count, job in enumerate(as_completed(jobs)):
+                if begin is not None:
+                    begin(str(cells[jobs[job]]), count, len(cells))
+                keep(jobs[job], job.result())
+    return [{"cell": n, "values": v} for n, v in zip(named, found) if v is not None]
 
 
 def measure(
-    cell: Cell, options: Options, clock: Clock, device: torch.device, peak: float
+    cell: Cell,
+    options: Options,
+    clock: Clock,
+    device: torch.device,
+    peak: float,
+    alone: AbstractContextManager[object],
 ) -> dict[str, Any]:
-    """One cell: checks first, then the race."""
+    """One cell: everything compiled, then the checks and the race, within `alone`."""
     bounds = draw_documents(cell.length, cell.documents, options.seed)
     drawn = catalogue.settings(bounds, heads=cell.kv_heads, tile=cell.tile, seed=options.seed)
     case = patterns.make(cell.mask, drawn)
@@ -153,14 +177,16 @@ def measure(
     built = case.build(cell.tile)
     building = time.perf_counter() - start
     layout = built.to(device)
-    entrants = _Entrants(cell, clock, device, options.seed)
+    entrants = _Entrants(cell, device, options.seed)
     names = options.names()
     if not case.dense:
         for name in (name for name in DENSE if name in names):
             entrants.enter("dense", name, whole, layout)
     for name in names:
         entrants.enter("pattern", name, case, layout)
-    seconds = clock.race(entrants.calls, options.pace)
+    with alone:
+        entrants.check()
+        seconds = clock.race(entrants.calls, options.pace)
     group = "pattern" if case.dense else "dense"
     dense = {n: seconds[f"{group} {n}"] for n in DENSE if f"{group} {n}" in seconds}
     best = min(dense, key=lambda name: spread(dense[name])["median"], default=None)
@@ -196,7 +222,7 @@ def measure(
 class _Entrants:
     """Contestants of a cell; those that are right have a call to time."""
 
-    def __init__(self, cell: Cell, clock: Clock, device: torch.device, seed: int) -> None:
+    def __init__(self, cell: Cell, device: torch.device, seed: int) -> None:
         self.cell, self.seed = cell, seed
         self.calls: dict[str, Callable[[], object]] = {}
         self.results: list[dict[str, Any]] = []
@@ -208,13 +234,14 @@ class _Entrants:
 
         self.tensors = (draw(cell.heads), draw(cell.kv_heads), draw(cell.kv_heads))
         self._judges: dict[str, Judge] = {}
+        self._cases: dict[str, Case] = {}
+        self._entered: list[tuple[dict[str, Any], Contestant, Callable[[], object]]] = []
 
     def enter(self, group: str, name: str, case: Case, layout: Layout) -> None:
-        """Check a contestant; if it is right, take it into the race."""
+        """Compile a contestant by calling it once."""
         result: dict[str, Any] = {"group": group, "backend": name}
         self.results.append(result)
-        if group not in self._judges:
-            self._judges[group] = Judge.of(case, *self.tensors, self.cell.tile, self.seed)
+        self._cases[group] = case
         try:
             entrant = contestant(name, case, layout, self.cell.heads != self.cell.kv_heads)
             start = time.perf_counter()
@@ -222,22 +249,39 @@ class _Entrants:
             timed()
             torch.cuda.synchronize()
             result["first_call_seconds"] = time.perf_counter() - start
-            verdict = self._judges[group].forward(entrant.call)
-            if self.cell.direction == "backward" and verdict.passed:
-                verdict.errors.update(self._judges[group].backward(entrant.call).errors)
         except (Declined, FoveateError) as refusal:
             result["declined"] = str(refusal)
-            return
         except Exception as error:  # a contestant that breaks must not end a long job
             result["failed"] = told(error)
             torch.cuda.empty_cache()
-            return
-        result["correct"], result["errors"] = verdict.passed, verdict.as_dict()
-        result.update(entrant.facts)
-        if not verdict.passed:
-            result["failed"] = f"wrong: {verdict}"
-            return
-        self.calls[f"{group} {name}"] = timed
+        else:
+            result.update(entrant.facts)
+            self._entered.append((result, entrant, timed))
+
+    def check(self) -> None:
+        """Take those that are right into the race."""
+        for result, entrant, timed in self._entered:
+            group = result["group"]
+            try:
+                verdict = self._verdict(group, entrant)
+            except Exception as error:
+                result["failed"] = told(error)
+                torch.cuda.empty_cache()
+                continue
+            result["correct"], result["errors"] = verdict.passed, verdict.as_dict()
+            if not verdict.passed:
+                result["failed"] = f"wrong: {verdict}"
+                continue
+            self.calls[f"{group} {result['backend']}"] = timed
+
+    def _verdict(self, group: str, entrant: Contestant) -> Verdict:
+        if group not in self._judges:
+            case = self._cases[group]
+            self._judges[group] = Judge.of(case, *self.tensors, self.cell.tile, self.seed)
+        verdict = self._judges[group].forward(entrant.call)
+        if self.cell.direction == "backward" and verdict.passed:
+            verdict.errors.update(self._judges[group].backward(entrant.call).errors)
+        return verdict
 
     def _timed(self, call: Callable[..., Any]) -> Callable[[], object]:
         tensors = self.tensors

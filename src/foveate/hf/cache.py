@@ -116,7 +116,7 @@ class SinkWindowLayer(CacheLayerMixin):
             self.cache.reorder(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only some rows of the batch."""
+        """Keep only some rows of the batch: their numbers, or True for each that stays."""
         if self.cache is not None:
             rows = torch.arange(self.cache.evicted.shape[0], device="cpu")
             self.cache.reorder(rows[indices.cpu()])

@@ -71,8 +71,8 @@ class LayerCache(CacheLayerMixin):
             self.held.reorder(torch.arange(self.held.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows."""
-        self.held.reorder(indices)
+        """Keep these rows: their numbers, or True for each that stays."""
+        self.held.reorder(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
     def offload(self) -> None:
         """Refuse: entries stay where they are computed with."""

@@ -76,7 +76,7 @@ class GatedEMA(nn.Module):
         u = self.inner(x).to(work)
         log = nn.functional.logsigmoid(self.decay.to(work))  # log a
         if real is not None:
-            u = u * real[..., None]
+            u = u.masked_fill(~real[..., None], 0.0)  # padding may hold anything
         u = u * -torch.expm1(log)
         h = u.new_zeros(len(x), u.shape[2]) if state is None else state.to(work)
         found = []

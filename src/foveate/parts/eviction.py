@@ -200,11 +200,12 @@ class EvictingCache:
         Padding goes first. To be called at most once after each update.
 
         Args:
-            rank: (B, Hkv, n) floats.
+            rank: (B, Hkv, n) floats; NaN counts as the lowest.
             size: what is left, if there is more.
         """
         if self._length <= size or self._hole is not None:
             return
+        rank = rank.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         if self.padded:
             # The last place of padding goes before others, so that it stays in front.
             low = torch.finfo(rank.dtype).min

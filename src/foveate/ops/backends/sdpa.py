@@ -131,8 +131,9 @@ def passed_over(inputs: Inputs, triton_can: bool) -> list[str]:
             "would hold the whole mask and skip nothing; auto takes it for dense and causal only"
         ]
     if triton_can and not sdpa_gpu.declared_faster(inputs.query):
+        name = sdpa_gpu.implementation(inputs.query.device)
         return [
-            f"{sdpa_gpu.implementation()} isn't declared faster than triton for this head size and "
-            "length; activate FA3 or FA4 with torch.nn.attention.activate_flash_attention_impl"
+            f"{name} isn't declared faster than triton for this head size and length; "
+            "activate FA3 or FA4 with torch.nn.attention.activate_flash_attention_impl"
         ]
     return []

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.ops.layout import Layout
+from foveate.ops.layout import KEY_RANGE, Layout
 from foveate.ops.triton import interpreted
 from foveate.ops.triton.config import Config, owned_block, padded, streamed_block
 from foveate.ops.triton.plan import Plan, plan_of
@@ -139,6 +139,30 @@ def readable(x: Tensor) -> Tensor:
     return x if (x.shape[-1] == 1 or x.stride(-1) == 1) and near else x.contiguous()
 
 
+def copied(config: Config, cut: Blocks, **tensors: Tensor | None) -> dict[str, Any]:
+    """Descriptors by which Hopper's copy engine loads whole tiles of a kernel's streamed side.
+
+    None for a tensor that it can't take, or where the configuration does without.
+    """
+    wanted = config.tma and not cut.vector
+    return {
+        name: _descriptor(x, cut.streamed) if wanted and x is not None else None
+        for name, x in tensors.items()
+    }
+
+
+def _descriptor(x: Tensor, rows: int) -> Any:
+    """Blocks of `rows` rows of (B, H, L, D) or numbers of (B, H, L), at strides of 16 bytes."""
+    columns = [*x.shape[3:]]
+    steps = [s if n > 1 else 64 for s, n in zip(x.stride(), x.shape)][: x.dim() - 1]
+    even = all(n == padded(n) for n in columns) and x.data_ptr() % 16 == 0 and x.stride(-1) == 1
+    if not even or any(s <= 0 or s * x.element_size() % 16 for s in steps):
+        return None
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(x, list(x.shape), [*steps, 1], [1, 1, rows, *columns])
+
+
 def strides(name: str, x: Tensor | None) -> dict[str, int]:
     """Strides of batch entry, head and row, named for a kernel; 0 without a tensor."""
     b, h, row = (0, 0, 0) if x is None else x.stride()[:3]
@@ -210,19 +234,29 @@ def row_lists(call: Call, cut: Blocks, factor: int) -> dict[str, Any]:
     kv_tiles = -(-call.key.shape[2] // cut.streamed_tile)
     if plan is not None:
         lists = plan.by_row
-        found |= {
-            "COLS": lists.tiles, "KINDS": lists.kinds, "START": lists.start, "MID": lists.mid,
-            "END": lists.end, "ORDER": plan.row_order,
-        }  # fmt: skip
-        if plan.bits.shape[0]:
+        found |= {"COLS": lists.tiles, "KINDS": lists.kinds, "ORDER": plan.row_order}
+        found |= dict(zip(("START", "MID", "END"), plan.ordered_bounds))
+        if plan.key_ranges is not None:
+            found |= as_ranges(plan.key_ranges, lists.kinds, KEY_RANGE, "KEY_RANGE", "kr")
+        elif plan.bits.shape[0]:
             found |= {"WORDS": plan.row_words, "ALIVE": plan.seen_keys}
         kv_tiles = plan.kv_tiles
     packs = heads // factor
     return found | {
         "q_tiles": cut.tiles, "kv_tiles": kv_tiles, "groups_h": groups_h,
         "batches": batch // groups_b, "packs": packs, "subs": cut.subs,
+        "items": groups_b * groups_h * cut.tiles,
         "programs": groups_b * groups_h * cut.tiles * (batch // groups_b) * (packs // groups_h)
         * cut.subs,
+    }  # fmt: skip
+
+
+def as_ranges(table: Tensor, kinds: Tensor, kind: int, name: str, short: str) -> dict[str, Any]:
+    """Arguments by which bit tiles are taken by ranges of the owned side instead."""
+    steps = (s if n > 1 else 0 for s, n in zip(table.stride(), table.shape[:2]))
+    return {
+        name: table, "KINDS": torch.where(kinds > 0, kind, kinds),
+        **dict(zip((f"{short}_b", f"{short}_h"), steps)),
     }  # fmt: skip
 
 

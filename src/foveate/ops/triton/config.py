@@ -1,9 +1,10 @@
 """Sizes of blocks, warps and stages: what is shipped, and what tuning has found on this device.
 
 A choice depends on the kernel, the head sizes, the dtype and the device, never on a mask. `tune`
-measures the candidates once and keeps the best in a file; without it the shipped ones serve. They
-were chosen with the compiler's own account of registers and shared memory (see the tests), so that
-none spills but the gradient of queries in fp32 at head size 256, a little.
+measures the candidates once and keeps the best in a file; without it the shipped ones serve. Those
+of 16-bit numbers at head sizes up to 128 on Hopper were measured on an H200 (see
+`benchmarks/results/gpu`); the others were chosen with the compiler's own account of registers and
+shared memory (see the tests).
 """
 
 from __future__ import annotations
@@ -19,43 +20,47 @@ import torch
 
 @dataclass(frozen=True)
 class Config:
-    """rows, keys: largest blocks of either side; the owned one is in registers."""
+    """rows, keys: largest blocks of either side; the owned one is in registers.
+
+    tma: whole tiles of the streamed side come by Hopper's copy engine.
+    """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    tma: bool = False
 
 
 Key = tuple[str, int, int, int]  # kernel, padded head size, padded value head size, bytes
 
 # (kernel, largest head size, bytes of an element) -> for compute capability 8.0, and 9.0 on.
 _SHIPPED: dict[tuple[str, int, int], tuple[Config, Config]] = {
-    ("forward", 64, 2): (Config(128, 64, 4, 3), Config(128, 128, 8, 3)),
-    ("forward", 128, 2): (Config(128, 32, 8, 3), Config(128, 64, 8, 3)),
-    ("forward", 256, 2): (Config(64, 32, 8, 2), Config(128, 64, 8, 2)),
+    ("forward", 64, 2): (Config(128, 64, 4, 3), Config(128, 64, 4, 3)),
+    ("forward", 128, 2): (Config(128, 32, 8, 3), Config(64, 64, 4, 3, tma=True)),
+    ("forward", 256, 2): (Config(64, 32, 8, 2), Config(64, 64, 8, 2)),
     ("forward", 1024, 2): (Config(32, 32, 8, 1), Config(32, 32, 8, 2)),
     ("forward", 64, 4): (Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
     ("forward", 128, 4): (Config(64, 32, 8, 2), Config(32, 32, 8, 1)),
     ("forward", 256, 4): (Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
     ("forward", 1024, 4): (Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
-    ("decode", 64, 2): (Config(16, 128, 4, 3), Config(16, 128, 4, 3)),
-    ("decode", 128, 2): (Config(16, 64, 4, 3), Config(16, 64, 4, 3)),
+    ("decode", 64, 2): (Config(16, 128, 4, 3), Config(16, 64, 4, 3)),
+    ("decode", 128, 2): (Config(16, 64, 4, 3), Config(16, 128, 4, 2)),
     ("decode", 256, 2): (Config(16, 64, 4, 2), Config(16, 64, 4, 3)),
     ("decode", 1024, 2): (Config(16, 32, 4, 2), Config(16, 32, 4, 2)),
     ("decode", 64, 4): (Config(16, 64, 4, 2), Config(16, 64, 4, 3)),
-    ("decode", 128, 4): (Config(16, 32, 4, 2), Config(16, 32, 4, 2)),
+    ("decode", 128, 4): (Config(16, 32, 4, 2), Config(16, 32, 8, 2)),
     ("decode", 256, 4): (Config(16, 32, 4, 2), Config(16, 32, 4, 1)),
     ("decode", 1024, 4): (Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
-    ("query gradient", 64, 2): (Config(128, 32, 8, 2), Config(128, 64, 8, 2)),
-    ("query gradient", 128, 2): (Config(64, 64, 8, 2), Config(128, 64, 8, 2)),
-    ("query gradient", 256, 2): (Config(64, 32, 8, 1), Config(64, 32, 8, 2)),
+    ("query gradient", 64, 2): (Config(128, 32, 8, 2), Config(64, 64, 4, 2, tma=True)),
+    ("query gradient", 128, 2): (Config(64, 64, 8, 2), Config(64, 64, 4, 2, tma=True)),
+    ("query gradient", 256, 2): (Config(64, 32, 8, 1), Config(64, 32, 8, 2, tma=True)),
     ("query gradient", 64, 4): (Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
     ("query gradient", 128, 4): (Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
     ("query gradient", 256, 4): (Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
-    ("key gradient", 64, 2): (Config(32, 128, 8, 2), Config(64, 128, 8, 2)),
-    ("key gradient", 128, 2): (Config(32, 64, 8, 2), Config(32, 128, 8, 2)),
-    ("key gradient", 256, 2): (Config(32, 64, 8, 1), Config(16, 64, 8, 2)),
+    ("key gradient", 64, 2): (Config(32, 128, 8, 2), Config(64, 64, 4, 3, tma=True)),
+    ("key gradient", 128, 2): (Config(32, 64, 8, 2), Config(64, 64, 4, 2, tma=True)),
+    ("key gradient", 256, 2): (Config(32, 32, 8, 1), Config(16, 64, 8, 2)),
     ("key gradient", 64, 4): (Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
     ("key gradient", 128, 4): (Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
     ("key gradient", 256, 4): (Config(16, 16, 8, 1), Config(16, 16, 8, 1)),

@@ -1,14 +1,16 @@
 """What the kernels want of a layout beside its lists: made once for each layout, and kept with it.
 
-Lists with their whole tiles first, so that these run without a mask; the tiles in order of the work
-they hold, longest first, so that uneven lists fill the chip; bit tiles as words along either side;
-and where each query or key stands, if several tiles hold it.
+Lists with their whole tiles first, so that these run without a mask; head by head, the tiles in
+order of the work they hold, longest first, so that uneven lists fill the chip; bit tiles as words
+along either side, or as ranges where they say no more; and where each query or key stands, if
+several tiles hold it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from foveate.ops.layout import FULL, Layout
 from foveate.ops.layout import bits as bitset
+from foveate.ops.triton.intervals import intervals
 
 _plans: WeakKeyDictionary[Layout, Plan] = WeakKeyDictionary()
 
@@ -91,10 +94,51 @@ class Plan(Layout):
 
     @cached_property
     def row_order(self) -> Tensor | None:
-        """Query tiles through (Bm, Hm, tiles), most work first: int32; None leaves them as is."""
-        if self.q_tiles == 1:
+        """Query tiles through (Bm, Hm, tiles), as `_local` has them; None leaves them as is."""
+        return None if self.q_tiles == 1 else _local(self.by_row.work)
+
+    @cached_property
+    def ordered_bounds(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Start, mid and end of `by_row` as `row_order` has them: read without waiting for it."""
+        lists, order = self.by_row, self.row_order
+        if order is None:
+            return lists.start, lists.mid, lists.end
+        return lists.start[order], lists.mid[order], lists.end[order]
+
+    @cached_property
+    def key_ranges(self) -> Tensor | None:
+        """What each row sees as one range of keys, as `key_range` has it; None if bits say more.
+
+        In decoding lists are new at each step, and their bits stay.
+        """
+        if self.q_tiles == 1 or not self._only_bits or self.kv_index is not None:
             return None
-        return torch.argsort(self.by_row.work.reshape(-1), stable=True, descending=True).int()
+        found = intervals(
+            self.bits, self.q_tile, False, self.entry_rows, self.cols, self.kinds,
+            self.ptr.shape[0] * self.ptr.shape[1] * self.q_tiles,
+        )  # fmt: skip
+        return None if found is None else found.reshape(*self.groups, -1, 2)
+
+    @cached_property
+    def row_ranges(self) -> Tensor | None:
+        """What each key is seen by as one range of rows, as `row_range` has it, or None."""
+        if not self._only_bits or self.q_index is not None:
+            return None
+        flipped = self.transposed
+        counts = flipped.ptr.diff(dim=-1).reshape(-1)
+        owner = torch.repeat_interleave(
+            torch.arange(counts.numel(), device=self.device), counts,
+            output_size=flipped.rows.numel(),
+        )  # fmt: skip
+        found = intervals(
+            self.bits, self.q_tile, True, owner, flipped.rows, self.kinds[flipped.entries],
+            counts.numel(),
+        )  # fmt: skip
+        return None if found is None else found.reshape(*self.groups, -1, 2)
+
+    @property
+    def _only_bits(self) -> bool:
+        return self.key_range is None and self.row_range is None and self.gathered is None
 
     @cached_property
     def longest(self) -> int:
@@ -120,18 +164,36 @@ class Plan(Layout):
         inside = torch.bincount(owner[whole], minlength=counts.numel())
         return _lists(rows, kinds, order, start, inside, counts, self.groups)
 
+    @cached_property
+    def _kept(self) -> dict[tuple[str, int, int], Any]:
+        """What depends on the numbers of heads too; making it waits for the GPU."""
+        return {}
+
     def key_order(self, heads: int, kv_heads: int) -> Tensor:
-        """Visited key tiles through (Bm, 1 or Hkv, tiles), most work first: int32."""
+        """Visited key tiles through (Bm, 1 or Hkv, tiles), as `_local` has them."""
+        name = ("order", heads, kv_heads)
+        if name not in self._kept:
+            self._kept[name] = self._key_order(heads, kv_heads)
+        order: Tensor = self._kept[name]
+        return order
+
+    def _key_order(self, heads: int, kv_heads: int) -> Tensor:
         work = self.by_key.work
         if work.shape[1] > 1:
             work = work.repeat_interleave(heads // work.shape[1], 1)
             work = work.unflatten(1, (kv_heads, -1)).sum(2)
-        flat = work.reshape(-1)
-        order = torch.argsort(flat, stable=True, descending=True)
-        return order[flat[order] > 0].int()
+        order = _local(work)
+        return order[work.reshape(-1)[order] > 0]
 
-    def key_slots(self, order: Tensor, kv_heads: int) -> Slots:
-        """Where the slots of visited key tiles, numbered as in `order`, hold each key."""
+    def key_slots(self, heads: int, kv_heads: int) -> Slots:
+        """Where the slots of visited key tiles, numbered as in `key_order`, hold each key."""
+        name = ("slots", heads, kv_heads)
+        if name not in self._kept:
+            self._kept[name] = self._key_slots(self.key_order(heads, kv_heads), kv_heads)
+        slots: Slots = self._kept[name]
+        return slots
+
+    def _key_slots(self, order: Tensor, kv_heads: int) -> Slots:
         groups_h = 1 if self.groups[1] == 1 else kv_heads
         width = self.by_key.work.shape[2]
         group, col = order.long() // width, order.long() % width
@@ -203,6 +265,18 @@ def _lists(
         start + counts,
         work.reshape(*groups, -1),
     )
+
+
+def _local(work: Tensor) -> Tensor:
+    """An order of the lists of (Bm, Hm, tiles) that fills the chip and keeps its cache warm; int32.
+
+    Group by group, so that what runs together reads one head; the groups, and the lists in each,
+    with the most work first, so that the last ones to run are short.
+    """
+    flat = work.flatten(0, 1)
+    groups = torch.argsort(flat.sum(-1), stable=True, descending=True)
+    inside = torch.argsort(flat[groups], dim=-1, stable=True, descending=True)
+    return (groups[:, None] * work.shape[-1] + inside).reshape(-1).int()
 
 
 def _words(tiles: Tensor) -> Tensor:

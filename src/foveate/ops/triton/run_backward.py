@@ -1,4 +1,4 @@
-"""The backward: delta, then the pass that owns rows, then the pass that owns keys."""
+"""The backward: delta and the lse, then the pass that owns rows, then the pass that owns keys."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.ops.layout import Layout
+from foveate.ops.layout import ROW_RANGE, Layout
 from foveate.ops.triton.call import (
     Call,
+    as_ranges,
     blocks,
+    copied,
     describe,
     head_sizes,
     readable,
@@ -47,27 +49,32 @@ def run(
     grad = None if grad_out is None else readable(grad_out.to(query.dtype))
     lse = lse.contiguous()
     with on_device(query.device):
-        delta = _delta(readable(out), grad, grad_lse)
-        dq, dbias = _query_gradient(call, grad, lse, delta, grad_lse)
-        dk, dv = _key_gradient(call, grad, lse, delta)
+        base, delta = _row_numbers(readable(out), lse, grad, grad_lse)
+        dq, dbias = _query_gradient(call, grad, base, delta, grad_lse)
+        dk, dv = _key_gradient(call, grad, base, delta)
     if dbias is not None and bias is not None:
         dbias = dbias.to(bias.dtype)
     return dq, dk, dv, dbias
 
 
-def _delta(out: Tensor, grad: Tensor | None, grad_lse: Tensor | None) -> Tensor:
+def _row_numbers(
+    out: Tensor, lse: Tensor, grad: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(lse in units of log 2, delta), (B, Hq, Lq) fp32 with strides that the copy engine takes."""
     from foveate.ops.triton.kernels.query_gradient import row_products
 
     batch, heads, length, value_dim = out.shape
-    delta = torch.empty(batch, heads, length, dtype=torch.float32, device=out.device)
+    wide = -(-length // 16) * 16
+    both = torch.empty(2, batch, heads, wide, dtype=torch.float32, device=out.device)
+    base, delta = both[..., :length]
     dlse = None if grad_lse is None else grad_lse.float().contiguous()
     rows = 32
-    row_products[(-(-delta.numel() // rows),)](
-        out, grad, dlse, delta, delta.numel(), heads, length,
-        **strides("o", out), **strides("g", grad),
+    row_products[(-(-lse.numel() // rows),)](
+        out, grad, lse, dlse, base, delta, lse.numel(), heads, length,
+        **strides("o", out), **strides("g", grad), d_b=delta.stride(0), d_h=delta.stride(1),
         DV=value_dim, DV1=padded(value_dim), M=rows,
     )  # fmt: skip
-    return delta
+    return base, delta
 
 
 def _query_gradient(
@@ -107,6 +114,7 @@ def query_arguments(
         sums = _BiasSums(call, grad, grad_lse)
     args = {
         "Q": query, "K": call.key, "V": call.value, "G": grad, "L": lse, "DELTA": delta, "DQ": dq,
+        **copied(config, cut, K_TILES=call.key, V_TILES=call.value),
         **strides("q", query), **strides("k", call.key), **strides("v", call.value),
         **strides("g", grad), **strides("dq", dq), "l_b": lse.stride(0), "l_h": lse.stride(1),
         **call.bias_strides(), **call.tables(), **call.sizes(), **row_lists(call, cut, factor),
@@ -194,12 +202,11 @@ def _key_gradient(
         return dk.to(call.key.dtype), dv.to(call.value.dtype)
     args, dk, dv = key_arguments(call, grad, lse, delta)
     programs = args.pop("programs")
-    order = args["ORDER"]
     if programs:
         key_gradient[(programs,)](**args)
     if args["DIRECT"] or call.plan is None:
         return dk, dv
-    slots = call.plan.key_slots(order, call.heads[1])
+    slots = call.plan.key_slots(*call.heads)
     found = []
     for parts, like in ((dk, call.key), (dv, call.value)):
         total = torch.empty(like.shape, dtype=like.dtype, device=like.device)
@@ -249,13 +256,17 @@ def key_arguments(
             "ROWS": by_key.tiles, "KINDS": by_key.kinds, "START": by_key.start, "MID": by_key.mid,
             "END": by_key.end, "ORDER": order,
         }  # fmt: skip
-        if plan.bits.shape[0]:
+        together = list_heads == 1 or call.list_size % call.group == 0
+        if together and plan.row_ranges is not None:
+            lists |= as_ranges(plan.row_ranges, by_key.kinds, ROW_RANGE, "ROW_RANGE", "rr")
+        elif plan.bits.shape[0]:
             lists["WORDS"] = plan.key_words
         direct = plan.keys_stand_once
     batches, heads_in = batch // groups_b, kv_heads // groups_h
     each = [key.shape, value.shape]
     if direct:
-        dk, dv = (query.new_zeros(shape) for shape in each)  # some keys nobody visits
+        every = visited == groups_b * groups_h * width and (plan is None or plan.kv_index is None)
+        dk, dv = ((query.new_empty if every else query.new_zeros)(shape) for shape in each)
     else:
         slabs = max(1, visited) * batches * heads_in
         dk, dv = (
@@ -265,12 +276,14 @@ def key_arguments(
     dims = head_sizes(call)
     args = {
         "Q": query, "K": key, "V": value, "G": grad, "L": lse, "DELTA": delta, "DK": dk, "DV": dv,
+        **copied(config, cut, Q_TILES=query, G_TILES=grad, L_TILES=lse, DELTA_TILES=delta),
         **strides("q", query), **strides("k", key), **strides("v", value), **strides("g", grad),
         **strides("dk", dk), **strides("dv", dv), "l_b": lse.stride(0), "l_h": lse.stride(1),
         **call.bias_strides(), **call.tables(), **call.sizes(), **lists, **call.numbers(),
         **call.features(),
         "kv_tiles": kv_tiles, "width": width, "groups_h": groups_h, "list_heads": list_heads,
         "list_size": call.list_size, "heads_in": heads_in, "batches": batches, "subs": cut.subs,
+        "visited": visited,
         "slope": call.scale, "D": dims["D"], "D1": dims["D1"], "DVAL": dims["DV"],
         "DV1": dims["DV1"], "Q_TILE": cut.streamed_tile, "KV_TILE": cut.owned_tile,
         "M": cut.streamed, "N": cut.owned, "VECTOR": cut.vector, "DIRECT": direct,

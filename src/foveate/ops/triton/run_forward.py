@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,18 +12,20 @@ from foveate.ops.layout import Layout
 from foveate.ops.triton.call import (
     Blocks,
     Call,
+    copied,
     describe,
     head_sizes,
     row_blocks,
     row_lists,
     strides,
 )
-from foveate.ops.triton.config import Config, config_for, padded, processors, split_dim
+from foveate.ops.triton.config import Config, config_for, processors, split_dim
 
 _FEW = 64  # rows of a tile, all packed heads together, from which a block is no longer for decoding
 _FEW_ROWS = 16  # rows of a block that are read for memory's sake
 _SPLIT_SLOTS = 256  # keys that a split has at least
 _SPLITS = 128
+_FILL = 4  # decoding programs for each multiprocessor
 
 
 def run(
@@ -92,7 +94,8 @@ def arguments(call: Call) -> tuple[dict[str, Any], Blocks]:
         and value_dim <= dim
     )
     args = {
-        "Q": call.query, "K": call.key, "V": call.value, **_descriptors(call, cut, shared),
+        "Q": call.query, "K": call.key, "V": call.value,
+        **copied(config, cut, K_TILES=call.key, V_TILES=None if shared else call.value),
         **strides("q", call.query), **strides("k", call.key), **strides("v", call.value),
         **call.bias_strides(), **call.tables(), **call.sizes(), **row_lists(call, cut, factor),
         **call.numbers(), **call.features(), **sizes,
@@ -103,27 +106,6 @@ def arguments(call: Call) -> tuple[dict[str, Any], Blocks]:
     return args, cut
 
 
-def _descriptors(call: Call, cut: Blocks, shared: bool) -> dict[str, Any]:
-    """Descriptors by which Hopper's copy engine loads whole tiles of keys and values.
-
-    Off unless FOVEATE_TRITON_TMA=on: no GPU has yet shown that they are right and faster. Keys and
-    values are then one table of rows each, which their strides must allow.
-    """
-    found: dict[str, Any] = {"K_TILES": None, "V_TILES": None}
-    if os.environ.get("FOVEATE_TRITON_TMA") != "on" or cut.vector or shared:
-        return found
-    tensors = (call.key, call.value)
-    if not all(x.is_contiguous() and x.shape[3] == padded(x.shape[3]) for x in tensors):
-        return found
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    for name, x in zip(found, tensors):
-        rows = x.reshape(-1, x.shape[3])
-        block = [cut.streamed, x.shape[3]]
-        found[name] = TensorDescriptor(rows, list(rows.shape), list(rows.stride()), block)
-    return found
-
-
 def choose(call: Call) -> tuple[Config, int]:
     """The configuration for a call, and how many heads a block packs."""
     dim, value_dim = call.query.shape[3], call.value.shape[3]
@@ -131,6 +113,8 @@ def choose(call: Call) -> tuple[Config, int]:
     together = call.pack(tile, 1 << 30)
     kernel = "decode" if tile * together <= 16 else "forward"
     config = config_for(kernel, dim, value_dim, call.query.dtype, call.query.device)
+    if call.bias is not None:  # tiles of it are kept in stages too
+        config = replace(config, keys=min(config.keys, 64), stages=min(config.stages, 2))
     return config, together if tile < _FEW else 1
 
 
@@ -138,12 +122,12 @@ def _splits(call: Call, cut: Blocks, programs: int, device: torch.device) -> int
     """Parts of each list, so that a few rows against many keys fill the chip."""
     chip = processors(device.index or 0) if device.type == "cuda" else 4
     few = cut.owned <= _FEW_ROWS
-    if programs >= (2 * chip if few else chip // 2):
+    if programs >= (_FILL * chip if few else chip // 2):
         return 1  # large blocks are split only where most of the chip would idle
     slots = call.key.shape[2]
     if call.plan is not None:
         slots = call.plan.longest * cut.streamed_tile
-    return max(1, min(-(-2 * chip // programs), slots // _SPLIT_SLOTS, _SPLITS))
+    return max(1, min(-(-(_FILL if few else 2) * chip // programs), slots // _SPLIT_SLOTS, _SPLITS))
 
 
 def _merge(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,7 +32,10 @@ def candidates(kernel: str, dim: int, value_dim: int, itemsize: int, major: int)
                 found.append(Config(rows, keys, warps, stages))
     # A list of all is long: those whose blocks hold no more than twice of the shipped one's.
     most = 2 * base.rows * base.keys
-    return [base, *(c for c in dict.fromkeys(found) if c != base and c.rows * c.keys <= most)]
+    found = [c for c in found if c.rows * c.keys <= most]
+    if major >= 9 and itemsize == 2:
+        found += [replace(c, tma=not c.tma) for c in found]
+    return list(dict.fromkeys(found))
 
 
 def tune(

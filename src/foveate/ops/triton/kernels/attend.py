@@ -17,14 +17,19 @@ import triton.language as tl
 from foveate.ops.triton.kernels.tiles import (
     LN2,
     add_bias,
+    any_bits,
     bend_scores,
+    copy_tile,
     dot,
     exponentials,
     in_range,
     key_step,
     list_bounds,
     load_rows,
+    load_some,
     load_tile,
+    next_kind,
+    next_tile,
     or_none,
     own_rows,
     range_of,
@@ -35,8 +40,8 @@ from foveate.ops.triton.kernels.tiles import (
 
 VARYING = [
     "q_len", "kv_len", "q_rows", "kv_rows", "q_tiles", "kv_tiles", "groups_h", "batches", "packs",
-    "subs", "splits", "b_first", "b_count", "o_s", "l_s", "l_b", "l_h", "qi_b", "qi_h", "ki_b",
-    "ki_h", "kr_b", "kr_h", "rr_b", "rr_h",
+    "subs", "items", "splits", "b_first", "b_count", "o_s", "l_s", "l_b", "l_h", "qi_b", "qi_h",
+    "ki_b", "ki_h", "kr_b", "kr_h", "rr_b", "rr_h",
 ]  # fmt: skip
 
 
@@ -69,8 +74,8 @@ def attend(
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, o_s, o_b, o_h, o_l, l_s, l_b, l_h,
     b_b, b_h, b_q, b_k, b_first, b_count,
     qi_b, qi_h, ki_b, ki_h, kr_b, kr_h, rr_b, rr_h,
-    q_len, kv_len, q_rows, kv_rows, q_tiles, kv_tiles, groups_h, batches, packs, subs, splits,
-    scale, cap,
+    q_len, kv_len, q_rows, kv_rows, q_tiles, kv_tiles, groups_h, batches, packs, subs, items,
+    splits, scale, cap,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr,
     Q_TILE: tl.constexpr, KV_TILE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     VECTOR: tl.constexpr, PACK: tl.constexpr, GROUP: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -85,7 +90,7 @@ def attend(
     """
     split = tl.program_id(1)
     item, tile, sub, group_b, group_h, batch, head0 = row_program(
-        tl.program_id(0), ORDER, subs, packs, groups_h, batches, q_tiles, PACK
+        tl.program_id(0), ORDER, subs, packs, groups_h, batches, q_tiles, items, PACK
     )
     kv_head = head0 // GROUP
     line, row, query, head, live = own_rows(
@@ -121,15 +126,20 @@ def attend(
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, DV1], tl.float32)
 
+    # The tile of a step is read a step early, where tiles are runs of keys.
+    PLAIN: tl.constexpr = not VECTOR and KV_INDEX is None and GATHERED is None
+    PER: tl.constexpr = max(1, KV_TILE // N)
+    begin, end = tl.maximum(lo, whole_steps) - whole_steps, hi - whole_steps
+    if PLAIN:
+        col, sort = next_kind(begin, end, COLS, KINDS, mid, PER)
     if not VECTOR and KV_INDEX is None:
-        for step in tl.range(lo, tl.minimum(hi, whole_steps), num_stages=STAGES):
-            col = step // (KV_TILE // N)
-            if COLS is not None:
-                col = tl.load(COLS + start + col)
-            key0 = col * KV_TILE + step % (KV_TILE // N) * N
+        last = tl.minimum(hi, whole_steps)
+        ahead = next_tile(lo, last, COLS, start, KV_TILE // N)
+        for step in tl.range(lo, last, num_stages=STAGES):
+            key0 = ahead * KV_TILE + step % (KV_TILE // N) * N
+            ahead = next_tile(step + 1, last, COLS, start, KV_TILE // N)
             if K_TILES is not None:
-                k_row = batch * (k_b // k_l) + kv_head * (k_h // k_l) + key0
-                k1 = K_TILES.load([k_row.to(tl.int32), 0])
+                k1 = copy_tile(K_TILES, batch, kv_head, key0, N, D1)
             else:
                 k1 = load_tile(k_base, key0, k_l, n, d1, D, D1)
             raw = dot(q1, tl.trans(k1), tl.zeros([M, N], tl.float32), PRECISION, WIDEN)
@@ -145,8 +155,7 @@ def attend(
             if SHARED:
                 v = k1
             elif V_TILES is not None:
-                v_row = batch * (v_b // v_l) + kv_head * (v_h // v_l) + key0
-                v = V_TILES.load([v_row.to(tl.int32), 0])
+                v = copy_tile(V_TILES, batch, kv_head, key0, N, DV1)
             else:
                 v = load_tile(v_base, key0, v_l, n, dv, DV, DV1)
             acc, total, top = update(
@@ -158,13 +167,23 @@ def attend(
         low, high = range_of(KEY_RANGE, group_b * kr_b + group_h * kr_h, row, live)
         least = tl.min(tl.where(live, low, 2147483647), 0)
         most = tl.max(high, 0)
-    for step in tl.range(
-        tl.maximum(lo, whole_steps) - whole_steps, hi - whole_steps, num_stages=STAGES
-    ):
-        place, key, kind, first, there = key_step(
-            step, mid, others, COLS, KINDS, GATHERED, ALIVE, KV_INDEX,
-            group_b * ki_b + group_h * ki_h, kv_tiles, kv_rows, KV_TILE, N, VECTOR,
-        )  # fmt: skip
+    for step in tl.range(begin, end, num_stages=STAGES):
+        if PLAIN:
+            first = step % PER * N
+            key0, kind = col * KV_TILE + first, sort
+            place = key0 + n
+            inside = place < kv_rows
+            there = inside
+            if ALIVE is not None:
+                there = there & any_bits(ALIVE, kind, first, KV_TILE, N)
+            key = place
+            col, sort = next_kind(step + 1, end, COLS, KINDS, mid, PER)
+        else:
+            place, key, kind, first, there = key_step(
+                step, mid, others, COLS, KINDS, GATHERED, ALIVE, KV_INDEX,
+                group_b * ki_b + group_h * ki_h, kv_tiles, kv_rows, KV_TILE, N, VECTOR,
+            )  # fmt: skip
+            inside = there
         if KEY_RANGE is not None:
             there = there & in_range(place, kind, least, most, -1)
         if ROW_RANGE is not None:
@@ -172,16 +191,24 @@ def attend(
             there = there & ((kind != -2) | (row_low < row_high))
         if VECTOR and N > 16:
             seen = seen_pairs(
-                there[None, :], WORDS, KEY_RANGE, ROW_RANGE, kind, line, first, row, place, low,
-                high, row_low, row_high, -1, Q_TILE, KV_TILE, N, VECTOR,
+                there, WORDS, KEY_RANGE, ROW_RANGE, kind, line, first, row, place, low,
+                high, row_low, row_high, kv_rows, -1, Q_TILE, KV_TILE, N, VECTOR, PLAIN,
             )  # fmt: skip
             there = there & some_row_sees(seen, live)
         key = or_none(key, there)
         k_at = key.to(tl.int64) * k_l
-        k1 = load_rows(k_base, k_at, d1, there, D, D1)
+        if PLAIN and K_TILES is not None:  # a key that nobody sees has no score, whatever it holds
+            k1 = copy_tile(K_TILES, batch, kv_head, key0, N, D1)
+        elif PLAIN:
+            k1 = load_some(k_base, key0, k_l, n, d1, there, D, D1)
+        else:
+            k1 = load_rows(k_base, k_at, d1, there, D, D1)
         raw = dot(q1, tl.trans(k1), tl.zeros([M, N], tl.float32), PRECISION, WIDEN)
         if D2 > 0:
-            k2 = load_rows(k_base, k_at, d2, there, D, D1 + D2)
+            if PLAIN:
+                k2 = load_some(k_base, key0, k_l, n, d2, there, D, D1 + D2)
+            else:
+                k2 = load_rows(k_base, k_at, d2, there, D, D1 + D2)
             raw = dot(q2, tl.trans(k2), raw, PRECISION, WIDEN)
         scores, _ = bend_scores(raw, scale, cap, SOFTCAP, FOLD)
         if BIAS > 0:
@@ -191,12 +218,14 @@ def attend(
             )  # fmt: skip
         if not (VECTOR and N > 16):
             seen = seen_pairs(
-                there[None, :], WORDS, KEY_RANGE, ROW_RANGE, kind, line, first, row, place, low,
-                high, row_low, row_high, -1, Q_TILE, KV_TILE, N, VECTOR,
+                inside, WORDS, KEY_RANGE, ROW_RANGE, kind, line, first, row, place, low,
+                high, row_low, row_high, kv_rows, -1, Q_TILE, KV_TILE, N, VECTOR, PLAIN,
             )  # fmt: skip
         scores = tl.where(seen, scores, float("-inf"))
         if SHARED:
             v = k1
+        elif PLAIN:
+            v = load_some(v_base, key0, v_l, n, dv, there, DV, DV1)
         else:
             v = load_rows(v_base, key.to(tl.int64) * v_l, dv, there, DV, DV1)
         acc, total, top = update(acc, total, top, scores, v, scale, FOLD, True, PRECISION, WIDEN)

@@ -7,16 +7,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from foveate.ops.triton.kernels.query_gradient import VARYING, own_lse
+from foveate.ops.triton.kernels.query_gradient import VARYING
 from foveate.ops.triton.kernels.tiles import (
     add_bias,
     bend_scores,
+    copy_row,
+    copy_tile,
     dot,
     exponentials,
     list_bounds,
     list_slots,
     load_rows,
+    load_some,
     load_tile,
+    next_kind,
+    next_tile,
     one_of,
     or_none,
     range_of,
@@ -27,13 +32,14 @@ from foveate.ops.triton.kernels.tiles import (
 @triton.jit(do_not_specialize=VARYING)
 def key_gradient(
     Q, K, V, G, L, DELTA, DK, DV, B,
+    Q_TILES, G_TILES, L_TILES, DELTA_TILES,
     ROWS, KINDS, START, MID, END, ORDER, WORDS, GATHERED, Q_INDEX, KV_INDEX, KEY_RANGE, ROW_RANGE,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, g_b, g_h, g_l,
     dk_b, dk_h, dk_l, dv_b, dv_h, dv_l, l_b, l_h,
     b_b, b_h, b_q, b_k, b_first, b_count,
     qi_b, qi_h, ki_b, ki_h, kr_b, kr_h, rr_b, rr_h,
     q_len, kv_len, q_rows, kv_rows, kv_tiles, width, groups_h, list_heads, list_size, heads_in,
-    batches, subs,
+    batches, subs, visited,
     scale, cap, slope,
     D: tl.constexpr, D1: tl.constexpr, DVAL: tl.constexpr, DV1: tl.constexpr,
     Q_TILE: tl.constexpr, KV_TILE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -43,17 +49,17 @@ def key_gradient(
 ):  # fmt: skip
     """Dk and dv of one block of keys, over all query heads that share them.
 
-    Axis 0 counts (visited tile, batch entry, key head, block of keys in the tile). Scores are
+    Axis 0 counts (batch entry, key head, visited tile, block of keys in the tile). Scores are
     transposed: keys are the rows. Without `DIRECT` the slots of each visited tile are put out by
     themselves, (tile, batch entry, key head, slot), for `add_slots`.
     """
     pid = tl.program_id(0)
     sub = pid % subs
     rest = pid // subs
+    number = rest % visited
+    rest = rest // visited
     head_in = rest % heads_in
-    rest = rest // heads_in
-    batch_in = rest % batches
-    number = rest // batches
+    batch_in = rest // heads_in
     item = number
     if ORDER is not None:
         item = tl.load(ORDER + item)
@@ -110,14 +116,21 @@ def key_gradient(
         b_head = b64 * b_b + hq64 * b_h
 
         if not VECTOR and Q_INDEX is None:
-            for step in tl.range(0, whole * (Q_TILE // M), num_stages=STAGES):
-                tile = step // (Q_TILE // M)
-                if ROWS is not None:
-                    tile = tl.load(ROWS + start + tile)
-                row0 = tile * Q_TILE + step % (Q_TILE // M) * M
-                q = load_tile(q_base, row0, q_l, m, d, D, D1)
-                lse = own_lse(l_base + row0 + m, m >= 0)[None, :]
-                delta = tl.load(delta_base + row0 + m)[None, :]
+            whole_steps = whole * (Q_TILE // M)
+            ahead = next_tile(0, whole_steps, ROWS, start, Q_TILE // M)
+            for step in tl.range(0, whole_steps, num_stages=STAGES):
+                row0 = ahead * Q_TILE + step % (Q_TILE // M) * M
+                ahead = next_tile(step + 1, whole_steps, ROWS, start, Q_TILE // M)
+                if Q_TILES is not None:
+                    q = copy_tile(Q_TILES, batch, head, row0, M, D1)
+                else:
+                    q = load_tile(q_base, row0, q_l, m, d, D, D1)
+                if L_TILES is not None:
+                    lse = copy_row(L_TILES, batch, head, row0, M)[None, :]
+                    delta = copy_row(DELTA_TILES, batch, head, row0, M)[None, :]
+                else:
+                    lse = tl.load(l_base + row0 + m)[None, :]
+                    delta = tl.load(delta_base + row0 + m)[None, :]
                 raw = dot(k, tl.trans(q), tl.zeros([N, M], tl.float32), PRECISION, WIDEN)
                 scores, bent = bend_scores(raw, scale, cap, SOFTCAP, FOLD)
                 if BIAS > 0:
@@ -128,7 +141,10 @@ def key_gradient(
                     )  # fmt: skip
                 ds = exponentials(scores, scale, lse, FOLD)
                 if G is not None:
-                    g = load_tile(g_base, row0, g_l, m, dv, DVAL, DV1)
+                    if G_TILES is not None:
+                        g = copy_tile(G_TILES, batch, head, row0, M, DV1)
+                    else:
+                        g = load_tile(g_base, row0, g_l, m, dv, DVAL, DV1)
                     dv_acc = dot(ds.to(g.dtype), g, dv_acc, PRECISION, WIDEN)
                     dp = dot(v, tl.trans(g), tl.zeros([N, M], tl.float32), PRECISION, WIDEN)
                     ds = ds * (dp - delta)
@@ -138,21 +154,42 @@ def key_gradient(
                     ds = ds * (1.0 - bent * bent)
                 dk_acc = dot(ds.to(q.dtype), q, dk_acc, PRECISION, WIDEN)
 
-        for step in tl.range(0, tl.cdiv(others * Q_TILE, M), num_stages=STAGES):
-            tile, kind, within, first, there = list_slots(
-                step, mid, others, ROWS, KINDS, Q_TILE, M, VECTOR
-            )
-            row = tile * Q_TILE + within
-            there = there & (row < q_rows)
+        PLAIN: tl.constexpr = not VECTOR and Q_INDEX is None
+        PER: tl.constexpr = max(1, Q_TILE // M)
+        last = tl.cdiv(others * Q_TILE, M)
+        if PLAIN:
+            ahead, sort = next_kind(0, last, ROWS, KINDS, mid, PER)
+        for step in tl.range(0, last, num_stages=STAGES):
+            if PLAIN:
+                first = step % PER * M
+                row0, kind = ahead * Q_TILE + first, sort
+                row = row0 + m
+                there = row < q_rows
+                ahead, sort = next_kind(step + 1, last, ROWS, KINDS, mid, PER)
+            else:
+                tile, kind, within, first, there = list_slots(
+                    step, mid, others, ROWS, KINDS, Q_TILE, M, VECTOR
+                )
+                row = tile * Q_TILE + within
+                there = there & (row < q_rows)
             query = row
             if Q_INDEX is not None:
                 rows_at = Q_INDEX + group_b * qi_b + list_h * qi_h + row
                 query = tl.load(rows_at, mask=there, other=-1)
                 there = there & (query >= 0)
             query = or_none(query, there)
-            q = load_rows(q_base, query.to(tl.int64) * q_l, d, there, D, D1)
-            lse = own_lse(l_base + query, there)[None, :]
-            delta = tl.load(delta_base + query, mask=there, other=0.0)[None, :]
+            if PLAIN and Q_TILES is not None:
+                q = copy_tile(Q_TILES, batch, head, row0, M, D1)
+            elif PLAIN:
+                q = load_some(q_base, row0, q_l, m, d, there, D, D1)
+            else:
+                q = load_rows(q_base, query.to(tl.int64) * q_l, d, there, D, D1)
+            if PLAIN and L_TILES is not None:
+                lse = copy_row(L_TILES, batch, head, row0, M)[None, :]
+                delta = copy_row(DELTA_TILES, batch, head, row0, M)[None, :]
+            else:
+                lse = tl.load(l_base + query, mask=there, other=float("inf"))[None, :]
+                delta = tl.load(delta_base + query, mask=there, other=0.0)[None, :]
             raw = dot(k, tl.trans(q), tl.zeros([N, M], tl.float32), PRECISION, WIDEN)
             scores, bent = bend_scores(raw, scale, cap, SOFTCAP, FOLD)
             if BIAS > 0:
@@ -163,21 +200,26 @@ def key_gradient(
             if KEY_RANGE is not None:
                 low, high = range_of(KEY_RANGE, group_b * kr_b + list_h * kr_h, row, there)
             seen = seen_pairs(
-                live[:, None] & there[None, :], WORDS, ROW_RANGE, KEY_RANGE, kind, line, first,
-                place, row, row_low, row_high, low, high, -2, KV_TILE, Q_TILE, M, VECTOR,
+                there, WORDS, ROW_RANGE, KEY_RANGE, kind, line, first, place, row, row_low,
+                row_high, low, high, q_rows, -2, KV_TILE, Q_TILE, M, VECTOR, PLAIN,
             )  # fmt: skip
-            ds = exponentials(tl.where(seen, scores, float("-inf")), scale, lse, FOLD)
+            p = exponentials(tl.where(seen, scores, float("-inf")), scale, lse, FOLD)
             if G is not None:
-                g = load_rows(g_base, query.to(tl.int64) * g_l, dv, there, DVAL, DV1)
-                dv_acc = dot(ds.to(g.dtype), g, dv_acc, PRECISION, WIDEN)
+                if PLAIN and G_TILES is not None:
+                    g = copy_tile(G_TILES, batch, head, row0, M, DV1)
+                elif PLAIN:
+                    g = load_some(g_base, row0, g_l, m, dv, there, DVAL, DV1)
+                else:
+                    g = load_rows(g_base, query.to(tl.int64) * g_l, dv, there, DVAL, DV1)
+                dv_acc = dot(p.to(g.dtype), g, dv_acc, PRECISION, WIDEN)
                 dp = dot(v, tl.trans(g), tl.zeros([N, M], tl.float32), PRECISION, WIDEN)
-                ds = ds * (dp - delta)
+                ds = p * (dp - delta)
             else:
-                ds = ds * (0.0 - delta)
+                ds = p * (0.0 - delta)
             if SOFTCAP:
                 ds = ds * (1.0 - bent * bent)
             # A key that nobody sees may hold anything: 0 times it must not count.
-            dk_acc = dot(tl.where(seen, ds, 0.0).to(q.dtype), q, dk_acc, PRECISION, WIDEN)
+            dk_acc = dot(tl.where(p == 0.0, 0.0, ds).to(q.dtype), q, dk_acc, PRECISION, WIDEN)
 
     if DIRECT:
         dk_at = b64 * dk_b + h64 * dk_h + k64 * dk_l

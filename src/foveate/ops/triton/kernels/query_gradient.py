@@ -21,15 +21,20 @@ import triton.language as tl
 from foveate.ops.triton.kernels.tiles import (
     LOG2E,
     add_bias,
+    any_bits,
     bend_scores,
     bias_offsets,
+    copy_tile,
     dot,
     exponentials,
     in_range,
     key_step,
     list_bounds,
     load_rows,
+    load_some,
     load_tile,
+    next_kind,
+    next_tile,
     or_none,
     own_rows,
     range_of,
@@ -40,17 +45,20 @@ from foveate.ops.triton.kernels.tiles import (
 
 VARYING = [
     "q_len", "kv_len", "q_rows", "kv_rows", "q_tiles", "kv_tiles", "groups_h", "batches", "packs",
-    "subs", "b_first", "b_count", "l_b", "l_h", "qi_b", "qi_h", "ki_b", "ki_h", "kr_b", "kr_h",
-    "rr_b", "rr_h", "width", "list_heads", "list_size", "heads_in",
+    "subs", "items", "b_first", "b_count", "l_b", "l_h", "qi_b", "qi_h", "ki_b", "ki_h", "kr_b",
+    "kr_h", "rr_b", "rr_h", "width", "list_heads", "list_size", "heads_in", "visited",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "heads", "length"])
 def row_products(
-    O, G, DLSE, DELTA, rows, heads, length, o_b, o_h, o_l, g_b, g_h, g_l,
+    O, G, LSE, DLSE, BASE, DELTA, rows, heads, length, o_b, o_h, o_l, g_b, g_h, g_l, d_b, d_h,
     DV: tl.constexpr, DV1: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """Delta (B * Hq * Lq,) in fp32."""
+    """Delta, and the lse in units of log 2, infinite for a row without keys, so that p is 0.
+
+    Rows count (batch entry, head, query); both are fp32.
+    """
     row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     dv = tl.arange(0, DV1)
     live = row < rows
@@ -63,14 +71,11 @@ def row_products(
         delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
     if DLSE is not None:
         delta -= tl.load(DLSE + row, mask=live, other=0.0)
-    tl.store(DELTA + row, delta, mask=live)
-
-
-@triton.jit
-def own_lse(at, live):
-    """The lse of rows in units of log 2; infinite for a row without keys, so that p is 0."""
-    lse = tl.load(at, mask=live, other=float("-inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+    lse = tl.load(LSE + row, mask=live, other=0.0)
+    base = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+    to = b * d_b + h * d_h + l
+    tl.store(DELTA + to, delta, mask=live)
+    tl.store(BASE + to, base, mask=live)
 
 
 @triton.jit
@@ -101,12 +106,13 @@ def keep_bias_gradient(
 @triton.jit(do_not_specialize=VARYING)
 def query_gradient(
     Q, K, V, G, L, DELTA, DQ, B, DB, UNIT,
+    K_TILES, V_TILES,
     COLS, KINDS, START, MID, END, ORDER, WORDS, ALIVE, GATHERED, Q_INDEX, KV_INDEX, KEY_RANGE,
     ROW_RANGE,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, g_b, g_h, g_l, dq_b, dq_h, dq_l, l_b, l_h,
     b_b, b_h, b_q, b_k, b_first, b_count, db_b, db_h, db_q, db_k,
     qi_b, qi_h, ki_b, ki_h, kr_b, kr_h, rr_b, rr_h,
-    q_len, kv_len, q_rows, kv_rows, q_tiles, kv_tiles, groups_h, batches, packs, subs,
+    q_len, kv_len, q_rows, kv_rows, q_tiles, kv_tiles, groups_h, batches, packs, subs, items,
     scale, cap, slope,
     D: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr,
     Q_TILE: tl.constexpr, KV_TILE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -117,7 +123,7 @@ def query_gradient(
 ):  # fmt: skip
     """Dq of one block of rows, and its part of the bias's gradient. `slope` is scale itself."""
     item, tile, sub, group_b, group_h, batch, head0 = row_program(
-        tl.program_id(0), ORDER, subs, packs, groups_h, batches, q_tiles, PACK
+        tl.program_id(0), ORDER, subs, packs, groups_h, batches, q_tiles, items, PACK
     )
     kv_head = head0 // GROUP
     line, row, query, head, live = own_rows(
@@ -134,7 +140,7 @@ def query_gradient(
     else:
         g = q
     l_at = b64 * l_b + h64 * l_h + q64
-    lse = own_lse(L + l_at, live)[:, None]
+    lse = tl.load(L + l_at, mask=live, other=float("inf"))[:, None]
     delta = tl.load(DELTA + l_at, mask=live, other=0.0)[:, None]
     k_base = K + b64 * k_b + kv_head.to(tl.int64) * k_h
     v_base = V + b64 * v_b + kv_head.to(tl.int64) * v_h
@@ -148,13 +154,22 @@ def query_gradient(
 
     start, mid, others, whole = list_bounds(COLS, START, MID, END, item, kv_rows, KV_TILE, VECTOR)
     acc = tl.zeros([M, D1], tl.float32)
+    # The tile of a step is read a step early, as in the forward.
+    PLAIN: tl.constexpr = not VECTOR and KV_INDEX is None and GATHERED is None
+    PER: tl.constexpr = max(1, KV_TILE // N)
+    last = tl.cdiv(others * KV_TILE, N)
+    if PLAIN:
+        col, sort = next_kind(0, last, COLS, KINDS, mid, PER)
     if not VECTOR and KV_INDEX is None:
-        for step in tl.range(0, whole * (KV_TILE // N), num_stages=STAGES):
-            col = step // (KV_TILE // N)
-            if COLS is not None:
-                col = tl.load(COLS + start + col)
-            key0 = col * KV_TILE + step % (KV_TILE // N) * N
-            k = load_tile(k_base, key0, k_l, n, d, D, D1)
+        whole_steps = whole * (KV_TILE // N)
+        ahead = next_tile(0, whole_steps, COLS, start, KV_TILE // N)
+        for step in tl.range(0, whole_steps, num_stages=STAGES):
+            key0 = ahead * KV_TILE + step % (KV_TILE // N) * N
+            ahead = next_tile(step + 1, whole_steps, COLS, start, KV_TILE // N)
+            if K_TILES is not None:
+                k = copy_tile(K_TILES, batch, kv_head, key0, N, D1)
+            else:
+                k = load_tile(k_base, key0, k_l, n, d, D, D1)
             raw = dot(q, tl.trans(k), tl.zeros([M, N], tl.float32), PRECISION, WIDEN)
             scores, bent = bend_scores(raw, scale, cap, SOFTCAP, FOLD)
             if BIAS > 0:
@@ -164,7 +179,10 @@ def query_gradient(
                 )  # fmt: skip
             ds = exponentials(scores, scale, lse, FOLD)
             if G is not None:
-                v = load_tile(v_base, key0, v_l, n, dv, DV, DV1)
+                if V_TILES is not None:
+                    v = copy_tile(V_TILES, batch, kv_head, key0, N, DV1)
+                else:
+                    v = load_tile(v_base, key0, v_l, n, dv, DV, DV1)
                 dp = dot(g, tl.trans(v), tl.zeros([M, N], tl.float32), PRECISION, WIDEN)
                 ds = ds * (dp - delta)
             else:
@@ -184,11 +202,23 @@ def query_gradient(
         low, high = range_of(KEY_RANGE, group_b * kr_b + group_h * kr_h, row, live)
         least = tl.min(tl.where(live, low, 2147483647), 0)
         most = tl.max(high, 0)
-    for step in tl.range(0, tl.cdiv(others * KV_TILE, N), num_stages=STAGES):
-        place, key, kind, first, there = key_step(
-            step, mid, others, COLS, KINDS, GATHERED, ALIVE, KV_INDEX,
-            group_b * ki_b + group_h * ki_h, kv_tiles, kv_rows, KV_TILE, N, VECTOR,
-        )  # fmt: skip
+    for step in tl.range(0, last, num_stages=STAGES):
+        if PLAIN:
+            first = step % PER * N
+            key0, kind = col * KV_TILE + first, sort
+            place = key0 + n
+            inside = place < kv_rows
+            there = inside
+            if ALIVE is not None:
+                there = there & any_bits(ALIVE, kind, first, KV_TILE, N)
+            key = place
+            col, sort = next_kind(step + 1, last, COLS, KINDS, mid, PER)
+        else:
+            place, key, kind, first, there = key_step(
+                step, mid, others, COLS, KINDS, GATHERED, ALIVE, KV_INDEX,
+                group_b * ki_b + group_h * ki_h, kv_tiles, kv_rows, KV_TILE, N, VECTOR,
+            )  # fmt: skip
+            inside = there
         if KEY_RANGE is not None:
             there = there & in_range(place, kind, least, most, -1)
         if ROW_RANGE is not None:
@@ -196,12 +226,15 @@ def query_gradient(
             there = there & ((kind != -2) | (row_low < row_high))
         if VECTOR and N > 16:
             seen = seen_pairs(
-                live[:, None] & there[None, :], WORDS, KEY_RANGE, ROW_RANGE, kind, line, first, row,
-                place, low, high, row_low, row_high, -1, Q_TILE, KV_TILE, N, VECTOR,
+                there, WORDS, KEY_RANGE, ROW_RANGE, kind, line, first, row,
+                place, low, high, row_low, row_high, kv_rows, -1, Q_TILE, KV_TILE, N, VECTOR, PLAIN,
             )  # fmt: skip
             there = there & some_row_sees(seen, live)
         key = or_none(key, there)
-        k = load_rows(k_base, key.to(tl.int64) * k_l, d, there, D, D1)
+        if PLAIN:
+            k = load_some(k_base, key0, k_l, n, d, there, D, D1)
+        else:
+            k = load_rows(k_base, key.to(tl.int64) * k_l, d, there, D, D1)
         raw = dot(q, tl.trans(k), tl.zeros([M, N], tl.float32), PRECISION, WIDEN)
         scores, bent = bend_scores(raw, scale, cap, SOFTCAP, FOLD)
         if BIAS > 0:
@@ -211,20 +244,26 @@ def query_gradient(
             )  # fmt: skip
         if not (VECTOR and N > 16):
             seen = seen_pairs(
-                live[:, None] & there[None, :], WORDS, KEY_RANGE, ROW_RANGE, kind, line, first, row,
-                place, low, high, row_low, row_high, -1, Q_TILE, KV_TILE, N, VECTOR,
+                inside, WORDS, KEY_RANGE, ROW_RANGE, kind, line, first, row,
+                place, low, high, row_low, row_high, kv_rows, -1, Q_TILE, KV_TILE, N, VECTOR, PLAIN,
             )  # fmt: skip
-        ds = exponentials(tl.where(seen, scores, float("-inf")), scale, lse, FOLD)
+        p = exponentials(tl.where(seen, scores, float("-inf")), scale, lse, FOLD)
         if G is not None:
-            v = load_rows(v_base, key.to(tl.int64) * v_l, dv, there, DV, DV1)
+            if PLAIN and V_TILES is not None:
+                v = copy_tile(V_TILES, batch, kv_head, key0, N, DV1)
+            elif PLAIN:
+                v = load_some(v_base, key0, v_l, n, dv, there, DV, DV1)
+            else:
+                v = load_rows(v_base, key.to(tl.int64) * v_l, dv, there, DV, DV1)
             dp = dot(g, tl.trans(v), tl.zeros([M, N], tl.float32), PRECISION, WIDEN)
-            ds = ds * (dp - delta)
+            ds = p * (dp - delta)
         else:
-            ds = ds * (0.0 - delta)
+            ds = p * (0.0 - delta)
+        ds = tl.where(p == 0.0, 0.0, ds)  # the value of a key that nobody sees may be anything
         if BIAS_GRADIENT > 0:
             keep_bias_gradient(
-                DB, unit, ds, db_head, query[:, None], key[None, :], seen, db_q, db_k, b_first,
-                b_count, shift, BIAS_GRADIENT, BIAS_ROW, BIAS_COL,
+                DB, unit, ds, db_head, query[:, None], key[None, :], seen & live[:, None], db_q,
+                db_k, b_first, b_count, shift, BIAS_GRADIENT, BIAS_ROW, BIAS_COL,
             )  # fmt: skip
         if SOFTCAP:
             ds = ds * (1.0 - bent * bent)

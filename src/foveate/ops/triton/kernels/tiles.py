@@ -69,44 +69,47 @@ def list_slots(
 
 @triton.jit
 def listed_bits(
-    WORDS, kind, line, at, LINES: tl.constexpr, SIDE: tl.constexpr, N: tl.constexpr,
+    WORDS, kind, line, at, there, LINES: tl.constexpr, SIDE: tl.constexpr, N: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Which elements the bit tiles show, (lines, N) bool; all of them where the kind is another.
 
     A line is a row (or key) of the owned block, its place in its tile; bit j of its words is the
     j-th slot of a streamed tile of `SIDE` slots. `at` is the slot of each element with `VECTOR`,
-    else the first slot.
+    else the first slot, a multiple of 32. Nothing is shown of the slots that aren't `there`.
     """
     WIDTH: tl.constexpr = (SIDE + 31) // 32
-    there = line < LINES
+    own = line < LINES
     pattern = (kind - 1).to(tl.int64)
     if VECTOR:
         some = (kind > 0)[None, :]
         where = (pattern[None, :] * LINES + line[:, None]) * WIDTH + (at // 32)[None, :]
-        words = tl.load(WORDS + where, mask=some & there[:, None], other=-1)
-        bits = words >> (at % 32)[None, :]
+        words = tl.load(WORDS + where, mask=some & own[:, None], other=-1)
+        bits = there[None, :] & (((words >> (at % 32)[None, :]) & 1) != 0)
     else:
         n = tl.arange(0, N)
         some = kind > 0
         row = WORDS + (pattern * LINES + line) * WIDTH + at // 32
-        words = tl.load(row, mask=some & there, other=-1)[:, None]
+        words = tl.load(row, mask=some & own, other=-1)[:, None]
         for j in tl.static_range(1, N // 32):
-            more = tl.load(row + j, mask=some & there, other=-1)[:, None]
-            words = tl.where((n // 32)[None, :] >= j, more, words)
-        bits = words >> ((at + n) % 32)[None, :]
-    return (bits & 1) != 0
+            more = tl.load(row + j, mask=some & own, other=-1)[:, None]
+            words = tl.where(n[None, :] < 32 * j, words, more)
+        # One bit for each column, so that an element takes one instruction.
+        bit = tl.where(there, 1 << (n & 31), 0)
+        bits = (words & bit[None, :]) != 0
+    return bits
 
 
 @triton.jit
-def any_bits(WORDS, kind, at, SIDE: tl.constexpr, N: tl.constexpr, VECTOR: tl.constexpr):
+def any_bits(WORDS, kind, first, SIDE: tl.constexpr, N: tl.constexpr):
     """Which streamed slots some row of their bit tile sees, (N,) bool; others are never loaded."""
     WIDTH: tl.constexpr = (SIDE + 31) // 32
     n = tl.arange(0, N)
-    slot = at if VECTOR else at + n
-    row = WORDS + (kind - 1).to(tl.int64) * WIDTH + slot // 32
-    words = tl.load(row, mask=(kind > 0) & (n >= 0), other=-1)
-    return ((words >> (slot % 32)) & 1) != 0
+    row = WORDS + (kind - 1).to(tl.int64) * WIDTH + first // 32
+    word = tl.load(row, mask=kind > 0, other=-1)
+    for j in tl.static_range(1, N // 32):
+        word = tl.where(n < 32 * j, word, tl.load(row + j, mask=kind > 0, other=-1))
+    return (word & (1 << (n & 31))) != 0
 
 
 @triton.jit
@@ -199,28 +202,30 @@ def list_bounds(LIST, START, MID, END, owner, length, TILE: tl.constexpr, VECTOR
 
 
 @triton.jit
-def row_program(pid, ORDER, subs, packs, groups_h, batches, q_tiles, PACK: tl.constexpr):
-    """What a program that owns rows works on: (list, tile, block, group, batch entry, first head).
+def row_program(pid, ORDER, subs, packs, groups_h, batches, q_tiles, items, PACK: tl.constexpr):
+    """What a program that owns rows works on.
 
-    Programs count (list, batch entry, pack of heads, block of rows in the tile), the lists with the
-    most work first.
+    Returns (its place in the order, tile, block, group of the batch, of the heads, batch entry,
+    first head). Programs count (batch entry, pack of heads, list, block of rows in the tile): those
+    that run together read the same keys, and each head's longest lists come first.
     """
     sub = pid % subs
     rest = pid // subs
+    place = rest % items
+    rest = rest // items
     packs_in = packs // groups_h
     pack_in = rest % packs_in
-    rest = rest // packs_in
-    batch_in = rest % batches
-    item = rest // batches
+    batch_in = rest // packs_in
+    item = place
     if ORDER is not None:
-        item = tl.load(ORDER + item)
+        item = tl.load(ORDER + place)
     tile = item % q_tiles
     group = item // q_tiles
     group_h = group % groups_h
     group_b = group // groups_h
     batch = group_b + batch_in  # one of them is 0
     head0 = (group_h * packs_in + pack_in) * PACK
-    return item, tile, sub, group_b, group_h, batch, head0
+    return place, tile, sub, group_b, group_h, batch, head0
 
 
 @triton.jit
@@ -256,7 +261,7 @@ def key_step(
     there = there & (place >= 0) & (place < kv_rows)
     # With VECTOR Triton 3.7 fails to compile this look-up; see `some_row_sees`.
     if ALIVE is not None and not VECTOR:
-        there = there & any_bits(ALIVE, kind, first, KV_TILE, N, VECTOR)
+        there = there & any_bits(ALIVE, kind, first, KV_TILE, N)
     key = place
     if KV_INDEX is not None:
         key = tl.load(KV_INDEX + at_index + place, mask=there, other=-1)
@@ -266,21 +271,35 @@ def key_step(
 
 @triton.jit
 def seen_pairs(
-    seen, WORDS, OWNED_RANGE, STREAMED_RANGE, kind, line, first, owned, streamed, low, high,
-    streamed_low, streamed_high, RANGE_KIND: tl.constexpr, LINES: tl.constexpr, SIDE: tl.constexpr,
-    N: tl.constexpr, VECTOR: tl.constexpr,
+    there, WORDS, OWNED_RANGE, STREAMED_RANGE, kind, line, first, owned, streamed, low, high,
+    streamed_low, streamed_high, limit, RANGE_KIND: tl.constexpr, LINES: tl.constexpr,
+    SIDE: tl.constexpr, N: tl.constexpr, VECTOR: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
-    """Which elements of a step count, (owned, streamed) bool: `seen` and what the lists say.
+    """Which elements of a step count, bool that expands to (owned, streamed).
 
-    low, high: what each owned slot sees of the streamed side where the kind is `RANGE_KIND`;
-    streamed_low, streamed_high: the other way round, for the other kind of ranges.
+    there: which streamed slots exist; what is said of owned ones that don't is anything. low, high:
+    what each owned slot sees of the streamed side where the kind is `RANGE_KIND`; streamed_low,
+    streamed_high: the other way round, for the other kind of ranges. With `PLAIN` streamed slots
+    are those of which all below `limit` exist.
     """
     wide = kind[None, :] if VECTOR else kind
     if WORDS is not None:
-        seen = seen & listed_bits(WORDS, kind, line, first, LINES, SIDE, N, VECTOR)
+        seen = listed_bits(WORDS, kind, line, first, there, LINES, SIDE, N, VECTOR)
+    else:
+        seen = there[None, :]
     if OWNED_RANGE is not None:
-        inside = in_range(streamed[None, :], wide, low[:, None], high[:, None], RANGE_KIND)
-        seen = seen & inside
+        if VECTOR:
+            inside = in_range(streamed[None, :], wide, low[:, None], high[:, None], RANGE_KIND)
+        else:  # one comparison for an element: below `begin` the difference is large
+            begin = tl.where(kind == RANGE_KIND, low, 0)
+            size = tl.maximum(tl.minimum(high, limit) - low, 0)
+            width = tl.where(kind == RANGE_KIND, size, limit)
+            offset = streamed[None, :] - begin[:, None]
+            inside = offset.to(tl.uint32, bitcast=True) < width.to(tl.uint32, bitcast=True)[:, None]
+        if PLAIN and WORDS is None:
+            seen = inside
+        else:
+            seen = seen & inside
     if STREAMED_RANGE is not None:
         lows, highs = streamed_low[None, :], streamed_high[None, :]
         seen = seen & in_range(owned[:, None], wide, lows, highs, -3 - RANGE_KIND)
@@ -322,3 +341,45 @@ def load_tile(base, row0, step, n, columns, SIZE: tl.constexpr, WIDTH: tl.conste
     else:
         found = tl.load(rows, mask=(columns < SIZE)[None, :], other=0.0)
     return found
+
+
+@triton.jit
+def load_some(base, row0, step, n, columns, live, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """As `load_tile`, with 0 in the rows where `live` isn't set."""
+    rows = base + row0.to(tl.int64) * step + n[:, None] * step + columns[None, :]
+    mask = live[:, None]
+    if WIDTH > SIZE:
+        mask = mask & (columns < SIZE)[None, :]
+    return tl.load(rows, mask=mask, other=0.0)
+
+
+@triton.jit
+def next_kind(step, last, LIST, KINDS, base, PER: tl.constexpr):
+    """(tile, kind) of a step of a list that starts at `base`; 0 from `last` on."""
+    tile = base + step // PER
+    kind = step * 0
+    if LIST is not None:
+        kind = tl.load(KINDS + tile, mask=step < last, other=0)
+        tile = tl.load(LIST + tile, mask=step < last, other=0)
+    return tile, kind
+
+
+@triton.jit
+def copy_tile(TILES, batch, head, row0, N: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows row0 ... of one head by Hopper's copy engine, (N, WIDTH): see `call.copied`."""
+    return TILES.load([batch, head, row0, 0]).reshape(N, WIDTH)
+
+
+@triton.jit
+def copy_row(TILES, batch, head, row0, N: tl.constexpr):
+    """Numbers row0 ... of one head, (N,), likewise."""
+    return TILES.load([batch, head, row0]).reshape(N)
+
+
+@triton.jit
+def next_tile(step, last, LIST, start, PER: tl.constexpr):
+    """The tile of a step, read a step early so that nothing waits for it; 0 from `last` on."""
+    tile = step // PER
+    if LIST is not None:
+        tile = tl.load(LIST + start + tile, mask=step < last, other=0)
+    return tile
