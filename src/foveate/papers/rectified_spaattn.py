@@ -4,7 +4,8 @@ A grid of 8 x 16 x 16 tokens with 32 text tokens beside it, head size 32, blocks
 which a quarter or a tenth is computed. Queries and keys are amp (smooth field + 0.3 noise); each
 number of a field is an independent Gaussian field of some length scale and variance 1. Values have
 a field of their own; text is N(0, I). Error: that of the visual rows against dense attention,
-relative, in float64. All arms but "no IPAR" (whose map ranks otherwise) compute the same blocks.
+relative, in float64. All arms but "no IPAR" compute the same blocks; its map ranks otherwise, and
+text takes a block's place more often, so that its density is lower.
 
 The paper's videos aren't here, and what queries and keys have in common decides what is found, so
 both ends are run, with the same thresholds, and all checks of both must hold:

@@ -4,7 +4,8 @@ Small video transformers of 6 layers, width 64 and 4 heads learn to predict the 
 noised one (x_t = (1 - t) x_0 + t e, t in 0.1 ... 0.9, squared error), of 6 x 8 x 8 latents of two
 bouncing balls: 384 tokens. They differ in their attention alone. Temporal blocks are one frame (6),
 spatial ones 2 x 4 over all frames (8), 3-D ones 2 x 4 x 4 (12). Density is the share of pairs that
-a model computes on held-out clips.
+a model computes on held-out clips. Positions are computed; those of the pilot that the thresholds
+are from were learnt.
 
 Exploratory, without training: the dense model's attention is replaced by the best pairs of each
 head, or of each query, as many of both, partition by partition; the error is that of the predicted
