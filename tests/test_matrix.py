@@ -27,6 +27,7 @@ SMALL = {
     "q-boundary": "q-boundary(patterns=['grid(max_stride=9)'])",
     "2d-boundary": "2d-boundary(patterns=[['grid(max_stride=9)']])",
     "flux": "flux(sinks=8, local=32, block=16, route='sparse')",
+    "moba": "moba(block=32, topk=2)",
     "dhsa": "dhsa(budget=64, block=32, local=32, sinks=8, instruction=24, chunk=16)",
 }
 PATTERNS = [row for row in catalog.rows() if row.kind == "pattern"]

@@ -14,6 +14,7 @@ from foveate.bench import gpu_command as gpu
 from foveate.bench.parallel_command import parallel
 from foveate.bench.scaling_command import scaling
 from foveate.bench.screen import close, numbers, print_json, run_job, screen, words
+from foveate.bench.video_command import video
 from foveate.ops.errors import MissingPackageError
 
 OUT = "foveate-report/bench"
@@ -50,6 +51,7 @@ def register(app: typer.Typer) -> None:
     bench.command("neighborhood")(neighborhood)
     bench.command("scaling")(scaling)
     bench.command("parallel")(parallel)
+    bench.command("video")(video)
     app.add_typer(bench, name="bench", help="How fast the kernels are on this machine.")
 
 

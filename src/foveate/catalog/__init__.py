@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from foveate.catalog import (
     adaptive,
+    blocks,
     caches,
     formulas,
     images,
@@ -35,6 +36,7 @@ __all__ = [
 
 ROWS: tuple[Row, ...] = (
     *patterns.ROWS,
+    *blocks.ROWS,
     *caches.ROWS,
     *trained.ROWS,
     *formulas.ROWS,

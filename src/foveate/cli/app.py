@@ -10,7 +10,7 @@ from rich.text import Text
 
 import foveate
 from foveate.bench import command as bench
-from foveate.cli import classify, compress, explain, fit, methods, recall, reproduce, train
+from foveate.cli import classify, compress, denoise, explain, fit, methods, recall, reproduce, train
 from foveate.compare import command as compare
 from foveate.cost import command as cost
 from foveate.ops.errors import FoveateError
@@ -51,6 +51,7 @@ def build() -> typer.Typer:
     recall.register(app)
     train.register(app)
     classify.register(app)
+    denoise.register(app)
     return app
 
 

@@ -13,13 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from foveate.cost.afd_command import afd
-from foveate.cost.decode_command import decode
 from foveate.cost.context_command import context
+from foveate.cost.decode_command import decode
 from foveate.cost.figure import draw
 from foveate.cost.memory_command import memory
 from foveate.cost.presets import PRESETS
 from foveate.cost.search import KERNELS, Pair, search
 from foveate.cost.tiles import Tile, Visited, end_to_end, simulate
+from foveate.cost.video_command import video
 from foveate.ops import neighborhood
 from foveate.ops.errors import InputError, nearest
 
@@ -33,6 +34,7 @@ def register(app: typer.Typer) -> None:
     cost.command("afd")(afd)
     cost.command("tiles")(tiles)
     cost.command("context")(context)
+    cost.command("video")(video)
     app.add_typer(cost, name="cost", help="What attention will cost, before anyone runs it.")
 
 

@@ -1,4 +1,4 @@
-"""A small diffusion transformer for images and videos, with local attention on the grid of patches.
+"""A small diffusion transformer for images and videos, with attention on the grid of patches.
 
 Blocks are those of DiT (Peebles and Xie 2022, arXiv 2212.09748): attention and feed-forward behind
 norms whose shift, scale and gate come from the diffusion step. Positions are added to the patches
@@ -18,11 +18,13 @@ from torch.nn import functional
 
 from foveate.methods import make
 from foveate.methods.fna import FNA
+from foveate.methods.rectified_spaattn import RectifiedSpaAttn
+from foveate.methods.vmoba import VMoBA
 from foveate.nn import Attention
 from foveate.ops.errors import InputError
 from foveate.ops.layout.grid import GridLayout
 from foveate.parts.attention import Attention as Method
-from foveate.parts.context import Context
+from foveate.parts.context import Context, Phase
 
 
 class DiT(nn.Module):
@@ -38,8 +40,8 @@ class DiT(nn.Module):
         dim: width.
         depth: blocks.
         num_heads: heads of each.
-        attention: of all blocks, or one for each: texts of the catalog or attentions; `fna` and
-            `gna` are told the grid.
+        attention: of all blocks, or one for each: texts of the catalog or attentions; `fna`, `gna`,
+            `vmoba` and `rectified-spaattn` are told the grid.
         text_tokens: tokens of text with every sample.
         text_dim: their width.
 
@@ -94,7 +96,7 @@ class DiT(nn.Module):
             raise InputError(f"DiT: {len(given)} attentions for {len(self.blocks)} blocks.")
         for block, one in zip(self.blocks, given):
             method = make(one) if isinstance(one, str) else one
-            if isinstance(method, FNA):
+            if isinstance(method, FNA | VMoBA | RectifiedSpaAttn):
                 method = replace(method, shape=self.grid, after=self.text_tokens)
             assert isinstance(block, _Block)
             block.attention.attention = method
@@ -117,13 +119,20 @@ class DiT(nn.Module):
             found = tiles
         return None if found is None else found.q_slots[found.q_slots >= 0]
 
-    def forward(self, x: Tensor, step: Tensor, text: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        step: Tensor,
+        text: Tensor | None = None,
+        done: float | None = None,
+    ) -> Tensor:
         """Predict.
 
         Args:
             x: (B, channels, *sizes).
             step: (B,) of the diffusion.
             text: (B, text_tokens, text_dim).
+            done: share of a sampling's steps that are done, for attentions that begin dense.
 
         Returns:
             (B, channels, *sizes).
@@ -133,7 +142,8 @@ class DiT(nn.Module):
         if self.text is not None and text is not None:
             tokens = torch.cat((tokens, self.text(text)), 1)
         order = self.order(x.device)
-        ctx = Context(grid=self.grid, q_positions=order, kv_positions=order)
+        phase: Phase = "train" if self.training else "prefill"
+        ctx = Context(grid=self.grid, q_positions=order, kv_positions=order, phase=phase, step=done)
         if order is not None:
             tokens = tokens[:, order]
         known = self.step(_waves(step, tokens.shape[-1]).to(tokens.dtype))

@@ -58,7 +58,7 @@ class Context:
         document_ids: integer (L,) or (B, L), document of each token.
         real: bool (B, Lq), False on padding; None where all are real or nobody has looked.
         tree: the tree over the tokens, such as sentences in documents.
-        step: diffusion step.
+        step: share of a diffusion's denoising steps that are done, 0 to 1; None outside of one.
         generator: random state for methods that draw.
         cache: the layer's cache, where the method keeps one of its own.
         store: shared by the layers of one forward; methods use their own keys.
