@@ -1,4 +1,4 @@
-"""Add counted cells to a kept verdict, whose miniature has got them since it was run.
+"""Add cells to a kept verdict, whose miniature has got them since it was run.
 
     python scripts/extend_claim.py step3 costs [--from OUT/step3/verdict.json]
 

@@ -233,6 +233,8 @@ def test_refusals(tmp_path):
     weights = step3_tensors()
     made = FoveateForCausalLM(config_from(STEP3))
     with pytest.raises(InputError, match="layout isn't known"):
+        config_from({"model_type": "gpt_neox"})
+    with pytest.raises(InputError, match="lacks 'num_attention_heads'"):
         config_from({"model_type": "llama"})
     with pytest.raises(InputError, match="has no place"):
         weights_from(made, "step3_text", [("model.layers.0.self_attn.qkv.weight", weights)])

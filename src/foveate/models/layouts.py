@@ -201,10 +201,16 @@ def config_from(given: Any) -> FoveateConfig:
     """A FoveateConfig for a family's config (transformers' object, or the config.json as a dict).
 
     Raises:
-        InputError: the family isn't known.
+        InputError: the family isn't known, or the config lacks one of its sizes.
     """
     plain = given if isinstance(given, dict) else given.to_dict()
-    return _layout(plain).config(plain)
+    layout = _layout(plain)
+    try:
+        return layout.config(plain)
+    except KeyError as missing:
+        raise InputError(
+            f"model_type={plain['model_type']!r}: the config lacks {missing}; give the whole one."
+        ) from missing
 
 
 def _layout(given: Given) -> Layout:
