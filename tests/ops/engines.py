@@ -112,25 +112,34 @@ def compare_gradients(
         size = max(good.abs().max().item(), 0.1) * max(1.0, (q.shape[2] * k.shape[2]) ** 0.25 / 4)
         size *= (x.numel() and out.numel() / x.numel()) ** 0.5 if name == "bias" else 1.0
         tolerance = (4 if torch.finfo(q.dtype).eps > 1e-5 else 40) * unit * max(1.0, size)
-        if name in ("q", "k"):
-            tolerance = max(tolerance, 8 * unit * cancelled(name, q, k, v, do, scale))
+        if name != "v":
+            tolerance = max(tolerance, 8 * unit * cancelled(name, x, q, k, v, do, scale))
         torch.testing.assert_close(
             got.double(), good, rtol=0, atol=tolerance, msg=partial("d{}: {}".format, name)
         )
 
 
-def cancelled(name: str, q: Tensor, k: Tensor, v: Tensor, do: Tensor | None, scale: float) -> float:
-    """What rounding leaves of a gradient of queries or keys that cancels, in units of eps.
+def cancelled(
+    name: str, x: Tensor, q: Tensor, k: Tensor, v: Tensor, do: Tensor | None, scale: float
+) -> float:
+    """What rounding leaves of the gradient of x that cancels (not of values), in units of eps.
 
     With one key p is 1 and do . v - delta cancels, but both are rounded; the pairs' parts add up as
     independent ones do. With n keys p is 1 / n, and it soon is nothing beside the other parts.
     """
-    if do is None or not k.numel() or not v.numel():
+    if do is None or not k.numel() or not v.numel() or not x.numel():
         return 0.0
-    other, pairs = (k, k.shape[2]) if name == "q" else (q, q.shape[2] * q.shape[1] / k.shape[1])
-    size = abs(scale) * (2 * v.shape[3] * pairs) ** 0.5 / k.shape[2]
-    for x in (other, do, v):
-        size *= x.double().square().mean().sqrt().item()
+    rows = q.shape[0] * q.shape[1] * q.shape[2]
+    pairs = {"q": k.shape[2], "k": rows / (k.shape[0] * k.shape[1])}.get(
+        name, rows * k.shape[2] / x.numel()
+    )
+    size = (2 * v.shape[3] * pairs) ** 0.5 / k.shape[2]
+    factors = [do, v]
+    if name != "bias":
+        size *= abs(scale)
+        factors.append(k if name == "q" else q)
+    for factor in factors:
+        size *= factor.double().square().mean().sqrt().item()
     return size
 
 
