@@ -78,16 +78,7 @@ def classify(
         pictures=pictures,
     )  # fmt: skip
     with Screen() as screen:
-        screen.begin(f"training {pooling}", steps)
-        begun = False
-
-        def tell(share: float, doing: str) -> None:
-            nonlocal begun
-            if not begun:
-                screen.skip(share * steps)
-            begun = True
-            screen.advance(share * steps, doing)
-
+        tell = screen.steps(f"training {pooling}", steps)
         try:
             facts = job.run(made, tell, screen.say)
         except ModuleNotFoundError as error:

@@ -76,16 +76,7 @@ def denoise(
         resume=resume,
     )  # fmt: skip
     with Screen() as screen:
-        screen.begin(f"denoising with {attention}", steps)
-        before = 0.0
-
-        def tell(share: float, doing: str) -> None:
-            nonlocal before
-            if not before and share * steps > 10:  # went on from a checkpoint
-                screen.skip(share * steps)
-            before = share
-            screen.advance(share * steps, doing)
-
+        tell = screen.steps(f"denoising with {attention}", steps)
         try:
             facts = job.run(made, tell, screen.say)
         except ModuleNotFoundError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from time import perf_counter
 
 from rich.console import Console
@@ -55,6 +56,23 @@ class Screen(Listener):
             )
             self._progress.start()
             self._progress.add_task(title, total=parts)
+
+    def steps(self, title: str, count: int) -> Callable[[float, str], None]:
+        """Show the bar for `count` steps; what moves it takes (share done, what is being done).
+
+        The share that it is called with first was there before: a job that goes on.
+        """
+        self.begin(title, count)
+        begun = False
+
+        def tell(share: float, doing: str) -> None:
+            nonlocal begun
+            if not begun:
+                self.skip(share * count)
+            begun = True
+            self.advance(share * count, doing)
+
+        return tell
 
     def skip(self, parts: float = 1) -> None:
         """Parts that took no time."""

@@ -108,16 +108,7 @@ def train(
         segment=segment,
     )  # fmt: skip
     with Screen() as screen:
-        screen.begin(f"training {like or mixer or projection}", steps)
-        begun = False
-
-        def tell(share: float, doing: str) -> None:
-            nonlocal begun
-            if not begun:
-                screen.skip(share * steps)
-            begun = True
-            screen.advance(share * steps, doing)
-
+        tell = screen.steps(f"training {like or mixer or projection}", steps)
         try:
             facts = job.run(made, tell, screen.say)
         except ModuleNotFoundError as error:

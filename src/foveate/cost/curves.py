@@ -6,41 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from foveate.cost.canvas import pyplot_for, save
 from foveate.cost.hardware import Chip
 from foveate.cost.pipeline import NAMES, Played
-from foveate.ops.errors import InputError, MissingPackageError
 
 _STAGES = ("#3d5a98", "#9db4dd", "#a4161a", "#e5989b")
-
-
-def _pyplot(path: Path) -> Any:
-    """Matplotlib's pyplot, once the file's kind is one that it writes.
-
-    Raises:
-        InputError: a suffix that matplotlib doesn't write.
-        MissingPackageError: matplotlib isn't there.
-    """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError as error:
-        raise MissingPackageError(
-            "The figure needs matplotlib: pip install 'foveate[report]'"
-        ) from error
-    kinds = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix[1:].lower() not in kinds:
-        raise InputError(f"{path}: expected a name that ends in one of .{', .'.join(kinds)}.")
-    return pyplot
-
-
-def _save(pyplot: Any, figure: Any, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-    return path
 
 
 def draw_decode(
@@ -60,7 +30,7 @@ def draw_decode(
         InputError: a suffix that matplotlib doesn't write.
         MissingPackageError: matplotlib isn't there.
     """
-    pyplot = _pyplot(path)
+    pyplot = pyplot_for(path)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     names = list(dict.fromkeys(row["model"] for row in rows))
     colours = dict(zip(names, pyplot.cm.tab10.colors * (len(names) // 10 + 1)))
@@ -93,7 +63,7 @@ def draw_decode(
     right.set_title("Attention on the roofline", loc="left", fontsize=10)
     right.grid(alpha=0.3)
     right.legend(fontsize=7, loc="lower right")
-    return _save(pyplot, figure, path)
+    return save(pyplot, figure, path)
 
 
 def draw_pipeline(played: Played, rows: Sequence[dict[str, Any]], path: Path) -> Path:
@@ -108,7 +78,7 @@ def draw_pipeline(played: Played, rows: Sequence[dict[str, Any]], path: Path) ->
         InputError: a suffix that matplotlib doesn't write.
         MissingPackageError: matplotlib isn't there.
     """
-    pyplot = _pyplot(path)
+    pyplot = pyplot_for(path)
     many = 2 if rows else 1
     figure, axes = pyplot.subplots(1, many, figsize=(6.5 * many, 3.6), squeeze=False,
                                    layout="constrained")  # fmt: skip
@@ -138,4 +108,4 @@ def draw_pipeline(played: Played, rows: Sequence[dict[str, Any]], path: Path) ->
         right.set_ylabel("tokens a second for each chip")
         right.set_title("Fewest attention instances", loc="left", fontsize=10)
         right.grid(alpha=0.3)
-    return _save(pyplot, figure, path)
+    return save(pyplot, figure, path)

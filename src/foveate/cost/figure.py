@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from foveate.ops.errors import InputError, MissingPackageError
+from foveate.cost.canvas import pyplot_for, save
 
 _WORST, _MEAN, _FLOPS = "#3d5a98", "#9db4dd", "#a4161a"
 
@@ -21,19 +21,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> Path:
         InputError: a suffix that matplotlib doesn't write.
         MissingPackageError: matplotlib isn't there.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError as error:
-        raise MissingPackageError(
-            "The figure needs matplotlib: pip install 'foveate[report]'"
-        ) from error
-    kinds = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix[1:].lower() not in kinds:
-        raise InputError(f"{path}: expected a name that ends in one of .{', .'.join(kinds)}.")
+    pyplot = pyplot_for(path)
     windows = list(dict.fromkeys((row["shape"], row["window"]) for row in rows))
     tall = sum(1.1 + 0.42 * sum((r["shape"], r["window"]) == w for r in rows) for w in windows)
     heights = [1 + sum((r["shape"], r["window"]) == w for r in rows) for w in windows]
@@ -58,7 +46,4 @@ def draw(rows: list[dict[str, Any]], path: Path) -> Path:
         axis.grid(axis="x", alpha=0.3)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=8, ncols=3, loc="outside lower center")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-    return path
+    return save(pyplot, figure, path)
