@@ -18,6 +18,7 @@ from statistics import mean, median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from foveate.papers.harness import Check, Found, Paper, Trial, at_least, at_most
 from foveate.papers.harness import ratio as times
@@ -118,6 +119,23 @@ def balance(trial: Trial) -> Found:
     return found
 
 
+def _cast(seen: Tensor, index: list[Tensor], each: int) -> list[int]:
+    """Numbers that each rank sends by group-cast, from the mask's elements.
+
+    A run of a rank's tokens goes to every other rank that sees some of it: forward, again in the
+    backward, and its gradient comes back from there. each: numbers of a token.
+    """
+    travel = torch.zeros(len(index), len(index), dtype=torch.int64)  # tokens, from whom to whom
+    for source, mine in enumerate(index):
+        cuts = [0, *(mine.diff() != 1).nonzero()[:, 0].add(1).tolist(), len(mine)]
+        for low, high in zip(cuts, cuts[1:]):
+            for reader, rows in enumerate(index):
+                some = bool(seen[rows][:, mine[low:high]].any())
+                travel[source, reader] += (high - low) * (some and source != reader)
+    sent: list[int] = ((2 * travel.sum(1) + travel.sum(0)) * each).tolist()
+    return sent
+
+
 def schemes(trial: Trial) -> Found:
     """Largest error of output and gradients of each scheme, and numbers sent over the formulas'."""
     from foveate.ops import attention, causal, documents
@@ -134,6 +152,10 @@ def schemes(trial: Trial) -> Found:
     out = attention(leaves[0], leaves[1], leaves[2], mask, backend="reference").out
     right = [out.detach(), *torch.autograd.grad(out, leaves, dout)]
     sizes = Sizes(n, ranks, heads, kv_heads, dim, dim)
+    index = run_local(
+        ranks, lambda links: ContextParallel(links, "magi", "zigzag").sequence(n, mask).index
+    )
+    cast = _cast(mask.dense(n, n)[0, 0], index, kv_heads * 2 * dim)
     found: dict[str, dict[str, Any]] = {}
     for number, scheme in enumerate(SCHEMES):
         trial.tell(number / len(SCHEMES), scheme)
@@ -148,8 +170,11 @@ def schemes(trial: Trial) -> Found:
                 (a.detach() - sequence.split(b, 2)).abs().max()
                 for a, b in zip((got, *grads), right)
             ]
-            told = volume(cp.scheme, sizes, sequence.plan, links.rank)
-            theory = float(sum(told.forward.values()) + sum(told.backward.values()))
+            if scheme.startswith("magi"):
+                theory = float(cast[links.rank])
+            else:
+                told = volume(cp.scheme, sizes, sequence.plan, links.rank)
+                theory = float(sum(told.forward.values()) + sum(told.backward.values()))
             return float(torch.stack(off).max()), sum(cp.traffic.numbers.values()) / theory
 
         results = run_local(ranks, work)
