@@ -42,7 +42,8 @@ def read_folder(folder: str | Path) -> Dataset:
     users, items = (every.max(0).values + 1).tolist()
     known = triples(folder / "kg_final.txt")
     names = {
-        what: _names(folder / f"{what}_list.txt") for what in ("user", "item", "entity", "relation")
+        what: listed_names(folder / f"{what}_list.txt")
+        for what in ("user", "item", "entity", "relation")
     }
     listed = [number + 1 for number in names["item"]]
     items = max([items, *listed])
@@ -117,7 +118,7 @@ def _numbers(path: Path, least: int) -> Iterator[tuple[int, list[int]]]:
         yield number, row
 
 
-def _names(path: Path) -> dict[int, str]:
+def listed_names(path: Path) -> dict[int, str]:
     """`name number [...]` behind a line of headings; a name may hold spaces only if tabs divide."""
     if not path.exists():
         return {}
