@@ -105,6 +105,10 @@ def test_an_epoch_alternates_between_two_optimisers(data):
     assert steps["nodes"] == per_epoch
     assert steps["projections"] == steps["relations"] == [0, per_epoch[1]]
     assert steps["aggregators.0.first.weight"] == [per_epoch[0], 0]
+    published = Pairwise(replace(setting(), triple_batch=None), data)  # 120 // 32 steps and a rest
+    triples = [t for t, _ in published._triples(torch.Generator().manual_seed(0))]
+    assert {len(t) for t in triples[:-1]} == {len(published.graph) // 3}
+    assert len(torch.cat(triples).unique(dim=0)) == len(published.graph)
     without = Pairwise(setting(translation=False), data)
     assert set(without.epoch(0, torch.Generator().manual_seed(0))) == {"pairs"}
     alone = Pairwise(setting(knowledge=False), data)

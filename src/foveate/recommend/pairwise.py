@@ -34,7 +34,8 @@ class Setting:
         dim: of the vectors of "bpr-mf" and "fm".
         lr: learning rate of all optimisers.
         batch: pairs of a step.
-        triple_batch: triples of a step.
+        triple_batch: triples of a step; None: as many as make the steps of both kinds equally
+            many, which is what the published code does.
         decay: weight of squared norms, for pairs and triples alike.
         recipe: of KGAT.
         knowledge: False leaves the knowledge graph out of KGAT's graph.
@@ -50,7 +51,7 @@ class Setting:
     dim: int = 64
     lr: float = 1e-3
     batch: int = 1024
-    triple_batch: int = 2048
+    triple_batch: int | None = None
     decay: float = 1e-5
     recipe: KGAT = field(default_factory=KGAT)
     knowledge: bool = True
@@ -64,7 +65,8 @@ class Setting:
                 f"{self.kind!r} is no recommender; expected one of {', '.join(KINDS)}."
             )
         for name in ("dim", "batch", "triple_batch"):
-            whole("Setting", name, getattr(self, name), least=1)
+            if getattr(self, name) is not None:
+                whole("Setting", name, getattr(self, name), least=1)
         if not 0 < self.lr < float("inf"):
             raise InputError(f"Setting(lr={self.lr}): expected a number above 0.")
         if not 0 <= self.decay < float("inf"):
@@ -180,7 +182,10 @@ class Pairwise:
         graph = self.graph
         assert graph is not None
         order = torch.randperm(len(graph), generator=random)
-        for some in order.split(self.given.triple_batch):
+        size = self.given.triple_batch
+        if size is None:
+            size = len(graph) // max(1, len(self.data.train) // self.given.batch)
+        for some in order.split(size):
             triples = torch.stack((graph.head[some], graph.relation[some], graph.tail[some]), 1)
             yield triples, corrupt(graph, triples, random)
 
