@@ -119,14 +119,13 @@ class FM(Recommender):
 
     def vectors(self, users: Tensor | None = None, items: Tensor | None = None) -> Tables:
         """See `Recommender.vectors`."""
-        f = self.features
-        if items is None:
-            back = torch.arange(self.items, device=self.entity.device)
-            entity, linear = self.entity, self.linear
-        else:
+        f, back = self.features, torch.arange(self.items, device=self.entity.device)
+        entity: Tensor = self.entity
+        linear: Tensor = self.linear
+        if items is not None:
             rows, back = items.unique(return_inverse=True)
             f, needed = f.rows(rows)
-            entity, linear = self.entity[needed], self.linear[needed]
+            entity, linear = entity[needed], linear[needed]
         sums = f @ torch.cat((entity, entity.square().sum(1, keepdim=True), linear), 1)
         s, squares, w = sums[:, :-2], sums[:, -2], sums[:, -1]
         bias = w + (s.square().sum(1) - squares) / 2

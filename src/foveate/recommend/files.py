@@ -62,7 +62,7 @@ def read_folder(folder: str | Path) -> Dataset:
 
 def pairs(path: Path) -> Tensor:
     """`user item item ...` lines as (n, 2) int64."""
-    found = []
+    found: list[tuple[int, int]] = []
     for _, (user, *items) in _numbers(path, least=1):
         found.extend((user, item) for item in items)
     return torch.tensor(found, dtype=torch.int64).reshape(-1, 2)
@@ -70,7 +70,7 @@ def pairs(path: Path) -> Tensor:
 
 def triples(path: Path) -> Tensor:
     """`head relation tail` lines as (n, 3) int64."""
-    found = []
+    found: list[list[int]] = []
     for number, row in _numbers(path, least=3):
         if len(row) != 3:
             raise InputError(

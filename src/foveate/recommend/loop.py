@@ -8,7 +8,7 @@ that was killed ends with the same weights, bit by bit, as one that wasn't.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -55,15 +55,15 @@ class Plan:
 
 
 class Trainee(Protocol):
-    """What is trained.
+    """What is trained."""
 
-    Attributes:
-        model: its weights.
-        optimizers: all over (some of) the model's parameters.
-    """
+    @property
+    def model(self) -> nn.Module:
+        """Whose weights are learnt."""
 
-    model: nn.Module
-    optimizers: tuple[torch.optim.Optimizer, ...]
+    @property
+    def optimizers(self) -> Sequence[torch.optim.Optimizer]:
+        """All over (some of) the model's parameters."""
 
     def epoch(self, number: int, random: torch.Generator) -> dict[str, float]:
         """One epoch, all draws from `random` and torch's random state; mean losses."""

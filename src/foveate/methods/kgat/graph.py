@@ -97,7 +97,7 @@ class _Messages(torch.autograd.Function):
         return _product(w.forward, w.weight, w.shape, x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         w: Adjacency = ctx.w
         return _product(w.back, w.weight[w.turned], w.shape[::-1], grad), None
 
