@@ -73,7 +73,7 @@ def run_jobs(
     try:
         for _ in range(min(workers, len(jobs))):
             ours, theirs = context.Pipe()
-            process = context.Process(
+            process: BaseProcess = context.Process(
                 target=_serve, args=(theirs, make, threads, quick, str(device)), daemon=True
             )
             process.start()
@@ -86,8 +86,8 @@ def run_jobs(
                 running[connection], shares[connection] = (job, process), 0.0
             if not running:
                 break
-            for connection in wait(list(running)):
-                assert isinstance(connection, Connection)
+            ready = set(wait(list(running)))
+            for connection in [at for at in running if at in ready]:
                 job, process = running[connection]
                 try:
                     kind, value = connection.recv()
