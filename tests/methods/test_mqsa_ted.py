@@ -277,7 +277,7 @@ def test_losses_are_those_of_the_sheet(alpha):
     kd = teacher.loss(made.table, given[REAL], 0.5)
     torch.testing.assert_close(found["transitions"], 0.2 * kd)
     squares = sum(p.square().sum().item() for p in made.parameters())
-    assert float(found["l2"]) == pytest.approx(0.005 * squares)
+    assert found["l2"].item() == pytest.approx(0.005 * squares)
     assert set(made.losses(given, targets, teacher)) == {"next", "transitions"}
     with pytest.raises(InputError, match="Transitions"):
         made.losses(given, targets)

@@ -94,7 +94,8 @@ def test_choices_follow_tastes_and_successors():
     last = torch.tensor([s[-2] for s in data.sequences])
     unseen = counts.counts(last, torch.tensor([s[-1] for s in data.sequences])) == 0
     assert 0.7 < unseen.double().mean() < 0.9  # the sheet found 0.79
-    assert mqsa_ted.made(2).digest() != data.digest()
+    few = [mqsa_ted.made(seed, 50).digest() for seed in (1, 1, 2)]
+    assert few[0] == few[1] != few[2]
 
 
 def test_the_arms_of_the_next_item():

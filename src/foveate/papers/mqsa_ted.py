@@ -88,6 +88,8 @@ def run(trial: Trial) -> Found:
     name, setting = setting_of(trial.cell, trial.tuned)
     users = 200 if trial.quick else USERS
     data = made(trial.seed, users) if name == "made" else read("ml-100k")
+    if trial.quick:
+        data = replace(data, sequences=data.sequences[:users])
     epochs = 2 if trial.quick else EPOCHS[name] // (2 if trial.tuning else 1)
     plan = loop.Plan(epochs, max(1, epochs // 20), patience=6, seed=trial.seed)
     trainee = Sequential(setting, data, trial.seed)
