@@ -17,7 +17,7 @@ from foveate.recommend import pairwise, sequential
 from foveate.recommend.answers import FACTS, TENSORS, Kept
 from foveate.recommend.files import write_folder
 from foveate.recommend.job import PRETRAINING, TRAINING, Job, run
-from foveate.recommend.loop import Plan
+from foveate.recommend.loop import Plan, train
 from foveate.recommend.sequences import SequenceData, read
 
 SMALL = ("--epochs", "8", "--every", "2", "--dim", "8", "--lr", "0.02", "--batch", "32")
@@ -182,6 +182,26 @@ def test_options_that_have_no_meaning_are_refused(call, tmp_path):
         code, _, err = call("recommend", "train", "--out", str(tmp_path / "out"), *args)
         assert code == 2
         assert said in err
+
+
+def test_the_next_items_training_goes_on_bit_by_bit(folder, tmp_path):
+    recipe = MQSATED(8, 6, dropout=0.4)
+    plan = Plan(epochs=6, every=2, patience=None)
+
+    def trained(path, tell=lambda *a: None):
+        trainee = sequential.Sequential(sequential.Setting(recipe, 0.01), read(str(folder)), 1)
+        train(trainee, plan, path, tell)
+        return trainee.model.state_dict()
+
+    def stop(share, doing):
+        if share > 0.6:
+            raise KeyboardInterrupt
+
+    expected = trained(None)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "kept.safetensors", stop)
+    found = trained(tmp_path / "kept.safetensors")
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
 
 
 # -- sequences ------------------------------------------------------------------------------------

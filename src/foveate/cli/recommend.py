@@ -204,7 +204,7 @@ def show(facts: dict[str, Any], screen: Console) -> None:
     ):
         table.add_row(name, Text(value))
     screen.print(table)
-    ask = "USER" if "relation" in str(facts["setting"].get("recipe")) else "--after ITEM"
+    ask = "--after ITEM" if facts["kind"] in ("mqsa-ted", "sasrec") else "USER"
     screen.print(Text(f"\nfoveate recommend query {facts['folder']} {ask}"), soft_wrap=True)
 
 

@@ -10,7 +10,9 @@ Nothing else than numbers is taken from the first four; lists only give names to
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -62,22 +64,29 @@ def read_folder(folder: str | Path) -> Dataset:
 
 def pairs(path: Path) -> Tensor:
     """`user item item ...` lines as (n, 2) int64."""
-    found: list[tuple[int, int]] = []
+    found = array("q")  # eight bytes a number; published files have millions
     for _, (user, *items) in _numbers(path, least=1):
-        found.extend((user, item) for item in items)
-    return torch.tensor(found, dtype=torch.int64).reshape(-1, 2)
+        for item in items:
+            found.extend((user, item))
+    return _tensor(found, 2)
 
 
 def triples(path: Path) -> Tensor:
     """`head relation tail` lines as (n, 3) int64."""
-    found: list[list[int]] = []
+    found = array("q")
     for number, row in _numbers(path, least=3):
         if len(row) != 3:
             raise InputError(
                 f"{path}, line {number}: expected head, relation and tail, got {len(row)} numbers."
             )
-        found.append(row)
-    return torch.tensor(found, dtype=torch.int64).reshape(-1, 3)
+        found.extend(row)
+    return _tensor(found, 3)
+
+
+def _tensor(found: array[int], columns: int) -> Tensor:
+    if not found:
+        return torch.empty(0, columns, dtype=torch.int64)
+    return torch.frombuffer(found, dtype=torch.int64).clone().reshape(-1, columns)
 
 
 def sequences(path: Path) -> list[list[int]]:
@@ -123,16 +132,18 @@ def listed_names(path: Path) -> dict[int, str]:
     if not path.exists():
         return {}
     found: dict[int, str] = {}
-    for line in _lines(path)[1:]:
+    for line in islice(_lines(path), 1, None):
         words = line.split("\t") if "\t" in line else line.split()
         if len(words) >= 2 and words[1].strip().isdecimal():
             found[int(words[1])] = words[0]
     return found
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path) -> Iterator[str]:
     try:
-        return path.read_bytes().decode("utf-8-sig").splitlines()
+        with path.open(encoding="utf-8-sig") as file:
+            for line in file:
+                yield line.rstrip("\n")
     except FileNotFoundError:
         raise InputError(
             f"{path}: there is no such file; a data set's folder has train.txt, test.txt and "

@@ -213,13 +213,6 @@ class Graph:
         into = self.tail * self.relations + self.relation
         return (weight / into.bincount(minlength=size)[into]).sqrt()
 
-    def to(self, device: torch.device) -> Graph:
-        """The graph on another device."""
-        if self.key.device == device:
-            return self
-        triples = torch.stack((self.head, self.relation, self.tail), 1)
-        return Graph(triples.to(device), self.nodes, self.relations)
-
 
 def collaborative(
     interactions: Tensor, knowledge: Tensor, users: int, entities: int, relations: int
