@@ -37,7 +37,7 @@ SHARE = {SASREC: (1.0, 0.0), MQSA: (0.5, 0.0), SASREC_TED: (1.0, 0.1), BOTH: (0.
 """Alpha and the weight of the distillation, by arm."""
 
 CELLS = (*(f"made {arm}" for arm in SHARE), *(f"films {arm}" for arm in (SASREC, BOTH)))
-EPOCHS = {"made": 40, "films": 40}
+EPOCHS = {"made": 30, "films": 30}
 
 
 def gamma(shape: tuple[int, ...], a: float, random: torch.Generator) -> torch.Tensor:
