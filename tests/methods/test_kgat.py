@@ -199,6 +199,22 @@ def test_a_batch_reads_only_its_field_and_gives_the_same():
     assert sub.shape == (2, 4)
 
 
+def test_no_vector_is_kept_for_each_edge():
+    triples = torch.cartesian_prod(torch.arange(12), torch.arange(R), torch.arange(12))
+    graph = Graph(triples, N, R)
+    model = network(graph)
+    kept = []
+
+    def keep(x):
+        kept.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model(graph.adjacency(model.weights(graph))).sum().backward()
+    assert kept
+    assert max(kept) <= N * (2 * D) < len(graph) < len(graph) * D
+
+
 def test_oracle_5_relabelled_nodes_give_relabelled_vectors():
     graph = parallel()
     model = network(graph)

@@ -82,6 +82,14 @@ def test_parts_are_disjoint_and_by_user(data):
     assert len(alone.held_out(0.5).train) == 2  # who has one item keeps it
 
 
+def test_groups_of_sparsity_hold_about_as_many_pairs_each():
+    counts = torch.tensor([1, 1, 1, 1, 2, 2, 4, 0, 4])
+    user = torch.repeat_interleave(counts)[torch.randperm(16)]
+    pairs = torch.stack((user, torch.zeros_like(user)), 1)
+    data = Dataset("g", 9, 1, 1, 0, pairs, pairs[:0], pairs[:0], torch.empty(0, 3).long())
+    assert [g.tolist() for g in data.groups(4)] == [[0, 1, 2, 3, 7], [4, 5], [6], [8]]
+
+
 needs_wheel = pytest.mark.skipif(
     importlib.util.find_spec("recbole") is None, reason="recbole's wheel isn't installed"
 )

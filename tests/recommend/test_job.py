@@ -94,6 +94,9 @@ def test_kgat_from_files_to_reasons(call, folder, tmp_path, data):
     code, told, _ = call("recommend", "query", out, "7")
     assert code == 0
     assert "user 7 → interact → item" in told
+    shown = call(*args, "--seed", "1")[1]
+    assert "recall by user" in shown
+    assert f"foveate recommend query {out} USER" in " ".join(shown.split())
     for args_, said in (
         (("query", out, "99"), "No user is called '99'; they are 0 ... 39."),
         (("query", out), "recommends for a user"),

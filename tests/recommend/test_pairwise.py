@@ -123,6 +123,16 @@ def test_draws_are_negatives_and_every_pair_comes_once(data):
     assert not any((u, j) in held for u, _, j in drawn.tolist())
 
 
+def test_figures_by_sparsity_average_to_those_of_all(data):
+    some = replace(data, train=data.train[torch.arange(120) % 7 > 0])  # users of 2 or 3 items
+    trainee = Pairwise(setting("bpr-mf"), some)
+    found = trainee.by_sparsity(5)
+    assert [one["most"] for one in found] == [2, 3, 3, 3]
+    assert sum(one["users"] for one in found) == 40
+    mean = sum(one["users"] * one["ndcg@5"] for one in found) / 40
+    assert mean == pytest.approx(trainee.figures("test", (5,))["ndcg@5"])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_they_learn_what_is_to_be_learnt(data, kind):
     trainee = Pairwise(setting(kind), data)

@@ -196,13 +196,19 @@ def show(facts: dict[str, Any], screen: Console) -> None:
     if before is not None:
         told += f", behind {before['epochs']} of BPR-MF"
     named = {k: v for k, v in facts["test"].items() if "@" in k}
+    sparse = ", ".join(
+        f"up to {one['most']:.0f} items {one[name]:.4f}"
+        for one in facts["by sparsity"] for name in one if name.startswith("recall@")
+    )  # fmt: skip
     for name, value in (
         ("model", f"{facts['kind']}, {facts['parameters']:,} weights"),
         ("data", facts["data"]),
         ("training", told),
         ("test", ", ".join(f"{k} {v:.4f}" for k, v in named.items())),
+        ("recall by user", sparse),
     ):
-        table.add_row(name, Text(value))
+        if value:
+            table.add_row(name, Text(value))
     screen.print(table)
     ask = "--after ITEM" if facts["kind"] in ("mqsa-ted", "sasrec") else "USER"
     screen.print(Text(f"\nfoveate recommend query {facts['folder']} {ask}"), soft_wrap=True)

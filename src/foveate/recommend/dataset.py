@@ -99,6 +99,16 @@ class Dataset:
         kept = self.train[place < each]
         return replace(self, train=kept, title=f"{self.title}, {each} training items a user")
 
+    def groups(self, parts: int = 4) -> list[Tensor]:
+        """Users by their number of training items, fewest first, in groups that have about as
+        many training pairs each: the paper's groups of sparsity.
+        """
+        count = self.train[:, 0].bincount(minlength=self.users)
+        order = torch.argsort(count, stable=True)
+        before = count[order].cumsum(0) - count[order]
+        group = (before * parts // len(self.train)).clamp(max=parts - 1)
+        return [order[group == n].sort().values for n in range(parts)]
+
     def digest(self) -> str:
         """16 hex digits over all numbers."""
         made = hashlib.sha256(repr((self.users, self.items, self.entities)).encode())

@@ -95,6 +95,7 @@ def run(
         "training": _short(done),
         "history": done.history,
         "test": trainee.figures("test", job.ks),
+        "by sparsity": trainee.by_sparsity(max(job.ks)) if isinstance(trainee, Pairwise) else [],
         "folder": str(job.out),
         "environment": machine(torch.device("cpu")),
     }

@@ -204,6 +204,24 @@ class Pairwise:
         seen = torch.cat((data.train, data.validation)) if part == "test" else data.train
         return evaluate(self.tables().scores, getattr(data, part), seen, data.users, data.items, ks)
 
+    def by_sparsity(self, k: int = 20, parts: int = 4) -> list[dict[str, float]]:
+        """Test figures of users with few training items to those with many; see `Dataset.groups`.
+
+        Returns:
+            For each group that has someone to judge: "most" training items of its users, their
+            figures at K, and how many were judged.
+        """
+        data, scores = self.data, self.tables().scores
+        count = data.train[:, 0].bincount(minlength=data.users)
+        seen = torch.cat((data.train, data.validation))
+        found = []
+        for users in data.groups(parts):
+            some = data.test[torch.isin(data.test[:, 0], users)]
+            if len(some):
+                figures = evaluate(scores, some, seen, data.users, data.items, (k,))
+                found.append({"most": float(count[users].max())} | figures)
+        return found
+
     def validate(self) -> float:
         """See `Trainee.validate`."""
         name, _, k = self.given.judge.partition("@")
