@@ -11,9 +11,11 @@ PROJECTIONS = (
     "mfa-kr(head_dim=16, query_rank=16)", "mla(latent=16, rope_dim=4)",
     "tpla(latent=16, rope_dim=4)", "sqa(query_heads=2, kv_heads=1)", "moh(shared=1, active=2)",
 )  # fmt: skip
-ATTENTIONS = ("sink-window(sinks=2, window=12)", "dma(window=8)", "combiner(size=8)", "lucid(block=16)",
-              "flowformer(chunk=8)", "sea(k=8, width=16, max_length=64)", "rcmha", "tensor-attention",
-              "routing-transformer(clusters=4, window=10, block=8)", "superlinear(spans=2)")  # fmt: skip
+ATTENTIONS = (
+    "sink-window(sinks=2, window=12)", "dma(window=8)", "combiner(size=8)", "lucid(block=16)",
+    "flowformer(chunk=8)", "sea(k=8, width=16, max_length=64)", "rcmha", "tensor-attention",
+    "routing-transformer(clusters=4, window=10, block=8)", "superlinear(spans=2)",
+)  # fmt: skip
 CASES = [(p, "full") for p in PROJECTIONS] + [("mha", a) for a in ATTENTIONS]
 
 
