@@ -11,7 +11,7 @@ pytest.importorskip("safetensors")
 
 from foveate import papers
 from foveate.papers import kgat, mqsa_ted
-from foveate.papers.harness import Trial
+from foveate.papers.harness import Trial, environment
 from foveate.recommend.pairwise import Pairwise
 
 WHEEL = importlib.util.find_spec("recbole") is not None
@@ -36,6 +36,16 @@ def test_the_quick_path_has_a_figure_for_every_check(key, tmp_path):
     if WHEEL:
         assert set(made.baseline) | set(made.ours) <= set(found)
         assert made.data().count("MovieLens") == 1
+
+
+def test_figures_depend_on_the_code_that_trains_and_judges(monkeypatch):
+    seen = []
+    monkeypatch.setattr(environment, "source_digest", lambda files: seen.extend(files) or "")
+    environment.code_digest.__wrapped__()
+    named = {"/".join(path.parts[-2:]) for path in seen}
+    assert {
+        f"recommend/{name}.py" for name in ("loop", "pairwise", "sequential", "metrics")
+    } < named
 
 
 def test_made_items_have_their_attributes_and_users_their_likes():
