@@ -70,3 +70,13 @@ def test_leave_one_out_ranks_and_figures():
     ln = math.log
     assert found["ndcg@5"] == pytest.approx((1 + ln(2) / ln(3)) / 4)
     assert found["ndcg@10"] == pytest.approx((1 + ln(2) / ln(3) + ln(2) / ln(9)) / 4)
+
+
+def test_a_score_that_is_no_number_is_worst():
+    nan = float("nan")
+    scores = torch.tensor([[0.1, nan, -5.0]])
+    nothing = torch.zeros(1, 3, dtype=torch.bool)
+    assert leave_one_out(scores, torch.tensor([1]), nothing).item() == 2
+    assert leave_one_out(scores, torch.tensor([2]), nothing).item() == 1
+    found = evaluate(lambda u: scores[u], torch.tensor([[0, 0]]), nothing.nonzero(), 1, 3, (1,))
+    assert found["recall@1"] == 1

@@ -155,6 +155,9 @@ def _epoch(trainee: Trainee, plan: Plan, number: int) -> dict[str, float]:
 
 
 def _validate(trainee: Trainee) -> float:
+    # An epoch's losses are of the weights before its last step.
+    if not all(bool(p.isfinite().all()) for p in trainee.model.parameters()):
+        raise DivergedError("A weight is no finite number any more; take a lower learning rate.")
     trainee.model.eval()
     figure = trainee.validate()
     if not math.isfinite(figure):

@@ -80,7 +80,8 @@ def evaluate(
         chunk: scores held at a time, which bounds the memory.
 
     Returns:
-        "recall@20", "ndcg@20", "hit@20" ... and "users", how many were judged.
+        "recall@20", "ndcg@20", "hit@20" ... and "users", how many were judged. A score that is no
+        number (NaN) is below all others.
 
     Raises:
         InputError: nobody has a positive.
@@ -92,7 +93,7 @@ def evaluate(
     sums = dict.fromkeys((f"{name}@{k}" for k in ks for name in ("recall", "ndcg", "hit")), 0.0)
     most = min(items, max(RETRIEVED, *ks))
     for some in judged.split(max(1, chunk // items)):
-        scores = score(some).float().clone()
+        scores = score(some).float().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         row, item = theirs.of(some)
         scores[row.to(scores.device), item.to(scores.device)] = -torch.inf
         best = scores.topk(most).indices.cpu()
@@ -126,11 +127,14 @@ class _Rows:
 def leave_one_out(scores: Tensor, target: Tensor, seen: Tensor) -> Tensor:
     """The rank, from 0, of each row's target among all items not seen; ties go to lower numbers.
 
+    A score that is no number (NaN) is below all others.
+
     Args:
         scores: (B, I).
         target: (B,) int64.
         seen: (B, I) bool; a target counts even where it was seen.
     """
+    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     own = scores.gather(1, target[:, None])
     before = torch.arange(scores.shape[1], device=scores.device) < target[:, None]
     better = (scores > own) | ((scores == own) & before)
