@@ -77,6 +77,8 @@ def test_parts_are_disjoint_and_by_user(data):
     held = set(map(tuple, data.train.tolist()))
     assert set(map(tuple, few.train.tolist())) < held
     assert torch.equal(few.test, data.test)
+    assert held == set(map(tuple, torch.cat((few.train, few.unused)).tolist()))
+    assert len(few.sparse(1).unused) == 80
     alone = Dataset("one", 2, 2, 2, 0, torch.tensor([[0, 1], [1, 0]]), data.test[:0],
                     data.test[:0], data.knowledge[:0])  # fmt: skip
     assert len(alone.held_out(0.5).train) == 2  # who has one item keeps it
@@ -119,6 +121,19 @@ def test_movielens_is_what_its_sheet_counted():
 
 
 @needs_wheel
+def test_no_seed_learns_or_tunes_on_the_films_to_be_found():
+    from foveate.papers import kgat
+
+    tuned, judged = (kgat.dataset("films", seed) for seed in (kgat.PAPER.grid.seed, 3))
+    assert torch.equal(tuned.test, judged.test)
+    used = torch.cat((tuned.train, tuned.validation, tuned.unused))
+    assert not torch.isin(tuned.numbers(used), tuned.numbers(judged.test)).any()
+    assert not torch.equal(tuned.validation, judged.validation)
+    assert judged.train[:, 0].bincount().max() == 5
+    assert sum(map(len, (judged.test, used))) == 55375
+
+
+@needs_wheel
 def test_movielens_by_time():
     from foveate.recommend.movielens import sequences
 
@@ -127,3 +142,6 @@ def test_movielens_by_time():
     assert sum(map(len, found)) == 100_000
     assert len(names) == 1682
     assert min(map(len, found)) == 20
+    # Films of one second come in no order: neither their numbers nor the split may tell the next.
+    up = sum(a < b for row in found for a, b in zip(row, row[1:]))
+    assert abs(up / (100_000 - 943) - 0.5) < 0.05

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from foveate.methods.kgat import KGAT, Graph
-from foveate.models.recommender import BPRMF, FM, KGATRecommender
+from foveate.models.recommender import BPRMF, FM, KGATRecommender, Tables
 from foveate.ops.errors import InputError
 from foveate.recommend.explain import paths
 from foveate.recommend.loop import DivergedError, Plan, train
@@ -194,6 +194,38 @@ def test_it_stops_early_with_the_best_weights_and_when_it_diverges(data):
     broken = Pairwise(replace(setting("bpr-mf"), lr=1e30), data)
     with pytest.raises(DivergedError, match="lower learning rate"):
         train(broken, PLAN)
+
+
+def test_a_last_step_that_breaks_the_weights_is_no_best(data):
+    trainee = Pairwise(setting("bpr-mf"), data)
+
+    def epoch(number, random):
+        trainee.model.user.data[0] = torch.nan
+        return {"pairs": 0.5}  # the loss of before the step
+
+    trainee.epoch = epoch
+    with pytest.raises(DivergedError, match="A weight is no finite number"):
+        train(trainee, Plan(epochs=1))
+
+
+def test_likes_that_are_not_used_stand_before_nothing(data):
+    few = Pairwise(setting("bpr-mf"), data.sparse(1))
+    u, i = few.data.unused.T
+    assert len(u) == 80
+    scores = torch.zeros(40, 30)
+    scores[u, i] = 2
+    scores[data.test[:, 0], data.test[:, 1]] = 1
+    few.tables = lambda: replaced(scores)
+    for part, at in (("test", 1.0), ("validation", 0.0)):
+        assert few.figures(part, (1,))["recall@1"] == at
+    assert few.by_sparsity(1)[0]["recall@1"] == 1
+    assert few.data.digest() != data.sparse(2).digest()
+
+
+def replaced(scores):
+    """Tables with these scores."""
+    users = len(scores)
+    return Tables(torch.eye(users), scores.T.contiguous(), torch.zeros(scores.shape[1]))
 
 
 def every_path(graph, attention, start, end, steps):

@@ -49,8 +49,7 @@ def keep(trainee: Pairwise | Sequential, facts: dict[str, Any], folder: Path) ->
     else:
         data = trainee.data
         tables = trainee.tables()
-        had = torch.cat((data.train, data.validation))
-        tensors = dict(tables._asdict()) | {"had": had}
+        tensors = dict(tables._asdict()) | {"had": data.had("test")}
         if isinstance(trainee.model, KGATRecommender):
             graph = trainee.model.graph
             tensors |= {
@@ -193,11 +192,16 @@ class Kept:
 
     def _told(self, path: Chain, users: int) -> dict[str, Any]:
         """A path in words: names and relations by turns, "^" before an inverse relation."""
-        half = self.facts["relations"] // 2
+        half, items = self.facts["relations"] // 2, len(self.tensors["items"])
         said = []
         for node in path.nodes:
-            said.append(self._name("user", node) if node < users
-                        else self._name("item", node - users))  # fmt: skip
+            number = node - users
+            if number < 0:
+                said.append(self._name("user", node))
+            elif number < items or number in self.names["item"]:
+                said.append(self._name("item", number))
+            else:
+                said.append(f"entity {number}")
         for at, relation in reversed([*enumerate(path.relations, 1)]):
             forward = relation % half
             name = "interact" if forward == 0 else self._name("relation", forward - 1)

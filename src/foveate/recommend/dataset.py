@@ -28,9 +28,11 @@ class Dataset:
         items: I.
         entities: items included.
         relations: of `knowledge`.
-        train, validation, test: no pair is in two of them.
+        train, validation, test, unused: no pair is in two of them.
         knowledge: (m, 3) int64 of (entity, relation, entity).
         user_names, entity_names, relation_names: to show; empty where there are none.
+        unused: what users are known to like and nothing is trained on: never ranked, so that it
+            can't stand before the items to be found.
     """
 
     title: str
@@ -45,6 +47,7 @@ class Dataset:
     user_names: dict[int, str] = field(default_factory=dict, repr=False)
     entity_names: dict[int, str] = field(default_factory=dict, repr=False)
     relation_names: dict[int, str] = field(default_factory=dict, repr=False)
+    unused: Tensor = field(default_factory=lambda: torch.empty(0, 2, dtype=torch.int64), repr=False)
 
     def __post_init__(self) -> None:
         if not len(self.train):
@@ -59,6 +62,11 @@ class Dataset:
     def seen(self) -> Tensor:
         """The training pairs as numbers user x items + item, ascending."""
         return self.numbers(self.train).unique()
+
+    def had(self, part: str) -> Tensor:
+        """(n, 2): what isn't ranked where "test" or "validation" is to be found."""
+        learnt = (self.train, self.validation) if part == "test" else (self.train,)
+        return torch.cat((*learnt, self.unused))
 
     def numbers(self, pairs: Tensor) -> Tensor:
         """Pairs (n, 2) as one number each."""
@@ -94,10 +102,13 @@ class Dataset:
         return replace(self, train=self.train[~taken], validation=self.train[taken])
 
     def sparse(self, each: int, seed: int = 0) -> Dataset:
-        """The same with at most `each` training items of every user; the rest isn't used."""
+        """The same with at most `each` training items of every user; the rest is `unused`."""
         place, _ = _places(self.train[:, 0], self.users, seed)
-        kept = self.train[place < each]
-        return replace(self, train=kept, title=f"{self.title}, {each} training items a user")
+        kept, rest = self.train[place < each], self.train[place >= each]
+        return replace(
+            self, train=kept, unused=torch.cat((self.unused, rest)),
+            title=f"{self.title}, {each} training items a user",
+        )  # fmt: skip
 
     def groups(self, parts: int = 4) -> list[Tensor]:
         """Users by their number of training items, fewest first, in groups that have about as
@@ -112,7 +123,7 @@ class Dataset:
     def digest(self) -> str:
         """16 hex digits over all numbers."""
         made = hashlib.sha256(repr((self.users, self.items, self.entities)).encode())
-        for x in (self.train, self.validation, self.test, self.knowledge):
+        for x in (self.train, self.validation, self.test, self.knowledge, self.unused):
             made.update(x.contiguous().numpy().tobytes())
         return made.hexdigest()[:16]
 

@@ -7,8 +7,9 @@ link keep their ratings and have no triples.
 
     interaction  a rating of 4 or 5
     entities     named in 5 triples or more, or linked to a film; relations in 50 or more
-    split        each user's interactions at random: a fifth for test, a tenth of the rest for
-                 validation (`split`), or by time (`sequences`)
+    split        each user's interactions at random: a fifth for test, the same for every seed, so
+                 that nothing is tuned on what is to be found; a tenth of the rest for validation,
+                 by the seed. Or by time (`sequences`)
 
 MovieLens' terms don't allow passing the data on: nothing of it is in this repository.
 """
@@ -66,7 +67,7 @@ def movielens(
     """See the module's text.
 
     Args:
-        seed: of the split.
+        seed: of the validation part.
         test: share of each user's interactions.
         validation: share of each user's other interactions.
         least_entity: triples that must name an entity without a film.
@@ -106,7 +107,7 @@ def movielens(
         pairs, pairs[:0], pairs[:0], torch.tensor(sorted(known)),
         dict(enumerate(users)), names, dict(enumerate(relations)),
     )  # fmt: skip
-    first = whole.held_out(test, seed)
+    first = whole.held_out(test, seed=0)
     return replace(first, test=first.validation, validation=pairs[:0]).held_out(
         validation, seed + 1
     )
@@ -114,7 +115,11 @@ def movielens(
 
 @lru_cache(maxsize=1)
 def sequences() -> tuple[list[list[int]], dict[int, str]]:
-    """Every user's films in order of time, any rating, and the films' names by number."""
+    """Every user's films in order of time, any rating, and the films' names by number.
+
+    Times are in seconds and many films share one. Those stay in the file's order, which tells
+    nothing: by number, a step would lead to the next higher number.
+    """
     place = folder()
     films = {row["item_id"]: row["movie_title"] for row in _table(place / "ml-100k.item")}
     rows = _table(place / "ml-100k.inter")
@@ -124,5 +129,8 @@ def sequences() -> tuple[list[list[int]], dict[int, str]]:
     for row in rows:
         entry = float(row["timestamp"]), at[row["item_id"]]
         found.setdefault(int(row["user_id"]), []).append(entry)
-    ordered = [[item for _, item in sorted(found[user])] for user in sorted(found)]
+    ordered = [
+        [item for _, item in sorted(found[user], key=lambda rated: rated[0])]
+        for user in sorted(found)
+    ]
     return ordered, {n: films.get(name, name) for name, n in at.items()}

@@ -200,8 +200,7 @@ class Pairwise:
 
     def figures(self, part: str = "test", ks: tuple[int, ...] = (20,)) -> dict[str, float]:
         """Full-ranking figures on a part, "test" or "validation"; see `metrics.evaluate`."""
-        data = self.data
-        seen = torch.cat((data.train, data.validation)) if part == "test" else data.train
+        data, seen = self.data, self.data.had(part)
         return evaluate(self.tables().scores, getattr(data, part), seen, data.users, data.items, ks)
 
     def by_sparsity(self, k: int = 20, parts: int = 4) -> list[dict[str, float]]:
@@ -213,7 +212,7 @@ class Pairwise:
         """
         data, scores = self.data, self.tables().scores
         count = data.train[:, 0].bincount(minlength=data.users)
-        seen = torch.cat((data.train, data.validation))
+        seen = data.had("test")
         found = []
         for users in data.groups(parts):
             some = data.test[torch.isin(data.test[:, 0], users)]
