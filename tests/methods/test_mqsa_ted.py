@@ -74,18 +74,18 @@ def test_oracle_1_window_one_is_the_item_and_the_usual_block():
 
 def by_definition(block, h, real):
     """The sheet's steps a to f with a dense softmax, one sequence at a time."""
-    heads = block.heads
+    heads, length = block.heads, h.shape[1]
     mean = loop_of_shifts(h, real, block.window)
     out = torch.zeros_like(h)
     for b in range(len(h)):
         n = functional.layer_norm(mean[b], (D,), block.query_norm.weight, block.query_norm.bias,
                                   block.query_norm.eps)  # fmt: skip
-        split = [x.view(T, heads, D // heads).transpose(0, 1)
+        split = [x.view(length, heads, D // heads).transpose(0, 1)
                  for x in (block.q(n), block.k(h[b]), block.v(h[b]))]  # fmt: skip
         scores = split[0] @ split[1].mT / math.sqrt(D / heads)
-        allowed = real[b][None] & torch.ones(T, T, dtype=torch.bool).tril()
+        allowed = real[b][None] & torch.ones(length, length, dtype=torch.bool).tril()
         p = torch.softmax(scores.masked_fill(~allowed, -(2.0**32) + 1), -1)
-        o = (p @ split[2]).transpose(0, 1).reshape(T, D) + n
+        o = (p @ split[2]).transpose(0, 1).reshape(length, D) + n
         o = functional.layer_norm(o, (D,), block.norm.weight, block.norm.bias, block.norm.eps)
         out[b] = (o + block.second(torch.relu(block.first(o)))) * real[b][:, None]
     return out
@@ -107,6 +107,26 @@ def test_a_block_is_its_equations(window, padding):
     theirs = torch.autograd.grad((expected * weight).sum(), used)
     for one, two in zip(ours, theirs):
         torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_the_model_is_its_equations(alpha):
+    made, given = model(alpha=alpha), items()
+    e = torch.cat((made.table, torch.zeros(1, D, dtype=torch.float64)))
+    for length in (T, 5):  # the last place is the latest item's, however long the sequence
+        real, x = REAL[:, T - length :], given[:, T - length :]
+        h = (e[x] * math.sqrt(D) + made.places[T - length :]) * real[..., None]
+        expected = torch.zeros_like(h)
+        for name, share in (("short", alpha), ("long", 1 - alpha)):
+            if share:
+                y, norm = h, made.branches[name].norm
+                for block in made.branches[name].blocks:
+                    assert block.window == (1 if name == "short" else 3)
+                    y = by_definition(block, y, real)
+                y = functional.layer_norm(y, (D,), norm.weight, norm.bias, norm.eps)
+                expected = expected + share * y * real[..., None]
+        torch.testing.assert_close(made(x), expected)
+        torch.testing.assert_close(made.scores(x), expected[:, -1] @ made.table.T)
 
 
 def test_padding_leaves_no_trace_in_gradients():
@@ -240,6 +260,17 @@ def test_oracle_6_the_distillation_is_least_at_the_teacher():
     assert float(grad.abs().max()) < 1e-12
     table = torch.randn(6, 4, dtype=torch.float64)
     assert float(found.loss(table, inputs, 0.5)) > float(entropy)
+    # Items that follow themselves alone, and orthogonal vectors of the length that makes q = p.
+    found, tau = Transitions([[i, i] for i in range(6)], 6), 0.7
+    table = (torch.eye(6, dtype=torch.float64) * 6**-0.25).requires_grad_()
+    p = found.dense_teacher(tau)[inputs]
+    loss = found.loss(table, inputs, tau)
+    torch.testing.assert_close(loss, -(p * p.log()).sum(1).mean())
+    (grad,) = torch.autograd.grad(loss, table)
+    assert float(grad.abs().max()) < 1e-12
+    for _ in range(5):
+        other = table.detach() + 0.1 * torch.randn_like(table)
+        assert found.loss(other, inputs, tau) > loss
 
 
 @pytest.mark.parametrize("room", [6, 18, 1 << 20])

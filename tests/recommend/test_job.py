@@ -90,6 +90,7 @@ def test_kgat_from_files_to_reasons(call, folder, tmp_path, data):
             path = reason["path"]
             assert path[0] == "user 7"
             assert path[-1] == one["item"]
+            assert not {f"item {n}" for n in range(30, 40)} & set(path)  # entities, but no items
             assert set(path[1::2]) <= {"interact", "^interact", "kind", "^kind", "shelf", "^shelf"}
     code, told, _ = call("recommend", "query", out, "7")
     assert code == 0

@@ -5,10 +5,10 @@ under a relation of their own each; a user likes 2 of the first kind and has 6 i
 them to train on, 2 to validate and 4 to find. Nothing says which relation matters. "mass" is the
 mean attention on an item's edge of each relation, of the trained network.
 
-"films": MovieLens 100K with Freebase triples. Ratings of 4 and 5 are likes. A fifth of each user's,
-the same for every seed, is to be found; of the rest a tenth is validation and 5 are trained on (with
-more of them factorisation alone does well), by the seed. Ranked are all films but those that a user
-is known to like.
+"films": MovieLens 100K with Freebase triples. Ratings of 4 and 5 are likes. A fifth of each
+user's, the same for every seed, is to be found; of the rest a tenth is validation and 5 are trained
+on (with more of them factorisation alone does well), by the seed. Ranked are all films but those
+that a user is known to like.
 
 All arms of a data set have the same pairs, negatives drawn alike, steps and evaluations, stop at
 their best validation figure, and take the best of the same grid of learning rates and weight
