@@ -93,6 +93,13 @@ def test_oracle_1_segment_softmax_stays_finite_and_differentiable():
     assert torch.autograd.gradcheck(lambda x: segment_softmax(x, segment, 4), logits)
 
 
+def test_a_head_of_many_edges_keeps_its_sum_in_bf16():
+    """A running sum in bf16 stays at 256, where one more is less than half of its last digit."""
+    found = segment_softmax(torch.zeros(2000, dtype=torch.bfloat16), torch.zeros(2000).long(), 1)
+    assert found.dtype == torch.bfloat16
+    assert found.double().sum().item() == pytest.approx(1, rel=2**-8)
+
+
 def test_oracle_2_parallel_edges_compete_as_triples_and_then_add_up():
     graph = Graph(torch.tensor([[0, 0, 1], [0, 1, 1], [0, 0, 2]]), 3, 2)
     weight = segment_softmax(torch.zeros(3), graph.head, 3)  # a = b = c = 0

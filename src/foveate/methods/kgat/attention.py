@@ -23,17 +23,19 @@ CHUNK = 1 << 16
 
 
 def segment_softmax(logits: Tensor, segment: Tensor, segments: int) -> Tensor:
-    """Softmax of logits (E,) within each segment; differentiable.
+    """Softmax of logits (E,) within each segment, in fp32 at least; differentiable.
 
     Args:
         logits: of any order.
         segment: (E,) int64, the segment of each.
         segments: how many there are; empty ones are fine.
     """
-    most = torch.full((segments,), -torch.inf, dtype=logits.dtype, device=logits.device)
-    most = most.scatter_reduce(0, segment, logits.detach(), "amax")
-    exp = (logits - most[segment]).exp()
-    return exp / exp.new_zeros(segments).index_add(0, segment, exp)[segment]
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    most = torch.full((segments,), -torch.inf, dtype=wide.dtype, device=wide.device)
+    most = most.scatter_reduce(0, segment, wide.detach(), "amax")
+    exp = (wide - most[segment]).exp()
+    total = exp.new_zeros(segments).index_add(0, segment, exp)
+    return (exp / total[segment]).to(logits.dtype)
 
 
 @torch.no_grad()
