@@ -132,6 +132,6 @@ PAPER = Paper(
     ),
     seeds=(0, 1, 2, 3, 4),
     data=lambda: f"generated, and {read('ml-100k').describe()}",
-    grid=Grid("learning rate", (1e-3, 3e-3)),
+    grid=Grid("learning rate", (1e-3, 3e-3, 1e-2)),
     requires=("safetensors",),
 )  # fmt: skip
