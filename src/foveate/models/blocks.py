@@ -98,7 +98,7 @@ def router_of(config: FoveateConfig, layer: int, mixing: Attention | MixerLayer)
     recipe = make(text)
     if not isinstance(recipe, RouterRecipe):
         raise InputError(
-            f"FoveateConfig(router={text!r}): that is no router; expected one such as \"top-k\" or "
+            f'FoveateConfig(router={text!r}): that is no router; expected one such as "top-k" or '
             '"similarity-smoe" (see foveate methods).'
         )
     heads = mixing.projection.heads if isinstance(mixing, Attention) else 0

@@ -21,7 +21,6 @@ from foveate.parts.block_cache import BlockCache
 from foveate.parts.context import Context
 from foveate.parts.kv_cache import TokenCache
 from foveate.parts.norm import norm_of
-from foveate.parts.projection import Projection
 from foveate.parts.routing import Around, Relation
 from foveate.parts.state import StateCache
 
@@ -133,7 +132,7 @@ def check_weights(layer: Attention | MixerLayer, relation: Relation) -> None:
             "'similarity-smoe', or 'top-k'."
         )
     p = layer.projection
-    if p.selects or type(p).attend is not Projection.attend:
+    if not p.attends_once:
         raise InputError(
             f"{name} needs one matrix of weights for each head, which {type(p).__name__} doesn't "
             "have: it chooses heads, or merges several attentions; use another projection."

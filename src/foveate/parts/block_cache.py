@@ -1,4 +1,4 @@
-"""A block's cache where its router keeps something of earlier tokens too, beside the attention's."""
+"""A block's cache where its router keeps something of earlier tokens too."""
 
 from __future__ import annotations
 

@@ -53,9 +53,7 @@ class Similarity(RouterRecipe):
     @override
     def build(self, sizes: RouterSizes) -> RouterParts:
         tau = sqrt(sizes.dim) if self.tau is None else self.tau
-        made = SimilarityRelation(
-            sizes.dim, tau, learned=self.learned, normalize=self.normalize
-        )
+        made = SimilarityRelation(sizes.dim, tau, learned=self.learned, normalize=self.normalize)
         return RouterParts(relation=made)
 
 
@@ -119,9 +117,7 @@ class XMoE(RouterRecipe):
 
     @override
     def build(self, sizes: RouterSizes) -> RouterParts:
-        made = CosineScores(
-            sizes.dim, sizes.experts, self.width, temperature=self.temperature
-        )
+        made = CosineScores(sizes.dim, sizes.experts, self.width, temperature=self.temperature)
         return RouterParts(scores=made)
 
 
