@@ -116,7 +116,8 @@ def test_train_tells_routing_and_draws_it(capsys, tmp_path):
     data = tmp_path / "text.txt"
     data.write_bytes(TEXT.content)
     small = ["train", "--steps", "4", "--every", "2", "--layers", "1", "--dim", "32",
-             "--heads", "4", "--length", "32", "--batch", "2", "--data", str(data), "--out", str(tmp_path / "m"),
+             "--heads", "4", "--length", "32", "--batch", "2",
+             "--data", str(data), "--out", str(tmp_path / "m"),
              "--experts", "3", "--router", "attention-smoe"]  # fmt: skip
     assert main([*small, "--json"]) == 0
     facts = json.loads(capsys.readouterr()[0])
@@ -141,15 +142,3 @@ def test_train_tells_routing_and_draws_it(capsys, tmp_path):
 def test_train_refuses_experts_that_make_no_sense(capsys, tmp_path, more, said):
     assert main(["train", "--out", str(tmp_path / "m"), *more]) == 2
     assert said in " ".join(capsys.readouterr()[1].split())
-
-
-def test_classify_trains_an_encoder_with_a_router(capsys, tmp_path):
-    small = ["classify", "--recurrent", "0", "--layers", "1", "--dim", "32", "--pooling", "mean",
-             "--steps", "2", "--every", "1", "--batch", "4", "--out", str(tmp_path / "c"),
-             "--experts", "3", "--router", "similarity-smoe", "--json"]  # fmt: skip
-    assert main(small) == 0
-    facts = json.loads(capsys.readouterr()[0])
-    assert facts["shape"]["experts"]["router"] == "similarity-smoe"
-    assert 0 < facts["routing"]["routing_entropy_share"] <= 1
-    assert main([*small[:3], *small[-5:], "--layers", "0", "--out", str(tmp_path / "d")]) == 2
-    assert "--layers" in capsys.readouterr()[1]
