@@ -18,6 +18,7 @@ from foveate.catalog import (
     poolers,
     projections,
     routers,
+    studies_features,
     trained,
 )
 from foveate.catalog.row import YES, Capabilities, Paper, Row, Support
@@ -46,6 +47,7 @@ ROWS: tuple[Row, ...] = (
     *projections.ROWS,
     *poolers.ROWS,
     *routers.ROWS,
+    *studies_features.ROWS,
 )
 
 
