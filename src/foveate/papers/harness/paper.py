@@ -13,7 +13,7 @@ import torch
 from foveate.papers.harness.statistics import Verdict, judge
 
 Found = Mapping[str, Mapping[str, Any]]
-"""By arm and metric: a figure; by arm and "curve": pairs of step and loss (or of `Paper.axes`), for the figure."""
+"""By arm and metric: a figure; by arm and "curve": pairs of `Paper.axes`, for the figure."""
 
 
 def _say_nothing(share: float, doing: str) -> None:
