@@ -159,6 +159,9 @@ class Paper:
         grid: what is tuned for each cell; None tunes nothing.
         requires: packages besides torch.
         axes: what the pairs of a "curve" are, for the figure.
+        alone: cells that take times, and so never run beside others.
+        again: makes this miniature in another process, to which it can be sent; None is
+            `foveate.papers.load(key)`.
     """
 
     key: str
@@ -175,12 +178,16 @@ class Paper:
     grid: Grid | None = None
     requires: tuple[str, ...] = ()
     axes: tuple[str, str] = ("step", "validation loss")
+    alone: tuple[str, ...] = ()
+    again: Callable[[], Paper] | None = None
 
     def __post_init__(self) -> None:
         if len(set(self.cells)) < len(self.cells) or not self.cells or not self.checks:
             raise ValueError(f"{self.key}: cells must be distinct, and there must be checks")
         if set(self.baseline) & set(self.ours):
             raise ValueError(f"{self.key}: an arm is both baseline and ours")
+        if set(self.alone) - set(self.cells):
+            raise ValueError(f"{self.key}: cells that run alone must be cells")
         if self.grid is not None and self.grid.seed in self.seeds:
             raise ValueError(f"{self.key}: tuned on a seed that is judged")
 
