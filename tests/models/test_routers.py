@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from foveate import catalog
 from foveate.ops.errors import InputError
@@ -55,7 +59,7 @@ def test_steps_equal_the_whole_sequence_after_chunks_beams_and_cuts(router):
 
 
 @pytest.mark.parametrize("router", SHARING)
-@pytest.mark.parametrize("projection", ["sqa", "mla(latent=16, rope_dim=4)", "mfa(head_dim=8)"])
+@pytest.mark.parametrize("projection", ["sqa", "mla(latent=16, rope_dim=4)", "mfa-kr(head_dim=8)"])
 def test_any_projection_with_plain_heads_decodes_alike(router, projection):
     model, ids = model_of(router, projection=projection), ids_of(9)
     with torch.no_grad():
@@ -175,6 +179,7 @@ def test_similarity_stands_behind_a_mixer_and_attention_weights_do_not():
     [
         ({"projection": "moh(shared=1, active=2)"}, "chooses heads"),
         ({"projection": "sqa(variant='lsqa', global_tokens=2)"}, "merges"),
+        ({"projection": "tpla(latent=16, rope_dim=4)"}, "merges"),
         ({"attention": "lucid"}, "use a pattern"),
         ({"router": "full"}, "no router"),
         ({"router": ["top-k"]}, "1 texts for 2 layers"),
@@ -189,6 +194,77 @@ def test_a_cache_of_another_kind_is_refused():
     model, plain = model_of("attention-smoe"), model_of()
     with pytest.raises(InputError, match="new_cache"):
         model(ids_of(), past_key_values=plain.new_cache())
+
+
+@pytest.mark.parametrize("router", SHARING)
+def test_beams_of_a_padded_batch_are_those_of_each_prompt_alone(router):
+    model, ids = model_of(router), ids_of(6)
+    padded = torch.cat((torch.zeros(1, 3, dtype=torch.int64), ids[:1, :3]), 1)
+    both = torch.cat((padded, ids[1:]))
+    given = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False}
+    found = model.generate(both, attention_mask=(both > 0).long(), **given)
+    for row, prompt in zip(found, (ids[:1, :3], ids[1:])):
+        alone = model.generate(prompt, attention_mask=torch.ones_like(prompt), **given)
+        assert row[-4:].tolist() == alone[0, -4:].tolist()
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any op gave back."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for one in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(one, torch.Tensor):
+                self.numbers = max(self.numbers, one.numel())
+        return out
+
+
+@pytest.mark.parametrize("router", ["similarity-smoe", "attention-smoe"])
+def test_no_matrix_of_all_pairs_is_held(router):
+    model = model_of(router, num_hidden_layers=1, moe_layers=[0]).float().train()
+    ids, length = torch.randint(1, 40, (1, 700)), 700
+    with Largest() as seen:
+        model(ids, labels=ids).loss.backward()
+    assert seen.numbers < length * length / 4
+
+
+def test_what_a_block_kept_of_its_attention_goes_with_it():
+    model = model_of("attention-smoe").train()
+    kept = []
+    attention = model.model.layers[0].attention.attention
+    object.__setattr__(
+        attention, "layout", lambda q, *a: kept.append(weakref.ref(q)) or whole(q, *a)
+    )
+    whole = type(attention).layout.__get__(attention)
+    gc.disable()
+    try:
+        with torch.no_grad():
+            model(ids_of())
+        assert kept
+        assert all(ref() is None for ref in kept)
+    finally:
+        gc.enable()
+
+
+def test_ranks_that_hold_some_of_the_tokens_or_experts_refuse_it():
+    from foveate.parallel.context import ContextParallel, run_local, use
+    from foveate.parallel.disaggregate.experts import check_feedforward
+
+    model = model_of("similarity-smoe", router_balance=0.0)
+
+    def rank(links):
+        with pytest.raises(InputError, match="'top-k'"):
+            use(model, ContextParallel(links, "ring", "zigzag"))
+
+    run_local(1, rank)
+    for router in ("attention-smoe", "xmoe"):
+        layer = model_of(router).model.layers[0].feedforward
+        with pytest.raises(InputError, match="layer 3's router"):
+            check_feedforward(layer, 3)
 
 
 def test_a_router_is_no_attention_to_use_on_a_trained_model():

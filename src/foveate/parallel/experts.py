@@ -137,14 +137,14 @@ class _Exchange(Function):
     """Rows to the ranks that they are for; gradients travel the other way."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, rows: Tensor, out_sizes: list[int], in_sizes: list[int], group: Group
     ) -> Tensor:
         ctx.sizes, ctx.group = (out_sizes, in_sizes), group
         return _moved(rows, out_sizes, in_sizes, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         out_sizes, in_sizes = ctx.sizes
         return _moved(grad, in_sizes, out_sizes, ctx.group), None, None, None
 

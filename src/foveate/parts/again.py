@@ -11,7 +11,7 @@ dropout. It is never held: the core op runs over the same layout with the values
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -73,7 +73,8 @@ class Again:
                 "'sink-window'."
             )
         assert isinstance(method, Pattern)
-        self._call = _Call(method, *qkv, ctx, heads, output)
+        # Without a way back from the context to this object, all of it goes when the block is done.
+        self._call = _Call(method, *qkv, replace(ctx, again=None), heads, output)
 
     def __call__(self, values: Tensor) -> Tensor:
         """P @ values for each head.
