@@ -38,7 +38,7 @@ def test_every_cell_of_attn_smoe_gives_what_its_checks_read(tmp_path):
 
 def test_specialists_are_linear_in_their_cluster_and_of_two_clusters_a_sequence():
     world = attn_smoe.World(3)
-    centres, maps = world.parts()
+    centres, maps = world.parts
     x, y = world.draw(5, "test")
     assert x.shape == y.shape == (5, 24, 16)
     by_cluster = torch.einsum("bld,cde->blce", x, maps)

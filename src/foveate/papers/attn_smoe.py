@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import fmean
 from typing import Any
 
@@ -62,7 +63,7 @@ DIM, CLUSTERS, EXPERTS, ACTIVE = 16, 8, 8, 2
 LENGTH, BATCH, STEPS, LR, BALANCE = 24, 48, 700, 5e-3, 0.01
 WORLDS, NOISE = 3, 0.5
 MOMENTS = (0.5, 0.8, 0.9)
-BYTE_STEPS, BYTE_LR, SWAPPED = 1000, 2e-3, 0.1
+BYTE_STEPS, BYTE_LENGTH, BYTE_LR, SWAPPED = 1000, 64, 2e-3, 0.1
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class World:
 
     seed: int
 
+    @cached_property
     def parts(self) -> tuple[Tensor, Tensor]:
         """Centres (C, D) and maps (C, D, D)."""
         random = generator("specialists", self.seed)
@@ -84,11 +86,12 @@ class World:
     def draw(self, count: int, split: str, number: int = 0) -> tuple[Tensor, Tensor]:
         """Sequences x (count, L, D) with tokens of 2 clusters each, and targets y of that shape."""
         random = generator("specialists", self.seed, split, number)
-        centres, maps = self.parts()
+        centres, maps = self.parts
         pair = torch.rand(count, CLUSTERS, generator=random).topk(2, dim=1).indices
         z = pair.gather(1, torch.randint(2, (count, LENGTH), generator=random))
         x = centres[z] + torch.randn(count, LENGTH, DIM, generator=random)
-        return x, torch.einsum("bld,blde->ble", x, maps[z])
+        every = torch.einsum("bld,cde->blce", x, maps)
+        return x, every.gather(2, z[..., None, None].expand(-1, -1, 1, DIM))[:, :, 0]
 
 
 class Specialists(nn.Module):
@@ -203,21 +206,21 @@ def control(trial: Trial) -> Found:
 
 def on_bytes(trial: Trial, router: str) -> dict[str, Any]:
     """Train a language model and take loss, attacked loss, entropy and fluctuation."""
-    sizes = Sizes(layers=2, dim=96, heads=4, length=128)
+    sizes = Sizes(layers=2, dim=96, heads=4, length=BYTE_LENGTH)
     more = Experts(EXPERTS, ACTIVE, router).fields(sizes.layers, sizes.dim)
-    task = standard_library(128, held=16 if trial.quick else 512)
+    task = standard_library(BYTE_LENGTH, held=16 if trial.quick else 512)
     watch = RoutingWatch(task, trial.folder)
     model, found = trained_on_bytes(
-        trial, lambda: language_model(sizes, **more), steps=BYTE_STEPS, lr=BYTE_LR, watch=watch
-    )
-    steps, *_ = sorted(watch.to_the_end().items(), reverse=True), None
+        trial, lambda: language_model(sizes, **more), steps=BYTE_STEPS, lr=BYTE_LR,
+        length=BYTE_LENGTH, watch=watch,
+    )  # fmt: skip
     last = found["curve"][-1][0]
     figures, _ = watch.look(model)
     return found | {
         "attacked": attacked(model, task.held_out("test", 32), trial.device),
         "entropy": figures["routing_entropy"],
         "load unevenness": figures["load_unevenness"],
-        **{f"changed {step / last:.0%}": moved.chosen for step, moved in steps},
+        **{f"changed {at / last:.0%}": moved.chosen for at, moved in watch.to_the_end().items()},
     }
 
 
@@ -273,5 +276,5 @@ PAPER = Paper(
     needs=(at_most("mse: SMoE", lambda at: at["SMoE"]["mse"], 0.4),),
     seeds=(0, 1, 2, 3),
     requires=REQUIRES,
-    data=lambda: f"specialists, {WORLDS} worlds a seed; {standard_library().describe()}",
+    data=lambda: f"specialists, {WORLDS} worlds a seed; {standard_library(BYTE_LENGTH).describe()}",
 )
