@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from foveate import Attention, Context, attention, blocks, causal, padding
+from foveate import Attention, Context, attention, blocks, catalog, causal, padding
 from foveate.methods import make
 from foveate.methods.attn_smoe import (
     AttentionRelation,
@@ -17,7 +17,7 @@ from foveate.methods.attn_smoe import (
 )
 from foveate.nn import MoE, Router
 from foveate.ops.errors import InputError
-from foveate.parts.again import Again
+from foveate.parts.again import Again, repeatable
 from foveate.parts.balance import load_balance
 from foveate.parts.routes import entropy, fluctuation, unevenness
 from foveate.parts.routing import Around, RouterSizes, advance
@@ -389,3 +389,20 @@ def test_the_weights_are_those_of_the_op():
     shared = v[:, 0]
     wanted = attention(q, k[:, :2], shared[:, None].expand(-1, 2, -1, -1), causal(), scale=0.3).out
     torch.testing.assert_close(again(shared), wanted)
+
+
+@pytest.mark.parametrize("key", [row.key for row in catalog.rows() if row.kind == "pattern"])
+def test_every_pattern_s_weights_are_applied_again_or_refused(key):
+    from test_matrix import method as small
+
+    method, ctx = small(key), Context(mask=causal() & padding([150, 130]))
+    q, k = (torch.randn(B, heads, 150, 8, dtype=F64) for heads in (4, 2))
+    v = torch.randn(B, 1, 150, E, dtype=F64).expand(-1, 2, -1, -1)
+    again = Again()
+    if not repeatable(method):
+        with pytest.raises(InputError, match="sink-window"):
+            again.fill(method, (q, k, v), ctx, v, lambda o: o)
+        return
+    wanted = method(q, k, v, ctx).out
+    again.fill(method, (q, k, v), ctx, wanted, lambda o: o)
+    torch.testing.assert_close(again(v[:, 0]), wanted)
