@@ -292,3 +292,6 @@ def test_relu_mean_decodes_in_a_layer_as_it_trains():
     assert all(p.grad.abs().sum() > 0 for p in layer.parameters())
     with pytest.raises(InputError, match="sink_logits"):
         layer(x, ctx=Context(sink_logits=torch.zeros(4)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer.float()(x.float(), mask=causal()).y
+    torch.testing.assert_close(out.double(), whole, atol=0.05, rtol=0.05)

@@ -196,6 +196,24 @@ def test_a_cache_of_another_kind_is_refused():
         model(ids_of(), past_key_values=plain.new_cache())
 
 
+@pytest.mark.parametrize("router", ROUTERS)
+def test_under_autocast_routing_stays_in_fp32(router):
+    model, ids = model_of(router).float(), ids_of()
+    wanted = model(ids, use_cache=False).logits
+    found = []
+    for block in model.model.layers:
+        block.feedforward.router.register_forward_hook(lambda _, __, routed: found.append(routed))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(ids, use_cache=False)
+        model.train()(ids).aux["expert_balance_loss"].backward()
+    assert all(routed.probs.dtype == torch.float32 for routed in found)
+    for routed in found:
+        total = routed.probs.sum(-1)
+        torch.testing.assert_close(total, torch.ones_like(total))  # no rounding of bf16
+    agreed = torch.nn.functional.cosine_similarity(out.logits.float(), wanted, dim=-1)
+    assert agreed.median() > 0.99
+
+
 @pytest.mark.parametrize("router", SHARING)
 def test_beams_of_a_padded_batch_are_those_of_each_prompt_alone(router):
     model, ids = model_of(router), ids_of(6)

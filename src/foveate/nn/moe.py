@@ -21,6 +21,7 @@ from torch.nn import functional
 from foveate.nn.feedforward import SwiGLU
 from foveate.ops.errors import InputError
 from foveate.parts.balance import Balance, load_balance
+from foveate.parts.precision import uncast
 from foveate.parts.routing import Around, Relation, Scores
 from foveate.parts.selection import topk_mask
 
@@ -127,11 +128,12 @@ class Router(nn.Module):
         """
         work = torch.promote_types(x.dtype, torch.float32)
         rows = x.to(work)
-        if self.scores is not None:
-            logits = self.scores(rows)
-        else:
-            assert self.weight is not None
-            logits = functional.linear(rows, self.weight.to(work))
+        with uncast(x):
+            if self.scores is not None:
+                logits = self.scores(rows)
+            else:
+                assert self.weight is not None
+                logits = functional.linear(rows, self.weight.to(work))
         probs = logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()
         spread = probs
         if self.relation is not None:

@@ -20,6 +20,7 @@ from foveate.ops import attention
 from foveate.ops.errors import InputError
 from foveate.parts.attention import Attention, Pattern
 from foveate.parts.context import Context
+from foveate.parts.precision import uncast
 
 
 def repeatable(method: Attention) -> bool:
@@ -100,7 +101,8 @@ class Again:
         options = {name: x for name, x in ctx.options.items() if name != "dropout"}
         shared = values.to(work)[:, None].expand(-1, call.k.shape[1], -1, -1)
         q, k = call.q.to(work), call.k.to(work)
-        return attention(q, k, shared, layout=layout, **options).out
+        with uncast(q):
+            return attention(q, k, shared, layout=layout, **options).out
 
     def projected(self) -> Iterator[Tensor]:
         """Each head's own part of the layer's y, (B, Lq, dim); with biases 0 they sum to it."""

@@ -30,6 +30,7 @@ from foveate.ops.errors import InputError
 from foveate.parts.cache import Field
 from foveate.parts.context import Context
 from foveate.parts.kv_cache import Entries, token_field
+from foveate.parts.precision import uncast
 from foveate.parts.routing import Around, Relation
 
 HEADS = ("mean", "learned", "posterior")
@@ -64,7 +65,8 @@ class SimilarityRelation(Relation):
     def forward(self, u: Tensor, routes: Tensor, around: Around) -> Tensor:
         if self.normalize:
             u = functional.normalize(u, dim=-1) * sqrt(self.dim)
-        keys = u if self.form is None else functional.linear(u, self.form.to(u.dtype))
+        with uncast(u):
+            keys = u if self.form is None else functional.linear(u, self.form.to(u.dtype))
         held = {"routes": routes[:, None], "similar": keys[:, None]}
         if around.cache is not None:
             held = around.cache.append(held)
@@ -78,7 +80,8 @@ class SimilarityRelation(Relation):
             backend=known.backend,
             store=known.store,
         )
-        out, lse = Full()(u[:, None], held["similar"], held["routes"], ctx)
+        with uncast(u):
+            out, lse = Full()(u[:, None], held["similar"], held["routes"], ctx)
         return torch.where((lse == -torch.inf)[:, 0, :, None], routes, out[:, 0])
 
     @override

@@ -20,6 +20,7 @@ from foveate.ops.check import check_tensors
 from foveate.ops.errors import InputError
 from foveate.parts.attention import EVERYTHING, Attention
 from foveate.parts.context import Context
+from foveate.parts.precision import uncast
 
 ROWS = 256
 
@@ -50,13 +51,23 @@ class ReluMean(Attention):
                     "attention, such as 'full'."
                 )
         work = torch.promote_types(q.dtype, torch.float32)
-        group, kv_len = q.shape[1] // k.shape[1], k.shape[2]
+        group = q.shape[1] // k.shape[1]
         scale = q.shape[-1] ** -0.5 if ctx.scale is None else ctx.scale
         queries = q.to(work).unflatten(1, (k.shape[1], group)) * scale
         keys, values = k.to(work)[:, :, None], v.to(work)[:, :, None]
-        parts = []
-        for rows in torch.arange(q.shape[2], device=q.device).split(ROWS):
-            seen = _seen(rows, q.shape[2], kv_len, ctx, q.device)
+        with uncast(q):
+            out = self._mixed(queries, keys, values, q.shape[2], group, ctx)
+        lse = torch.full(q.shape[:3], math.nan, dtype=work, device=q.device)
+        return AttentionOutput(out.to(v.dtype), lse)
+
+    @staticmethod
+    def _mixed(
+        queries: Tensor, keys: Tensor, values: Tensor, q_len: int, group: int, ctx: Context
+    ) -> Tensor:
+        """Block by block of queries (B, Hkv, group, Lq, D); keys and values have a group of 1."""
+        parts, kv_len = [], keys.shape[3]
+        for rows in torch.arange(q_len, device=queries.device).split(ROWS):
+            seen = _seen(rows, q_len, kv_len, ctx, queries.device)
             some = seen.any(2).any(0).any(0).nonzero()[:, 0]
             end = int(some[-1]) + 1 if len(some) else 0
             hits = (queries[:, :, :, rows] @ keys[..., :end, :].mT).relu().flatten(1, 2)
@@ -64,11 +75,13 @@ class ReluMean(Attention):
             if ctx.dropout:
                 hits = functional.dropout(hits, ctx.dropout)
             count = seen.sum(-1, keepdim=True).clamp_min(1)
-            mixed = hits.unflatten(1, (k.shape[1], group)) @ values[..., :end, :]
+            mixed = hits.unflatten(1, (-1, group)) @ values[..., :end, :]
             parts.append(mixed.flatten(1, 2) / count)
-        out = torch.cat(parts, 2) if parts else queries.new_zeros(*q.shape[:3], v.shape[-1])
-        return AttentionOutput(out.to(v.dtype), torch.full(q.shape[:3], math.nan, dtype=work,
-                                                           device=q.device))  # fmt: skip
+        if not parts:
+            return queries.flatten(1, 2).new_zeros(
+                len(queries), queries.shape[1] * group, 0, values.shape[-1]
+            )
+        return torch.cat(parts, 2)
 
 
 def _seen(rows: Tensor, q_len: int, kv_len: int, ctx: Context, device: torch.device) -> Tensor:
