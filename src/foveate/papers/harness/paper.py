@@ -159,7 +159,7 @@ class Paper:
         grid: what is tuned for each cell; None tunes nothing.
         requires: packages besides torch.
         axes: what the pairs of a "curve" are, for the figure.
-        alone: cells that take times, and so never run beside others.
+        alone: cells that take times, or start processes: they never run beside others.
         again: makes this miniature in another process, to which it can be sent; None is
             `foveate.papers.load(key)`.
     """
