@@ -5,7 +5,7 @@ Two tasks, as the sheet has them:
 - specialists: 8 clusters of tokens, each with a linear map of its own to its targets; a sequence
   holds tokens of 2 clusters, so that neighbours tell of a token's cluster. 8 linear experts, 2 for
   a token. SMoE (a linear router), similarity-aware (tau = sqrt(D)), and the paper's other
-  baselines, XMoE and SMoE-Dropout. Each cell is the mean of three worlds, drawn anew. "noisy mse"
+  baselines, XMoE and SMoE-Dropout. Each cell is the mean of five worlds, drawn anew. "noisy mse"
   is the error where inputs (not targets) carry noise of 0.5; both errors are shares of the
   targets' variance.
 - bytes: language models of 2 layers with 8 experts, 2 for a token, by three routers. "attacked" is
@@ -61,7 +61,7 @@ BYTES = {
 CONTROL = "no learning"
 DIM, CLUSTERS, EXPERTS, ACTIVE = 16, 8, 8, 2
 LENGTH, BATCH, STEPS, LR, BALANCE = 24, 48, 700, 5e-3, 0.01
-WORLDS, NOISE = 3, 0.5
+WORLDS, NOISE = 5, 0.5
 MOMENTS = (0.5, 0.8, 0.9)
 BYTE_STEPS, BYTE_LENGTH, BYTE_LR, SWAPPED = 1000, 64, 2e-3, 0.1
 
