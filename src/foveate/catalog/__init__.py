@@ -18,6 +18,8 @@ from foveate.catalog import (
     poolers,
     projections,
     recommend,
+    routers,
+    studies_features,
     trained,
 )
 from foveate.catalog.row import YES, Capabilities, Paper, Row, Support
@@ -46,6 +48,8 @@ ROWS: tuple[Row, ...] = (
     *projections.ROWS,
     *poolers.ROWS,
     *recommend.ROWS,
+    *routers.ROWS,
+    *studies_features.ROWS,
 )
 
 

@@ -17,6 +17,7 @@ from foveate.parts.attention import AttentionRecipe
 from foveate.parts.mixer import MixerRecipe
 from foveate.parts.pooler import PoolerRecipe
 from foveate.parts.projection import Recipe
+from foveate.parts.routing import RouterRecipe
 
 _SPEC = re.compile(r"\s*([^\s()]+)\s*(\(.*\))?\s*", re.DOTALL)
 _PAIRS = {"(": ")", "[": "]", "{": "}"}
@@ -85,6 +86,12 @@ def make_attention(spec: str) -> Any:
             f"{spec!r} is a pooler: it makes one vector of a text's tokens in an encoder that is "
             "trained with it, by foveate.models.FoveateEncoderConfig(pooling=...). What can run in "
             "a model that is trained already is listed by: foveate methods."
+        )
+    if isinstance(method, RouterRecipe):
+        raise InputError(
+            f"{spec!r} is a router of experts: a model is trained with it, by "
+            "foveate.models.FoveateConfig(router=..., moe_layers=...) or foveate train --router. "
+            "What can run in a model that is trained already is listed by: foveate methods."
         )
     if isinstance(method, Recipe):
         raise InputError(

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from foveate.nn.block import Held
 from foveate.ops.errors import InputError
-from foveate.parts.kv_cache import TokenCache
-from foveate.parts.state import StateCache
 
 
 class LayerCache(CacheLayerMixin):
@@ -22,7 +21,7 @@ class LayerCache(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, held: TokenCache | StateCache) -> None:
+    def __init__(self, held: Held) -> None:
         super().__init__()
         self.held = held
         self.is_initialized = True
@@ -88,7 +87,7 @@ class ModelCache(Cache):
         layers: each layer's cache.
     """
 
-    def __init__(self, layers: Iterable[TokenCache | StateCache]) -> None:
+    def __init__(self, layers: Iterable[Held]) -> None:
         super().__init__(layers=[LayerCache(held) for held in layers])
 
     def bytes(self) -> int:

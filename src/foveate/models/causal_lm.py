@@ -118,7 +118,7 @@ class FoveateModel(FoveatePreTrained):
 
     def new_cache(self, capacity: int = 0) -> ModelCache:
         """An empty cache with room for `capacity` tokens."""
-        return ModelCache(block.attention.new_cache(capacity) for block in self.blocks)
+        return ModelCache(block.new_cache(capacity) for block in self.blocks)
 
     def forward(
         self,

@@ -43,6 +43,9 @@ class FoveateConfig(PreTrainedConfig):
         num_experts, num_experts_per_tok, moe_intermediate_size, shared_expert_intermediate_size,
             router_score, router_renormalize, router_scaling, router_groups, router_top_groups,
             router_balance: as in `foveate.nn.MoE` and `Router`.
+        router: a router of the catalog for layers with experts, such as "similarity-smoe", or one
+            for each layer.
+        router_balance_per_slot: as `per_slot` in `foveate.nn.MoE`.
 
     Raises:
         InputError: as many texts as layers were expected, or an expert's size is missing.
@@ -82,6 +85,8 @@ class FoveateConfig(PreTrainedConfig):
     router_groups: int = 1
     router_top_groups: int = 1
     router_balance: float = 0.0
+    router: str | list[str] = "top-k"
+    router_balance_per_slot: bool = False
     initializer_range: float = 0.02
     use_cache: bool = True
     tie_word_embeddings: bool = False
@@ -93,7 +98,7 @@ class FoveateConfig(PreTrainedConfig):
         """Fill in what follows from other fields, and let transformers find the model's class."""
         if self.intermediate_size is None:
             self.intermediate_size = -(-self.hidden_size // 3) * 8
-        for name in ("projection", "attention", "mixer"):
+        for name in ("projection", "attention", "mixer", "router"):
             given = getattr(self, name)
             if isinstance(given, list | tuple) and len(given) != self.num_hidden_layers:
                 raise InputError(
@@ -108,7 +113,7 @@ class FoveateConfig(PreTrainedConfig):
         register_models()
 
     def of_layer(self, name: str, layer: int) -> str:
-        """The projection's or the attention's text for a layer."""
+        """The projection's, the attention's or the router's text for a layer."""
         given = getattr(self, name)
         return given if isinstance(given, str) else given[layer]
 

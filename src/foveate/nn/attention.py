@@ -165,6 +165,10 @@ class Attention(nn.Module):
         if not absorbed:
             known.raw_query = raw_query
         o = p.attend(self.attention, qkv, known, selection)
+        if known.again is not None:
+            known.again.fill(
+                self.attention, qkv, known, o, lambda part: p.output(part, x, absorbed=absorbed)
+            )
         aux = known.aux if selection is None else known.aux | selection.aux
         return LayerOutput(p.output(o, x, absorbed=absorbed), cache, aux)
 
