@@ -94,9 +94,10 @@ def component_scores(
         if not len(early):
             continue
         written = spectrum.v[early].mT.flatten(0, 1).to(compact.dtype)  # (a r, D)
-        for b in late.tolist():
-            score = torch.linalg.vector_norm(written @ compact[b], dim=1) / norms[b]
-            found[early, :, b] = score.unflatten(0, (len(early), rank)).cpu()
+        read = written @ compact[late].movedim(0, 1).flatten(1)  # (a r, b r'): all of them at once
+        score = torch.linalg.vector_norm(read.unflatten(1, (len(late), -1)), dim=2) / norms[late]
+        where = (early[:, None], slice(None), late[None])
+        found[where] = score.unflatten(0, (len(early), rank)).transpose(1, 2).cpu()
     return found
 
 
