@@ -182,7 +182,7 @@ def test_oracle_5_what_is_conserved_drifts_by_the_step_size():
 @torch.no_grad()
 def test_oracle_6_merging_after_training_is_exact():
     with torch.enable_grad():
-        model = OneHead(TASK, TASK.vocab)
+        model = OneHead(TASK, TASK.vocab, dtype=DOUBLE)
         fit_recall(model, TASK, steps=300)
     merged = model.merge()
     assert merged.output is None

@@ -5,9 +5,10 @@
 
 Without a task no token is run: weights alone say who could talk to whom. With one, a component that
 stands out into a mover's query is taken away at the last token: first for that mover alone (its
-inhibition, attention to the answer minus attention to the others, should shrink), then for all (the
-answers should get worse). As a control the same is done with as many random directions of the same
-heads' outputs.
+inhibition, attention to the answer minus that to another, should shrink), then for all (the answers
+should get worse). As a control the same is done with random directions of the same heads' outputs.
+Laundry also rescales: up to three components of those taken away, the ones that inhibit most, times
+one factor that is chosen on other prompts than it is judged by.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from foveate.lens.composition import (
     chance,
     channels,
     component_scores,
+    read_by,
     score_of,
     standardised,
     whole_scores,
@@ -203,8 +205,6 @@ class Look:
 
     def _unfolded(self, one: Channel) -> float:
         """CS of the same written direction into the later head's maps without the norm's gain."""
-        from foveate.lens.composition import read_by
-
         at = self.raw.at(*one.late)
         alone = Heads(
             *(x[at : at + 1] for x in (self.raw.q, self.raw.k, self.raw.v, self.raw.o)),
@@ -232,7 +232,7 @@ class Look:
             share = 0.4 + 0.35 * number / len(chosen)
             found["movers"].append(self._mover(mover, base, prompts, share))
         if job.task == "laundry":
-            found |= self._laundry(tokenizer, chosen)
+            found |= self._laundry(tokenizer, self._inhibiting(found["movers"], chosen))
         return found
 
     def _mover(
@@ -294,8 +294,22 @@ class Look:
             "margin_without": everywhere.margin,
         }
 
-    def _laundry(self, tokenizer: Any, chosen: list[tuple[int, int]]) -> dict[str, Any]:
-        """Accuracy by the list's length, and the best factor on the components into the movers."""
+    def _inhibiting(
+        self, told: list[dict[str, Any]], chosen: list[tuple[int, int]]
+    ) -> list[Channel]:
+        """The three components whose removal cost the movers the most inhibition."""
+        found: dict[tuple[Any, int], tuple[float, Channel]] = {}
+        for facts, mover in zip(told, chosen):
+            for one, figures in zip(self.channels("q", [mover], self.job.tried),
+                                    facts["components"]):  # fmt: skip
+                lost = facts["inhibition"] - figures["inhibition_without"]
+                key = (one.early, one.component)
+                if key not in found or found[key][0] < lost:
+                    found[key] = (lost, one)
+        return [one for _, one in sorted(found.values(), key=lambda at: -at[0])[:3]]
+
+    def _laundry(self, tokenizer: Any, best: list[Channel]) -> dict[str, Any]:
+        """Accuracy by the list's length, and the best factor on these components."""
         job, lengths = self.job, sorted({*range(3, self.job.items, 2), self.job.items})
         by_items = {}
         for number, items in enumerate(lengths):
@@ -304,7 +318,6 @@ class Look:
             by_items[items] = ask(self.model, [held]).accuracy
         train = [laundry(tokenizer, job.prompts, job.items, seed=job.seed)]
         test = [laundry(tokenizer, job.prompts, job.items, seed=job.seed, split="test")]
-        best = self.channels("q", chosen, 3)
         tried: list[dict[str, Any]] = []
         base = ask(self.model, train).accuracy
         for count in range(1, len(best) + 1):

@@ -38,7 +38,7 @@ class Answers(NamedTuple):
 
     accuracy: share of prompts whose answer has the highest logit of all words named; margin: mean
     logit of the answer above the highest of the others; looks: by (layer, head), the mean attention
-    from the last token to the answer and to all places of the others.
+    from the last token to the answer, and to one of the others (wherever it is named).
     """
 
     accuracy: float
@@ -46,7 +46,7 @@ class Answers(NamedTuple):
     looks: dict[tuple[int, int], tuple[float, float]]
 
     def inhibition(self, head: tuple[int, int]) -> float:
-        """Attention to the answer minus attention to the others: what is told not to be copied."""
+        """Attention to the answer minus that to one other: the others are told not to be copied."""
         to_answer, to_others = self.looks[head]
         return to_answer - to_others
 
@@ -152,7 +152,7 @@ def _looks(
         index = part.answer_at[:, None, None].expand(-1, seen.shape[1], 1)
         to_answer = seen.gather(2, index)[..., 0].sum(0)
         index = part.others_at[:, None].expand(-1, seen.shape[1], -1)
-        to_others = seen.gather(2, index).sum((0, 2))
+        to_others = seen.gather(2, index).sum((0, 2)) / part.others.shape[1]
         for at, head in heads:
             if at == layer:
                 found[at, head] = (float(to_answer[head]), float(to_others[head]))
@@ -169,7 +169,7 @@ def _add(
 
 
 def movers(answers: Answers, count: int) -> list[tuple[int, int]]:
-    """The heads that look most at the answer and least at the others, behind the first layer."""
+    """The heads that look most at the answer and least at another, behind the first layer."""
     behind = [head for head in answers.looks if head[0] > 0]
     return sorted(behind, key=lambda head: -answers.inhibition(head))[:count]
 
