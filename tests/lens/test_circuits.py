@@ -140,7 +140,7 @@ def test_oracle_3_a_planted_channel_is_found(kind):
     assert (best.early, best.component, best.late) == ((0, 0), 0, (1, 1))
     assert best.score == pytest.approx(1)
     assert best.effect == pytest.approx(6)
-    assert best.text == f"0.0[0] -> 1.1 {dict(q='query', k='key', v='value')[kind]}"
+    assert best.text == "0.0[0] -> 1.1 " + {"q": "query", "k": "key", "v": "value"}[kind]
 
 
 @pytest.mark.parametrize("dim", [64, 768])

@@ -164,11 +164,43 @@ def test_a_task_takes_channels_away(task):
     assert one["inhibition_without"] == pytest.approx(alone.inhibition(late), abs=1e-6)
     assert one["margin_without"] == pytest.approx(ask(model, prompts, edit).margin, abs=1e-5)
     assert mover["control"]["inhibition_without"] != mover["all"]["inhibition_without"]
+    assert len(mover["steered"]["attention"]) == 7
+    assert len(mover["steered"]["attention"][0]) == (2 if task == "ioi" else 6)
     if task == "laundry":
         assert list(figures["by_items"]) == ["3", "5", "6"]
         assert 1 <= len(figures["rescaled"]["components"]) <= 3
         assert figures["rescaled"]["train"] >= 0
     json.dumps(found, allow_nan=False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alone", [True, False])
+def test_steering_sets_what_a_component_tells(alone):
+    """Times 1 with a coefficient of its own size, at the last token; against a path by hand."""
+    from foveate.lens.interventions import Edit, Path, coefficients, edited
+    from foveate.lens.steering import sweep
+
+    words = Words()
+    batch = laundry(words, 1, 4)
+    model = small(len(words.ids))
+    heads = Reading()(model)
+    v = heads.ov().svd().v[heads.at(0, 1)][:, :2].float()
+    c = coefficients(model, 0, 1, v, lambda: model(batch.ids))[0, -1]
+    points = torch.tensor([[1.0, 1.0], [-2.0, 0.5]])
+    found = sweep(model, [batch], (0, 1), v, (2, 3), points, alone=alone)
+    torch.testing.assert_close(found.scale.float(), c.abs())
+    first = batch.ids[0, batch.listed_at[0]]
+    assert sorted(first.tolist()) == sorted([int(batch.answer), *batch.others[0].tolist()])
+    assert batch.listed_at[0].tolist() == sorted(batch.listed_at[0].tolist())
+    for point, got in zip(points, found.attention):
+        factor = point.tolist()  # one prompt: its coefficient is its own scale
+        edit = Edit(0, 1, v, factor=factor, positions=[-1])
+        with watched(model) as watch, edited(model, Path(edit, 2, 3) if alone else edit):
+            model(batch.ids)
+            want = watch.weights(2)[0, 3, -1, batch.listed_at[0]]
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    with pytest.raises(InputError, match=r"\(P, 2\)"):
+        sweep(model, [batch], (0, 1), v, (2, 3), points[:, :1])
 
 
 def test_what_isnt_known_is_refused():

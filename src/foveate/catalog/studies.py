@@ -33,8 +33,7 @@ ROWS: tuple[Row, ...] = (
         kind="study",
         path="foveate.lens.circuits_job.Circuits",
         title="Head-to-head channels (Talking Heads)",
-        summary="Finds which singular components of early heads later heads read, from weights, "
-        "and tests them by removing and rescaling them.",
+        summary="Finds the channels between heads, component by component, and tests them by edits.",
         papers=(MERULLO,),
         sheet="talking-heads",
         capabilities=Capabilities(
@@ -54,8 +53,7 @@ ROWS: tuple[Row, ...] = (
         kind="study",
         path="foveate.lens.ocr.FactRecall",
         title="Out-of-context reasoning (OCR)",
-        summary="Factual recall by one head, where factorised output and value maps generalise to "
-        "unseen implications and one merged map can't.",
+        summary="Recall by one head, whose factorised maps deduce what a merged one can't.",
         papers=(OCR,),
         sheet="ocr",
         capabilities=LOOKS,

@@ -73,9 +73,7 @@ def circuits(
             f"foveate circuits needs {name}: pip install 'foveate[hf]'"
         ) from error
     wanted = None if into is None else tuple(word.strip() for word in into.split(","))
-    job = Circuits(
-        not raw, offset, kinds, top, wanted, task, items, prompts, movers, tried, seed
-    )
+    job = Circuits(not raw, offset, kinds, top, wanted, task, items, prompts, movers, tried, seed)
     place = parse_device(device)
     with Screen() as screen:
         info = locate(model, progress=screen.say)

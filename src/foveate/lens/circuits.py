@@ -122,6 +122,14 @@ class Heads:
         q, k, v, o = (x.to(dtype) for x in (self.q, self.k, self.v, self.o))
         return replace(self, q=q, k=k, v=v, o=o)
 
+    def only(self, index: int) -> Heads:
+        """One head alone, by its index."""
+        one = slice(index, index + 1)
+        q, k, v, o, layer, head = (
+            x[one] for x in (self.q, self.k, self.v, self.o, self.layer, self.head)
+        )
+        return Heads(q, k, v, o, layer, head, self.ropes)
+
     def at(self, layer: int, head: int) -> int:
         """The index of a head.
 

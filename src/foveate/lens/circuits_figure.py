@@ -44,7 +44,8 @@ def _maps(facts: dict[str, Any], path: Path) -> Path:
         for row, (name, title, least) in enumerate(rows):
             axis = axes[row, column]
             matrix = [
-                [float("nan") if x is None else x for x in line] for line in facts["maps"][kind][name]
+                [float("nan") if x is None else x for x in line]
+                for line in facts["maps"][kind][name]
             ]
             image = axis.imshow(matrix, cmap="viridis", vmin=least, interpolation="nearest")
             figure.colorbar(image, ax=axis, shrink=0.75)
@@ -56,11 +57,11 @@ def _maps(facts: dict[str, Any], path: Path) -> Path:
 
 
 def _task(task: dict[str, Any], path: Path) -> Path:
-    """Each mover's inhibition with single components taken away, and accuracy by list length."""
+    """Each mover's inhibition without single components, steering, and accuracy by list length."""
     pyplot = pyplot_for(path)
     lists = "by_items" in task
     figure, axes = pyplot.subplots(
-        1, 1 + lists, figsize=(6.4 + 4.6 * lists, 1.4 + 0.3 * sum(
+        1, 2 + lists, figsize=(11 + 4.6 * lists, 1.4 + 0.3 * sum(
             3 + len(m["components"]) for m in task["movers"])), squeeze=False, layout="constrained",
     )  # fmt: skip
     names, values, colours = [], [], []
@@ -83,8 +84,16 @@ def _task(task: dict[str, Any], path: Path) -> Path:
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_xlabel("attention to the answer minus that to another")
     axis.set_title(f"{task['name']}: what movers are told", loc="left", fontsize=10)
+    axis, steered = axes[0, 1], task["movers"][0]["steered"]
+    for number, line in enumerate(zip(*steered["attention"])):
+        axis.plot(steered["times"], line, marker="o", markersize=3, label=f"word {number + 1}")
+    axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
+    axis.set(xlabel=f"{steered['channel']}, times what it is", ylabel="attention")
+    axis.set_title(f"{task['movers'][0]['head']}, steered", loc="left", fontsize=10)
+    axis.legend(fontsize=7)
+    axis.grid(alpha=0.3)
     if lists:
-        axis = axes[0, 1]
+        axis = axes[0, 2]
         items = [int(n) for n in task["by_items"]]
         axis.plot(items, list(task["by_items"].values()), marker="o", label="as it is")
         one = task["rescaled"]

@@ -7,8 +7,11 @@ Without a task no token is run: weights alone say who could talk to whom. With o
 stands out into a mover's query is taken away at the last token: first for that mover alone (its
 inhibition, attention to the answer minus that to another, should shrink), then for all (the answers
 should get worse). As a control the same is done with random directions of the same heads' outputs.
-Laundry also rescales: up to three components of those taken away, the ones that inhibit most, times
-one factor that is chosen on other prompts than it is judged by.
+
+The component that matters most is then set to multiples of what it is ("steered"), and the mover's
+attention to the first, second ... listed word watched. Laundry also rescales: up to three of the
+components taken away, those that inhibit most, times one factor that is chosen on other prompts
+than it is judged by.
 """
 
 from __future__ import annotations
@@ -39,11 +42,13 @@ from foveate.lens.ioi import ioi
 from foveate.lens.laundry import laundry
 from foveate.lens.prompts import Answers, Prompts, ask, best_factor, movers
 from foveate.lens.reading import Reading
+from foveate.lens.steering import sweep
 from foveate.ops.errors import InputError, nearest
 from foveate.ops.masks.checks import whole
 
 TASKS = ("none", "ioi", "laundry")
 FACTORS = (0.0, 0.5, 1.5, 2.0, 3.0)
+STEPS = (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0)
 Tell = Callable[[float, str], None]
 
 
@@ -156,9 +161,7 @@ class Look:
         wanted = [kind for kind in KINDS if kind in self.job.kinds]
         return wanted if self.job.task == "none" or "q" in wanted else ["q", *wanted]
 
-    def channels(
-        self, kind: Kind, into: list[tuple[int, int]] | None, top: int
-    ) -> list[Channel]:
+    def channels(self, kind: Kind, into: list[tuple[int, int]] | None, top: int) -> list[Channel]:
         """As `composition.channels`, from the scores at hand."""
         return channels(
             self.heads, self.spectrum, kind, offset=self.job.offset, into=into, top=top,
@@ -206,12 +209,8 @@ class Look:
     def _unfolded(self, one: Channel) -> float:
         """CS of the same written direction into the later head's maps without the norm's gain."""
         at = self.raw.at(*one.late)
-        alone = Heads(
-            *(x[at : at + 1] for x in (self.raw.q, self.raw.k, self.raw.v, self.raw.o)),
-            self.raw.layer[at : at + 1], self.raw.head[at : at + 1],
-            {one.late[0]: self.raw.ropes.get(one.late[0])},
-        )  # fmt: skip
-        return float(score_of(self.direction(one).mT, read_by(alone, one.kind, self.job.offset)))
+        into = read_by(self.raw.only(at), one.kind, self.job.offset)
+        return float(score_of(self.direction(one).mT, into))
 
     # -- the task ----------------------------------------------------------------------------------
     def task(self, tokenizer: Any) -> dict[str, Any]:
@@ -256,7 +255,26 @@ class Look:
         random = torch.Generator().manual_seed(self.job.seed)
         drawn = [self._random(one, random) for one in best]
         facts["control"] = self._without(mover, best, drawn, base, prompts)
+        facts["steered"] = self._steered(mover, best, facts["components"], prompts, share)
         return facts
+
+    def _steered(
+        self,
+        mover: tuple[int, int],
+        best: Sequence[Channel],
+        told: list[dict[str, Any]],
+        prompts: list[Prompts],
+        share: float,
+    ) -> dict[str, Any]:
+        """The mover's attention along the list, by what the strongest component tells it."""
+        one = best[min(range(len(told)), key=lambda i: told[i]["inhibition_without"])]
+        self.tell(share, f"steering {one.text}")
+        coordinates = torch.tensor(STEPS)[:, None]
+        found = sweep(self.model, prompts, one.early, self.direction(one), mover, coordinates)
+        return {
+            "channel": one.text, "times": list(STEPS), "scale": float(found.scale[0]),
+            "attention": found.attention.tolist(),
+        }  # fmt: skip
 
     def _random(self, one: Channel, random: torch.Generator) -> Tensor:
         """A random unit direction of what the same head writes."""

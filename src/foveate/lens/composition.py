@@ -110,7 +110,7 @@ def score_of(directions: Tensor, into: Factored) -> Tensor:
 
 
 def standardised(scores: Tensor) -> Tensor:
-    """z of every CS among all components of all earlier heads into the same head: as `scores`.
+    """Standard scores (z) of CS among all components of earlier heads into the same head.
 
     Args:
         scores: (N, r, N) as `component_scores`.
@@ -198,10 +198,15 @@ def channels(
         column = whole[:, b]
         found.append(
             Channel(
-                (int(heads.layer[a]), int(heads.head[a])), i,
-                (int(heads.layer[b]), int(heads.head[b])), kind,
-                float(scores[a, i, b]), float(z[a, i, b]), float(spectrum.s[a, i]),
-                float(column[a]), 1 + int((column > column[a]).sum()),
+                (int(heads.layer[a]), int(heads.head[a])),
+                i,
+                (int(heads.layer[b]), int(heads.head[b])),
+                kind,
+                float(scores[a, i, b]),
+                float(z[a, i, b]),
+                float(spectrum.s[a, i]),
+                float(column[a]),
+                1 + int((column > column[a]).sum()),
             )  # fmt: skip
         )
     return found

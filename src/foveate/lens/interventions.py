@@ -231,7 +231,7 @@ def _along(paths: list[Path], known: dict[int, Place]) -> list[Any]:
 
 @torch.no_grad()
 def coefficients(model: nn.Module, layer: int, head: int, directions: Tensor, run: Any) -> Tensor:
-    """z W_O v_i of a head while `run()` runs the model: (B, L, n).
+    """Coefficients z W_O v_i of a head while `run()` runs the model: (B, L, n).
 
     Args:
         model: the model.
@@ -290,7 +290,7 @@ def rescaled(model: nn.Module, *edits: Edit) -> Iterator[None]:
     """As `rescale_weights`, until the context ends; the weights are then exactly as before."""
     known = {place.layer: place for place in places(model)}
     touched = [known[e.layer].out.module for e in edits if e.layer in known]
-    kept: list[tuple[Any, Tensor]] = [(m.weight, m.weight.detach().clone()) for m in touched]  # type: ignore[union-attr, operator]
+    kept: list[tuple[Any, Tensor]] = [(m.weight, m.weight.detach().clone()) for m in touched]  # type: ignore[operator]
     try:
         rescale_weights(model, *edits)
         yield

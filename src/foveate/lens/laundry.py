@@ -53,7 +53,7 @@ def laundry(
         raise InputError(f"laundry(split={split!r}): expected one of {', '.join(SPLITS)}.")
     objects = words_of_one_token(tokenizer, OBJECTS, least=items)
     drawn = random.Random(f"{seed}:{split}:{items}")
-    texts = []
+    texts: list[tuple[str, str, tuple[str, ...]]] = []
     while len(texts) < count:
         listed = drawn.sample(objects, items)
         # Which split a list is of is decided by the list alone, so that the two share none.
@@ -72,7 +72,7 @@ def laundry(
 
 
 def _series(words: list[str]) -> str:
-    """"a, b and c"."""
+    """Words as "a, b and c"."""
     if len(words) == 1:
         return words[0]
     return f"{', '.join(words[:-1])} and {words[-1]}"

@@ -119,7 +119,7 @@ class OneHead(nn.Module):
 
     @torch.no_grad()
     def factorise(self, rank: int) -> OneHead:
-        """The same function as a product of d_h = rank columns, balanced; exact from W's rank on."""
+        """The same function as a balanced product with d_h = rank; exact from W's rank on."""
         made = _copy(self)
         output, value = balanced(self.ov(), rank)
         made.merged, made.output, made.value = None, nn.Parameter(output), nn.Parameter(value)
@@ -177,8 +177,10 @@ def fit_recall(
     if optimizer not in OPTIMIZERS:
         raise InputError(f"fit_recall(optimizer={optimizer!r}): {nearest(optimizer, OPTIMIZERS)}")
     if shrink and model.merged is None:
-        raise InputError("fit_recall(shrink=...): only a merged matrix has singular values of its "
-                         "own; a product's nuclear norm is what gradient descent lowers.")  # fmt: skip
+        raise InputError(
+            "fit_recall(shrink=...): only a merged matrix has singular values of its own; a "
+            "product's nuclear norm is what gradient descent lowers."
+        )
     trained = [p for p in model.parameters() if p.requires_grad]
     kind = torch.optim.SGD if optimizer == "gd" else torch.optim.Adam
     descent = kind(trained, lr=lr, weight_decay=weight_decay)

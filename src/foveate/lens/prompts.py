@@ -18,7 +18,8 @@ class Prompts(NamedTuple):
     """Prompts of one length. The last token is where the model must answer.
 
     ids: (B, L); answer: (B,), the right token; others: (B, k), wrong ones that were named, too;
-    answer_at: (B,), where the answer is named; others_at: (B, m), every place of the others.
+    answer_at: (B,), where the answer is named; others_at: (B, m), every place of
+    the others, in order.
     """
 
     ids: Tensor
@@ -26,6 +27,12 @@ class Prompts(NamedTuple):
     others: Tensor
     answer_at: Tensor
     others_at: Tensor
+
+    @property
+    def listed_at(self) -> Tensor:
+        """(B, k + 1): where each of the words named is named first, in that order."""
+        first = self.others_at[:, : self.others.shape[1]]
+        return torch.cat((self.answer_at[:, None], first), 1).sort(1).values
 
     def parts(self, size: int) -> Iterator[Prompts]:
         """The same, `size` at a time."""

@@ -213,11 +213,12 @@ def _transformers(model: nn.Module) -> Iterator[Place]:
     from foveate.hf.places import sites
     from foveate.hf.rotary import ropes
 
-    config: Any = model.config.get_text_config(decoder=True)
+    given: Any = model.config
+    config = given.get_text_config(decoder=True)
     heads = int(config.num_attention_heads)
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     rotary = any(n.rpartition(".")[2] == "rotary_emb" for n, _ in model.named_modules())
-    turning: dict[int, Rope | None] = ropes(model) if rotary else {}  # type: ignore[arg-type]
+    turning: dict[int, Rope | None] = ropes(model) if rotary else {}
     for module, site in sites(model).items():
         if site.cross:
             raise InputError(f"{site.name} attends across; heads are read of decoders only.")

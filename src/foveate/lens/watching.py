@@ -42,9 +42,7 @@ class Watch(Attention):
             rows: (n,) indices of queries; None is all.
         """
         q, k, lse, ctx = self.seen[layer]
-        return probs(
-            q, k, lse, rows, ctx.mask, scale=ctx.scale, softcap=ctx.softcap, bias=ctx.bias
-        )
+        return probs(q, k, lse, rows, ctx.mask, scale=ctx.scale, softcap=ctx.softcap, bias=ctx.bias)
 
 
 @contextmanager

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -170,6 +169,7 @@ def lists(model: nn.Module, task: Laundry, seed: int) -> Found:
         """The best factor on the first one, two or three of these, and what it gives."""
         best = (before, 0, 1.0)
         for count in (1, 2, 3):
+
             def score(factor: float, count: int = count) -> float:
                 with edited(model, *_edits(spectrum, chosen[:count], factor)):
                     return _right(model, shown)
