@@ -297,6 +297,16 @@ def test_models_that_have_no_circuits_are_refused():
     )  # fmt: skip
     with pytest.raises(InputError, match="no QK circuit"):
         Reading()(transformers.Qwen3ForCausalLM(config))
+    config = transformers.Gemma2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
+    )  # fmt: skip
+    with pytest.raises(InputError, match="no OV circuit"):
+        Reading()(transformers.Gemma2ForCausalLM(config))
+    with pytest.raises(InputError, match="residual stream"):
+        Reading()(transformers.GraniteForCausalLM(transformers.GraniteConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, residual_multiplier=0.5)))  # fmt: skip
     with pytest.raises(InputError, match="no attention that can be read"):
         Reading()(torch.nn.Linear(3, 3))
     from foveate.models import FoveateConfig, FoveateForCausalLM

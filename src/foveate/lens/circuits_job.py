@@ -305,9 +305,10 @@ class Look:
         paths = [Path(edit, *mover, "q") for edit in edits]
         alone = ask(self.model, prompts, *paths, heads=[mover])
         everywhere = ask(self.model, prompts, *edits)
+        before, after = base.inhibition(mover), alone.inhibition(mover)
         return {
-            "inhibition_without": alone.inhibition(mover),
-            "inhibition_lost": 1 - alone.inhibition(mover) / base.inhibition(mover),
+            "inhibition_without": after,
+            "inhibition_lost": (before - after) / abs(before) if before else 0.0,
             "accuracy_without": everywhere.accuracy,
             "margin_without": everywhere.margin,
         }

@@ -74,7 +74,7 @@ class Edit:
     def changes(self, z: Tensor, place: Place) -> Tensor:
         """What is added to the layer's output, (B, L, D), from its mixed values (B, L, H d)."""
         index = place.out.index.to(z.device)[self.head]
-        w = place.out.weight()[self.head].to(z)  # (d, D)
+        w = place.out.weight_of(self.head).to(z)  # (d, D)
         v = self.directions.to(z)
         factor = torch.as_tensor(self.factor, dtype=z.dtype, device=z.device)
         step = torch.as_tensor(self.step, dtype=z.dtype, device=z.device)
@@ -168,7 +168,7 @@ def _check(one: Edit | Path, known: dict[int, Place]) -> None:
                 f"There is no head {layer}.{head}: the model has layers {min(known)} to "
                 f"{max(known)} with {known[min(known)].heads} heads."
             )
-    dim = known[edit.layer].out.weight().shape[-1]
+    dim = known[edit.layer].out.weight_of(0).shape[-1]
     if edit.directions.shape[0] != dim:
         raise InputError(
             f"Edit(directions): {edit.directions.shape[0]} wide, but the model writes {dim}."
@@ -245,7 +245,7 @@ def coefficients(model: nn.Module, layer: int, head: int, directions: Tensor, ru
 
     def hook(module: nn.Module, given: Any) -> None:
         z = given[0]
-        w = place.out.weight()[head].to(z)
+        w = place.out.weight_of(head).to(z)
         found.append(z[..., place.out.index.to(z.device)[head]] @ (w @ directions.to(z)))
 
     handle = place.out.module.register_forward_pre_hook(hook)
@@ -274,7 +274,7 @@ def rescale_weights(model: nn.Module, *edits: Edit) -> None:
         place = known[one.layer]
         index = place.out.index[one.head]
         weight: Any = place.out.module.weight
-        w = place.out.weight()[one.head]
+        w = place.out.weight_of(one.head)
         work = torch.promote_types(w.dtype, torch.float32)
         v = one.directions.to(w.device, work)
         factor = torch.as_tensor(one.factor, dtype=work, device=w.device)

@@ -26,6 +26,8 @@ from foveate.ops.errors import InputError
 from foveate.parts.rope import Rope
 
 _NORMS = ("input_layernorm", "ln_1", "self_attn_layer_norm")
+_BEHIND = ("pre_feedforward_layernorm", "post_self_attn_layernorm")  # Gemma 2, GLM-4 and their kin
+_BETWEEN = ("q_norm", "k_norm", "q_layernorm", "k_layernorm")
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,18 @@ class Slot:
 
     def weight(self) -> Tensor:
         """(H, D, d) of a map that reads, (H, d, D) of W_O; a copy."""
+        return self._taken(self.index)
+
+    def weight_of(self, head: int) -> Tensor:
+        """(D, d) of one head of a map that reads, (d, D) of W_O; a copy."""
+        return self._taken(self.index[head])
+
+    def _taken(self, index: Tensor) -> Tensor:
         given: Any = self.module.weight
         matrix = given if type(self.module).__name__ == "Conv1D" else given.T  # (in, out)
-        index = self.index.to(given.device)
+        index = index.to(given.device)
         if self.reads:
-            return matrix.detach()[:, index].movedim(0, 1)  # (D, H, d) -> (H, D, d)
+            return matrix.detach()[:, index].movedim(0, -2)  # (D, H, d) -> (H, D, d)
         return matrix.detach()[index]
 
 
@@ -215,6 +224,13 @@ def _transformers(model: nn.Module) -> Iterator[Place]:
 
     given: Any = model.config
     config = given.get_text_config(decoder=True)
+    if getattr(config, "residual_multiplier", 1.0) != 1.0:
+        raise InputError(
+            f"{type(model).__name__} scales what its layers add to the residual stream, so what is "
+            "written isn't W_O's output; such models can't be read."
+        )
+    if not getattr(config, "do_layer_norm_before", True):
+        raise InputError(f"{type(model).__name__} normalises behind its layers, not before them.")
     heads = int(config.num_attention_heads)
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     rotary = any(n.rpartition(".")[2] == "rotary_emb" for n, _ in model.named_modules())
@@ -229,7 +245,12 @@ def _transformers(model: nn.Module) -> Iterator[Place]:
                 f"{site.name}: the norm before it isn't found ({', '.join(_NORMS)}), so what its "
                 "heads read isn't known; heads are read of pre-norm decoders."
             )
-        if hasattr(module, "q_norm") or hasattr(module, "k_norm"):
+        if any(hasattr(parent, name) for name in _BEHIND):
+            raise InputError(
+                f"{site.name}: what its heads write is normalised before it is added, so it is "
+                "no product of two matrices and has no OV circuit."
+            )
+        if any(getattr(module, name, None) is not None for name in _BETWEEN):
             raise InputError(
                 f"{site.name} normalises queries and keys, so that its scores are no product of "
                 "two matrices and have no QK circuit."
@@ -240,7 +261,7 @@ def _transformers(model: nn.Module) -> Iterator[Place]:
 
 def _slots(module: Any, heads: int, kv_heads: int) -> tuple[Slot, Slot, Slot, Slot]:
     out = next((n for n in ("o_proj", "out_proj", "c_proj", "dense") if hasattr(module, n)), None)
-    if out is not None and hasattr(module, "q_proj"):
+    if out is not None and all(hasattr(module, f"{name}_proj") for name in "qkv"):
         width = module.q_proj.weight.shape[0] // heads
         maps = (module.q_proj, module.k_proj, module.v_proj, getattr(module, out))
         return _parted(*maps, heads, kv_heads, width)
