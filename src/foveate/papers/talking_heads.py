@@ -55,7 +55,7 @@ def run(trial: Trial) -> Found:
         length = 2 * task.most
     else:
         task = Laundry(symbols=24, held=64 if trial.quick else 512)
-        length = 2 * task.most + 1
+        length = task.length
     steps = 6 if trial.quick else STEPS[trial.cell]
     model = AttentionOnly(task.vocab, DIM, HEADS, LAYERS, length).to(trial.device)
     regime = Regime(
