@@ -203,6 +203,29 @@ def test_steering_sets_what_a_component_tells(alone):
         sweep(model, [batch], (0, 1), v, (2, 3), points[:, :1])
 
 
+@pytest.mark.parametrize("task", ["ioi", "laundry"])
+def test_a_look_that_was_stopped_goes_on(task, monkeypatch):
+    from foveate.lens import circuits_look
+
+    words = Words()
+    ioi(words, 64), laundry(words, 64, 5)
+    model = small(len(words.ids) + 40)
+    kept: dict[str, str] = {}
+
+    def keep(what, how):
+        key = json.dumps(what, sort_keys=True)
+        if key not in kept:
+            kept[key] = json.dumps(how())
+        return json.loads(kept[key])
+
+    job = Circuits(task=task, items=5, prompts=4, movers=2, tried=2)
+    found = job(model, words, keep=keep)
+    assert json.dumps(found) == json.dumps(job(model, words))
+    monkeypatch.setattr(circuits_look, "ask", None)
+    monkeypatch.setattr(circuits_look, "sweep", None)
+    assert json.dumps(job(model, words, keep=keep)) == json.dumps(found)
+
+
 def test_what_isnt_known_is_refused():
     for more, said in (
         ({"kinds": "qx"}, "letters out of qkv"),
@@ -239,6 +262,7 @@ def test_the_command_reads_a_folder(tmp_path, capsys, monkeypatch):
     assert [len(found["channels"][kind]) for kind in "qkv"] == [10] * 3
     assert (tmp_path / "o" / "composition.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "o" / "circuits.json").read_text())["dim"] == 32
+    assert (tmp_path / "o" / "results.jsonl").is_file()
     assert main(["circuits", folder, "--kinds", "k", "--top", "2", "--into", "2.3", "--raw"]) == 0
     out = capsys.readouterr().out
     assert out.count("-> 2.3 key") == 2

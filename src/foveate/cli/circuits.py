@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+import foveate
 from foveate.cli.progress import Screen, console
 from foveate.ops.errors import InputError, MissingPackageError
 
@@ -49,8 +52,10 @@ def circuits(
     seed: Annotated[int, typer.Option(help="Of prompts and controls.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     out: Annotated[
-        str | None, typer.Option(help="Folder for circuits.json and the figures.")
+        str | None,
+        typer.Option(help="Folder for circuits.json, figures, and what was measured so far."),
     ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Find the channels through which heads talk, from weights, and test them on a task.
@@ -58,7 +63,8 @@ def circuits(
     What each head writes is cut into singular components, and each is scored against what every
     later head reads (query, key, value). Whole heads hide such channels in their sum. With a task
     the strongest components into the heads that find the answer are taken away one by one, for that
-    head alone and for all, beside random ones as a control; laundry also rescales them.
+    head alone and for all, beside random ones as a control; laundry also rescales them. With --out
+    a run that was stopped goes on.
     """
     from foveate.compare.options import parse_device
 
@@ -75,6 +81,7 @@ def circuits(
     wanted = None if into is None else tuple(word.strip() for word in into.split(","))
     job = Circuits(not raw, offset, kinds, top, wanted, task, items, prompts, movers, tried, seed)
     place = parse_device(device)
+    folder = None if out is None else Path(out).expanduser()
     with Screen() as screen:
         info = locate(model, progress=screen.say)
         if info.kind != "causal-lm":
@@ -83,12 +90,11 @@ def circuits(
         screen.say(f"Loading {info.name}")
         loaded = load_weights(info, device=place)
         screen.begin("circuits", 100)
-        facts = job(loaded, tokenizer, lambda share, doing: screen.advance(100 * share, doing))
+        facts = _run(job, info, loaded, tokenizer, folder, fresh, screen)
     facts = {"model": info.name, "fingerprint": info.fingerprint} | facts
-    if out is not None:
+    if folder is not None:
         from foveate.lens.circuits_figure import draw
 
-        folder = Path(out).expanduser()
         files = draw(facts, folder)
         told = folder / "circuits.json"
         told.write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -97,6 +103,42 @@ def circuits(
         sys.stdout.write(json.dumps(facts, indent=2, allow_nan=False) + "\n")
     else:
         show(facts, console())
+
+
+def _run(
+    job: Any,
+    info: Any,
+    model: Any,
+    tokenizer: Any,
+    folder: Path | None,
+    fresh: bool,
+    screen: Screen,
+) -> dict[str, Any]:
+    """The look itself; figures of the task are kept in the folder as they come."""
+    from foveate.runs.records import Records, digest
+
+    def tell(share: float, doing: str) -> None:
+        screen.advance(100 * share, doing)
+
+    screen.begin("circuits", 100)
+    if folder is None:
+        found: dict[str, Any] = job(model, tokenizer, tell)
+        return found
+    setting = {"model": info.fingerprint, "version": foveate.__version__} | asdict(job)
+    with Records(folder, fresh=fresh) as records:
+        for note in records.notes:
+            screen.say(note)
+
+        def keep(what: dict[str, Any], how: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+            key = digest({"setting": setting, "cell": what})
+            values = records.get(key)
+            if values is None:
+                values = how()
+                records.add(key, what, values)
+            return values
+
+        kept: dict[str, Any] = job(model, tokenizer, tell, keep)
+        return kept
 
 
 def show(facts: dict[str, Any], screen: Console) -> None:

@@ -69,7 +69,7 @@ def sweep(
     device = next(model.parameters()).device
     parts = [part for batch in prompts for part in batch.parts(size)]
     written = torch.cat([
-        coefficients(model, *writer, directions, lambda ids=part.ids: last_logits(  # type: ignore[misc]
+        coefficients(model, *writer, directions, lambda ids=part.ids: last_logits(
             model, ids.to(device)))[:, END].cpu() for part in parts
     ])  # fmt: skip
     turned = signed(directions, written)
