@@ -239,6 +239,8 @@ def test_what_isnt_known_is_refused():
             Circuits(**more)
     with pytest.raises(InputError, match="need a tokenizer"):
         Circuits(task="ioi")(small(30))
+    with pytest.raises(InputError, match="one layer"):
+        Circuits()(AttentionOnly(30, layers=1))
     with pytest.raises(InputError, match=r"no head 7\.0"):
         Circuits(into=("7.0",))(small(30))
 

@@ -29,6 +29,7 @@ from foveate.lens.laundry import laundry
 from foveate.lens.prompts import Answers, Prompts, ask, best_factor, movers
 from foveate.lens.reading import Reading
 from foveate.lens.steering import sweep
+from foveate.ops.errors import InputError
 
 if TYPE_CHECKING:
     from foveate.lens.circuits_job import Circuits
@@ -54,6 +55,10 @@ class Look:
         self.model, self.job, self.tell, self.keep = model, job, tell, keep
         read = Reading(job.fold, offset=job.offset)
         exact = read(model)
+        if len(exact.layer.unique()) < 2:
+            raise InputError(
+                "The model has one layer, so no head reads what another wrote; channels need two."
+            )
         self.spectrum: Spectrum = exact.ov().svd()
         self.heads: Heads = exact.to(torch.float32)
         self.raw: Heads = replace(read, fold=False)(model) if job.fold else exact
