@@ -38,21 +38,22 @@ def test_lists_lack_one_the_second_time():
     task = Laundry(3, 5, symbols=9, held=8)
     sizes, places = set(), set()
     batch = task.batch(0, 0, 80)
-    assert batch.inputs.shape == (80, 10)
+    assert batch.inputs.shape == (80, 11)
     for ids, targets in zip(batch.inputs.tolist(), batch.targets.tolist()):
-        assert targets[:-1] == [IGNORED] * 9
-        assert ids[-1] == 1
-        listed, told = [i for i in ids[:5] if i], [i for i in ids[5:9] if i]
-        sizes.add(len(listed))
-        assert ids[:5] == listed + [0] * (5 - len(listed))
-        assert ids[5:9] == told + [0] * (4 - len(told))
-        assert len(set(listed)) == len(listed) == len(told) + 1
+        (at,) = (i for i, t in enumerate(targets) if t != IGNORED)
+        items = at // 2
+        sizes.add(items)
+        listed, told = ids[:items], ids[items + 1 : at]
+        assert ids[items] == 0
+        assert ids[at] == 1
+        assert set(ids[at + 1 :]) <= {0}
+        assert len(set(listed)) == items
         assert min(listed) >= 2
-        assert set(listed) - set(told) == {targets[-1]}
-        places.add(listed.index(targets[-1]))
+        assert set(listed) - set(told) == {targets[at]}
+        places.add(listed.index(targets[at]))
     assert sizes == {3, 4, 5}
     assert places == {0, 1, 2, 3, 4}
-    assert task.of(4).batch(0, 0, 4).inputs.shape == (4, 10)
+    assert task.of(4).batch(0, 0, 4).inputs.shape == (4, 9)
 
 
 def test_rank_correlation_shares_ranks():
@@ -108,6 +109,21 @@ def test_a_cell_of_talking_heads_runs(name, tmp_path):
     for figures in found.values():
         assert all(math.isfinite(value) for value in figures.values())
     assert set(found) < {*made.baseline, *made.ours}
+
+
+def test_lists_are_learnt_until_enough_are_right(monkeypatch):
+    from foveate.lens.attention_only import AttentionOnly
+    from foveate.papers import talking_heads
+
+    task = Laundry(3, 4, symbols=9, held=8)
+    model, told = AttentionOnly(task.vocab, 16, length=task.length), []
+    right = iter((0.1, 0.7))
+    monkeypatch.setattr(talking_heads, "evaluate", lambda *_: {"accuracy": next(right)})
+    before = model.embed.weight.detach().clone()
+    talking_heads.learn(model, task, 600, 0, lambda share, doing: told.append(doing))
+    assert told == ["step 0, 10% right", "step 250, 70% right"]
+    assert not torch.equal(model.embed.weight, before)
+    assert not model.training
 
 
 def test_the_machines_are_counted(tmp_path):

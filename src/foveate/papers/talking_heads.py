@@ -1,9 +1,9 @@
 """Talking heads: channels between heads, found in weights, tested by taking them away.
 
 Attention-only models of two layers (`lens/attention_only.py`: width 64, 4 heads of 16, learned
-positions, no norm), one for each seed, trained with AdamW at 3e-3; nothing is tuned.
+positions, no norm), one for each cell and seed; nothing is tuned.
 
-"induction": a random string twice, 1,200 steps of 64. The previous-token head is the head of layer
+"induction": a random string twice, 1,200 steps of 64 at 3e-3. The previous-token head is the head of layer
 0 that looks most at the token before, induction heads are those of layer 1 that look at what
 followed the last time (at least half as much as the one that does so most). From weights: the
 composition of whole heads into the induction heads' keys, and of every singular component of the
@@ -11,7 +11,8 @@ previous-token head. By removal: accuracy on the second copy with the head keepi
 components of highest, or of lowest, score. "share" is (accuracy - that without the head) / (that of
 the model - that without the head).
 
-"laundry": N = 3 ... 8 symbols are listed, all but one again, which is left? Accuracy by N. Then
+"laundry": N = 3 ... 8 of 24 symbols are listed, all but one again, which is left? Trained until 60%
+of the validation lists are right, 8,000 steps at most, so that long lists still fail. Then
 components of layer 0, by z of their scores into queries, keys or values of layer 1, the top one,
 two or three of them times one factor that is chosen on training lists of N = 8 and judged on
 others; as a control as many components of the lowest z, rescaled and chosen alike.
@@ -35,14 +36,15 @@ from foveate.lens.watching import watched
 from foveate.papers.harness import Found, Paper, Trial, at_least, at_most
 from foveate.papers.tasks import IGNORED, Batch, Laundry, Repeated
 from foveate.papers.training.loop import train
-from foveate.papers.training.objective import evaluate
-from foveate.papers.training.regime import Regime
+from foveate.papers.training.objective import evaluate, next_token
+from foveate.papers.training.regime import Regime, optimizer_of
 
 DIM, HEADS, LAYERS = 64, 4, 2
 KEPT = (1, 2, 3, 4, 6, 8)
 ITEMS = (3, 4, 5, 6, 7, 8)
+SYMBOLS = 24
 FACTORS = (0.0, 0.5, 1.5, 2.0, 3.0)
-STEPS = {"induction": 1200, "laundry": 1500}
+STEPS, ENOUGH = {"induction": 1200, "laundry": 8000}, 0.6
 MODEL, WHOLE, HIGH, LOW = "model", "whole heads", "highest CS", "lowest CS"
 SINGLE, LIST, RESCALED, CONTROL = "single removals", "laundry", "rescaled", "rescaled, lowest z"
 
@@ -54,18 +56,46 @@ def run(trial: Trial) -> Found:
         task = Repeated(held=64 if trial.quick else 512)
         length = 2 * task.most
     else:
-        task = Laundry(symbols=24, held=64 if trial.quick else 512)
+        task = Laundry(symbols=SYMBOLS, held=64 if trial.quick else 512)
         length = task.length
     steps = 6 if trial.quick else STEPS[trial.cell]
     model = AttentionOnly(task.vocab, DIM, HEADS, LAYERS, length).to(trial.device)
+
+    def tell(share: float, doing: str) -> None:
+        trial.tell(0.8 * share, doing)
+
+    if isinstance(task, Laundry):
+        learn(model, task, steps, trial.seed, tell)
+        return lists(model, task, trial.seed)
     regime = Regime(
         steps=steps, batch=64, lr=3e-3, every=max(1, steps // 3), weight_decay=0.01, seed=trial.seed
     )
-    train(model, task, regime, folder=trial.folder, tell=lambda s, d: trial.tell(0.8 * s, d))
-    trial.tell(0.8, "looking into it")
-    if isinstance(task, Repeated):
-        return induction(model, task)
-    return lists(model, task, trial.seed)
+    train(model, task, regime, folder=trial.folder, tell=tell)
+    return induction(model, task)
+
+
+def learn(
+    model: nn.Module, task: Laundry, steps: int, seed: int, tell: Callable[[float, str], None]
+) -> None:
+    """Train until ENOUGH of the validation lists are told right: before they all are.
+
+    AdamW at 2e-3, else as in "induction"; looked at every 250 steps, `steps` at most.
+    """
+    optimizer = optimizer_of(model, Regime(lr=2e-3, weight_decay=0.01))
+    for step in range(steps):
+        if step % 250 == 0:
+            found = evaluate(model, task, "validation", 64)["accuracy"]
+            tell(step / steps, f"step {step}, {found:.0%} right")
+            if found >= ENOUGH:
+                break
+        model.train()
+        batch = task.batch(seed, step, 64)
+        loss = next_token(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    model.eval()
 
 
 # -- induction -------------------------------------------------------------------------------------
@@ -255,5 +285,5 @@ PAPER = Paper(
                  lambda at: at[MODEL]["accuracy"] - at[MODEL]["without the head"], 0.05),
         at_least("accuracy: N=3", _figure(LIST, "accuracy N=3"), 0.5),
     ),
-    seeds=(0, 1, 2, 3, 4),
+    seeds=(0, 1, 2, 3),
 )  # fmt: skip

@@ -14,26 +14,24 @@ from foveate.papers.tasks.base import IGNORED, Batch, Generated, distinct
 class Laundry(Generated):
     """Lists of `least` to `most` distinct symbols; only what is left is scored.
 
-    Symbols are 2 ... symbols + 1. Both lists have places of their own, `room` and room - 1, filled
-    up with zeros, and 1 asks behind them, always at the same place. With N = 3 and room = 4:
+    Symbols are 2 ... symbols + 1; 0 stands before the second list, 1 asks. Behind the question the
+    sequence is filled with zeros. With N = 3:
 
-        inputs   5 2 7 0   7 5 0   1
-        targets  . . . .   . . .   2
+        inputs   5 2 7 0 7 5 1 0 0
+        targets  . . . . . . 2 . .
 
     Attributes:
-        least, most: N; each is as likely.
+        least, most: N; each is as likely. Equal, all sequences end with the question.
         symbols: different ones.
-        room: places of the first list; None is `most`.
         held: sequences in each of validation and test.
 
     Raises:
-        InputError: least below 2, most below least, fewer symbols than that, or no room.
+        InputError: least below 2, most below least, or fewer symbols than that.
     """
 
     least: int = 3
     most: int = 8
     symbols: int = 32
-    room: int | None = None
     held: int = 512
 
     def __post_init__(self) -> None:
@@ -42,20 +40,13 @@ class Laundry(Generated):
                 f"Laundry: expected 2 <= least <= most <= symbols, got {self.least}, {self.most} "
                 f"and {self.symbols}."
             )
-        if self.places < self.most:
-            raise InputError(f"Laundry: room={self.room} is below most={self.most}.")
         if self.held < 1:
             raise InputError(f"Laundry: held must be 1 or more, got {self.held}.")
 
     @property
-    def places(self) -> int:
-        """Of the first list."""
-        return self.most if self.room is None else self.room
-
-    @property
     def length(self) -> int:
         """Of a sequence."""
-        return 2 * self.places
+        return 2 * self.most + 1
 
     @property
     def vocab(self) -> int:
@@ -63,22 +54,22 @@ class Laundry(Generated):
         return self.symbols + 2
 
     def of(self, items: int) -> Laundry:
-        """The same with N = items only, in the same places."""
-        return replace(self, least=items, most=items, room=self.places)
+        """The same with N = items only."""
+        return replace(self, least=items, most=items)
 
     def draw(self, count: int, random: torch.Generator) -> Batch:
-        """Sequences of any split: (count, length)."""
+        """Sequences of any split: (count, 2 most + 1)."""
         sizes = torch.randint(self.least, self.most + 1, (count,), generator=random)
         listed = distinct(count, self.symbols, self.most, random) + 2
         noise = torch.rand(count, self.most, generator=random)
-        inputs = torch.zeros(count, self.length, dtype=torch.int64)
+        inputs = torch.zeros(count, 2 * self.most + 1, dtype=torch.int64)
         targets = torch.full_like(inputs, IGNORED)
-        inputs[:, -1] = 1
         for items in sizes.unique().tolist():
             at = (sizes == items).nonzero()[:, 0]
             order = noise[at, :items].argsort(1)
             mixed = listed[at, :items].gather(1, order)
             inputs[at, :items] = listed[at, :items]
-            inputs[at, self.places : self.places + items - 1] = mixed[:, 1:]
-            targets[at, -1] = mixed[:, 0]
+            inputs[at, items + 1 : 2 * items] = mixed[:, 1:]
+            inputs[at, 2 * items] = 1
+            targets[at, 2 * items] = mixed[:, 0]
         return Batch(inputs, targets)
