@@ -3,8 +3,8 @@
 Attention-only models of two layers (`lens/attention_only.py`: width 64, 4 heads of 16, learned
 positions, no norm), one for each cell and seed; nothing is tuned.
 
-"induction": a random string twice, 1,200 steps of 64 at 3e-3. The previous-token head is the head of layer
-0 that looks most at the token before, induction heads are those of layer 1 that look at what
+"induction": a random string twice, 1,200 steps of 64 at 3e-3. The previous-token head is that of
+layer 0 that looks most at the token before, induction heads are those of layer 1 that look at what
 followed the last time (at least half as much as the one that does so most). From weights: the
 composition of whole heads into the induction heads' keys, and of every singular component of the
 previous-token head. By removal: accuracy on the second copy with the head keeping only its k
