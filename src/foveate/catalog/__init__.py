@@ -19,6 +19,7 @@ from foveate.catalog import (
     projections,
     recommend,
     routers,
+    studies,
     studies_features,
     trained,
 )
@@ -47,6 +48,7 @@ ROWS: tuple[Row, ...] = (
     *images.ROWS,
     *projections.ROWS,
     *poolers.ROWS,
+    *studies.ROWS,
     *recommend.ROWS,
     *routers.ROWS,
     *studies_features.ROWS,

@@ -11,6 +11,7 @@ from rich.text import Text
 import foveate
 from foveate.bench import command as bench
 from foveate.cli import (
+    circuits,
     classify,
     compress,
     denoise,
@@ -58,6 +59,7 @@ def build() -> typer.Typer:
     explain.register(app)
     fit.register(app)
     compress.register(app)
+    circuits.register(app)
     reproduce.register(app)
     recall.register(app)
     train.register(app)
