@@ -10,7 +10,18 @@ from rich.text import Text
 
 import foveate
 from foveate.bench import command as bench
-from foveate.cli import classify, compress, denoise, explain, fit, methods, recall, reproduce, train
+from foveate.cli import (
+    claims,
+    classify,
+    compress,
+    denoise,
+    explain,
+    fit,
+    methods,
+    recall,
+    reproduce,
+    train,
+)
 from foveate.compare import command as compare
 from foveate.cost import command as cost
 from foveate.ops.errors import FoveateError
@@ -48,6 +59,7 @@ def build() -> typer.Typer:
     fit.register(app)
     compress.register(app)
     reproduce.register(app)
+    claims.register(app)
     recall.register(app)
     train.register(app)
     classify.register(app)
