@@ -16,8 +16,10 @@ import foveate
 def load(folder: str | None) -> torch.nn.Module:
     if folder is not None:
         return AutoModelForCausalLM.from_pretrained(folder).eval()
-    config = LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=128,
-                         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 
 

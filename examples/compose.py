@@ -18,7 +18,7 @@ def batch(size: int) -> torch.Tensor:
     return torch.cat([first, first], dim=1)
 
 
-def main(steps: int = 250) -> float:
+def main(steps: int = 120) -> float:
     torch.manual_seed(0)
     config = FoveateConfig(
         vocab_size=16, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -35,7 +35,7 @@ def main(steps: int = 250) -> float:
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
-        if step % 50 == 0:
+        if step % 30 == 0:
             print(f"step {step}: loss {loss.item():.3f}")
     model.eval()
     ids = batch(32)

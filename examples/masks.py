@@ -1,6 +1,6 @@
 """Masks on the core op: combine them, count what they visit, merge parts, attend within documents.
 
-    python examples/masks.py
+python examples/masks.py
 """
 
 import torch

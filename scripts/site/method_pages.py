@@ -60,7 +60,7 @@ def page(row: Row, kept: dict[str, dict[str, Any]], caption: str | None) -> str:
         parts.append(caption)
     parts += ["## Definition", *_definition(method)]
     parts += ["## Use it", *use(row)]
-    fields = _hyper_parameters(method)
+    fields = hyper_parameters(method)
     if fields:
         parts += ["## Hyper-parameters", fields]
     parts += ["## What it can do", _capabilities(row)]
@@ -107,13 +107,18 @@ def _spaced(text: str) -> str:
     return re.sub(r"(?m)^( {4}.*)\n(?=\S)", r"\1\n\n", text)
 
 
-def _hyper_parameters(method: type) -> str:
-    told = {}
-    for part in sections(method):
-        if part.kind is DocstringSectionKind.attributes:
-            for one in part.value:
-                for name in one.name.split(","):
-                    told[name.strip()] = one.description
+def hyper_parameters(method: type) -> str:
+    """A table of a class's fields, their defaults and what they mean; empty without fields.
+
+    What a field means is told by the class, or by the one that it extends.
+    """
+    told: dict[str, str] = {}
+    for owner in reversed(method.__mro__):
+        for part in sections(owner) if owner.__doc__ else ():
+            if part.kind is DocstringSectionKind.attributes:
+                for one in part.value:
+                    names = f"{one.name} {one.annotation}" if one.name.endswith(",") else one.name
+                    told |= {name.strip(): one.description for name in names.split(",")}
     lines = ["| name | default | meaning |", "| --- | --- | --- |"]
     for field in dataclasses.fields(method):
         if not field.init:
