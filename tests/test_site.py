@@ -83,7 +83,7 @@ def test_a_picture_shows_its_layout():
 @pytest.mark.parametrize(
     ("told", "shown"),
     [
-        ("s_i * s_j [CLS] <a>", r"s\_i \* s\_j \[CLS\] \<a>"),
+        ("s_i * s_j [CLS] <a>", r"s\_i \* s\_j \[CLS\] &lt;a>"),
         ("see `a_b * c`", "see `a_b * c`"),
         ("rule:\n    x_i = y\nend", "rule:\n\n    x_i = y\n\nend"),
     ],

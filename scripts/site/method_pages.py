@@ -96,9 +96,14 @@ def prose(text: str) -> str:
             lines.append(line)
             continue
         pieces = re.split(r"(`[^`]*`)", line)
-        pieces[::2] = (re.sub(r"([\\*_<\[\]|#])", r"\\\1", piece) for piece in pieces[::2])
+        pieces[::2] = map(_plain, pieces[::2])
         lines.append("".join(pieces))
     return _spaced("\n".join(lines))
+
+
+def _plain(text: str) -> str:
+    """Text in which nothing is markup."""
+    return re.sub(r"([\\*_\[\]#])", r"\\\1", text).replace("<", "&lt;")
 
 
 def _spaced(text: str) -> str:
@@ -154,7 +159,8 @@ def _claim(row: Row, kept: dict[str, dict[str, Any]]) -> Iterator[str]:
     else:
         verdict = kept.get(row.sheet)
         yield section(papers.load(row.sheet), verdict).strip()
-        yield f"Run it again: `foveate reproduce {row.sheet}`. [All claims](../claims.md)."
+        again = "" if verdict is None else f"Run it again: `foveate reproduce {row.sheet}`. "
+        yield f"{again}[All claims](../claims.md)."
 
 
 def verdict_of(row: Row, kept: dict[str, dict[str, Any]]) -> str:
