@@ -130,7 +130,12 @@ def hyper_parameters(method: type) -> str:
             continue
         made = field.default_factory
         default = field.default if made is dataclasses.MISSING else made()
-        said = cell(prose(" ".join(told.get(field.name, "").split())))
+        said = told.get(field.name, "")
+        if not said:  # it may be told of beside another one
+            word = re.compile(rf"\b{field.name}\b")
+            near = next((name for name, text in told.items() if word.search(text)), None)
+            said = "" if near is None else f"see `{near}`"
+        said = cell(prose(" ".join(said.split())))
         lines.append(f"| `{field.name}` | `{cell(repr(default))}` | {said} |")
     return "\n".join(lines) if len(lines) > 2 else ""
 
