@@ -112,6 +112,10 @@ def test_shared_texts_are_found_and_their_links_moved():
     for page in (ROOT / "docs").rglob("*.md"):
         name = page.relative_to(ROOT / "docs").as_posix()
         assert not shared.LINE.search(shared.filled(page.read_text(encoding="utf-8"), name))
+    assert len(set(shared.PLACES.values())) >= 4 + len(shared.PICTURES)
+    shown = re.findall(r"!\[.*?\]\((.*?)\)", shared.filled("--8<-- benchmarks/README.md", "p.md"))
+    assert shown
+    assert set(shown) <= set(shared.PICTURES)
     guide = shared.filled("--8<-- README.md: Check a claim", "guides/reader.md")
     assert "[docs/claims.md](../claims.md)" in guide
 
