@@ -124,4 +124,11 @@ def test_shared_texts_that_are_not_there_are_refused():
     with pytest.raises(ValueError, match="no heading '## Nothing'"):
         shared.filled("--8<-- README.md: Nothing", "index.md")
     with pytest.raises(ValueError, match="no place in the site"):
-        shared.moved("setup.py", "README.md", "index.md")
+        shared.moved("no-such-file.md", "README.md", "index.md")
+
+
+def test_files_that_shared_texts_link_to_come_along():
+    assert shared.moved("LICENSE", "README.md", "guides/reader.md") == "../files/LICENSE"
+    found = shared.attached()
+    assert found["files/LICENSE"] == ROOT / "LICENSE"
+    assert "files/benchmarks/README.md" not in found  # a page of its own
