@@ -69,8 +69,12 @@ def _kept(results: str | None) -> dict[str, dict[str, Any]]:
 def _print(found: list[dict[str, Any]]) -> None:
     table = Table(box=None, pad_edge=False)
     for name in ("paper", "verdict", "conditions", "ours", "minutes", "environment", "claim"):
-        justify = "right" if name == "minutes" else "left"
-        table.add_column(name, justify=justify, overflow="fold", no_wrap=name == "paper")
+        table.add_column(
+            name,
+            justify="right" if name == "minutes" else "left",
+            overflow="fold",
+            no_wrap=name == "paper",
+        )
     for row in found:
         word = row["verdict"]
         seconds = row["seconds"]
