@@ -19,6 +19,7 @@ from foveate.cli import (
     fit,
     methods,
     recall,
+    recommend,
     reproduce,
     train,
 )
@@ -64,6 +65,7 @@ def build() -> typer.Typer:
     train.register(app)
     classify.register(app)
     denoise.register(app)
+    recommend.register(app)
     return app
 
 
