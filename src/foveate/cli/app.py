@@ -12,6 +12,7 @@ import foveate
 from foveate.bench import command as bench
 from foveate.cli import (
     circuits,
+    claims,
     classify,
     compress,
     denoise,
@@ -61,6 +62,7 @@ def build() -> typer.Typer:
     compress.register(app)
     circuits.register(app)
     reproduce.register(app)
+    claims.register(app)
     recall.register(app)
     train.register(app)
     classify.register(app)
