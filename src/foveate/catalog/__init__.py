@@ -17,6 +17,7 @@ from foveate.catalog import (
     patterns,
     poolers,
     projections,
+    sinks,
     trained,
 )
 from foveate.catalog.row import YES, Capabilities, Paper, Row, Support
@@ -41,6 +42,7 @@ ROWS: tuple[Row, ...] = (
     *trained.ROWS,
     *formulas.ROWS,
     *adaptive.ROWS,
+    *sinks.ROWS,
     *images.ROWS,
     *projections.ROWS,
     *poolers.ROWS,
