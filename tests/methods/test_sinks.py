@@ -170,6 +170,7 @@ def test_what_has_no_meaning_is_refused():
     for ctx in (Context(sink_logits=torch.zeros(4)), Context(dropout=0.1)):
         with pytest.raises(InputError, match="softpick|Softpick"):
             make("softpick")(q, k, v, ctx)
+    q, k, v = qkv(40, 40)
     with pytest.raises(InputError, match="order of its own"):
         make("softpick(pattern='moba(block=4, topk=2)')")(q, k, v, Context(mask=causal()))
 
@@ -180,7 +181,7 @@ def peaked(q_len=90, dtype=torch.float64):
     q, k, v = (x / 2 for x in qkv(q_len, q_len, dtype))
     q[..., 0] = 4.0
     k[..., 0] = 0.0
-    k[:, 0, [0, 7, 40], 0] = torch.tensor([5.0, 4.0, 3.0], dtype=dtype)
+    k[:, 0, [0, 7, 40], 0] = torch.tensor([5.0, 4.0, 4.5], dtype=dtype)
     k[:, 1, [0, 7], 0] = torch.tensor([5.0, 4.0], dtype=dtype)
     return q, k, v
 

@@ -30,7 +30,7 @@ from typing_extensions import override
 from foveate.methods.naming import make_attention
 from foveate.methods.sinks import weights
 from foveate.ops import AttentionOutput
-from foveate.ops.errors import InputError, nearest
+from foveate.ops.errors import InputError
 from foveate.ops.weighted import Weigh, weighted
 from foveate.parts.attention import Attention, Pattern, clock, mask_layout
 from foveate.parts.context import Context
@@ -248,8 +248,7 @@ class Entmax(_Normaliser):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.alpha not in self.known:
-            known = [str(alpha) for alpha in self.known]
-            raise InputError(f"Entmax(alpha={self.alpha!r}); {nearest(str(self.alpha), known)}")
+            raise InputError(f"Entmax(alpha={self.alpha!r}): expected 1.5 or 2.0.")
 
     @property
     @override
