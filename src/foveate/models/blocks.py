@@ -46,6 +46,9 @@ def block_of(
             bias=config.attention_bias,
             out_bias=config.attention_out_bias,
             dropout=config.attention_dropout,
+            sink_logits=config.sink_logits,
+            kv_bias=config.kv_bias,
+            gate=config.gate,
             layer=layer,
         )
         if mixing.attention.rotary:
