@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from foveate.catalog.patterns import SINKS
+from foveate.catalog.patterns import MINFERENCE, SINKS
 from foveate.catalog.row import BUILDERS, Capabilities, Paper, Row, Support
 
 QUANTIZABLE = Paper(
@@ -99,5 +99,17 @@ ROWS: tuple[Row, ...] = (
             causal_routing=Support(False, "all queries of the call say which keys are sinks"),
         ),
         jobs=("compare", "use", "Attention", "train"),
+    ),
+    Row(
+        key="by-head",
+        kind="attention",
+        path="foveate.methods.by_head.ByHead",
+        title="A pattern for each head",
+        summary="Each layer and head runs what a file names for it, such as foveate inspect's "
+        "suggestion.",
+        papers=(MINFERENCE, SINKS),
+        sheet="attention-sink",
+        capabilities=Capabilities(),
+        jobs=("compare", "use", "inspect"),
     ),
 )  # fmt: skip
