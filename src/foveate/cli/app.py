@@ -10,7 +10,18 @@ from rich.text import Text
 
 import foveate
 from foveate.bench import command as bench
-from foveate.cli import classify, compress, denoise, explain, fit, methods, recall, reproduce, train
+from foveate.cli import (
+    classify,
+    compress,
+    denoise,
+    explain,
+    fit,
+    inspect,
+    methods,
+    recall,
+    reproduce,
+    train,
+)
 from foveate.compare import command as compare
 from foveate.cost import command as cost
 from foveate.ops.errors import FoveateError
@@ -46,6 +57,7 @@ def build() -> typer.Typer:
     methods.register(app)
     explain.register(app)
     fit.register(app)
+    inspect.register(app)
     compress.register(app)
     reproduce.register(app)
     recall.register(app)

@@ -153,9 +153,8 @@ def head_figures(
     for block in blocks(q, k, ctx):
         p = from_lse(scores(q, k, block, ctx), lse[:, :, block.rows])
         _add(sums, p, block, wanted, q_index, index, head, result)
-    rows = torch.linspace(0, q.shape[2] - 1, min(wanted.rows, q.shape[2])).round().long()
     options = {"scale": ctx.scale, "softcap": ctx.softcap, "bias": ctx.bias}
-    some = probs(q, k, lse, rows.to(q.device), ctx.mask or EVERYTHING, **options)
+    some = probs(q, k, lse, sampled_rows(q, wanted), ctx.mask or EVERYTHING, **options)
     norms = v.to(work).norm(dim=-1)
     sink_cos, other_cos = _cosines(q, k, wanted.sinks)
     return HeadFigures(
@@ -177,6 +176,12 @@ def head_figures(
         sampled=some.mean(1),
         maps=sums.maps,
     )  # fmt: skip
+
+
+def sampled_rows(q: Tensor, wanted: Wanted) -> Tensor:
+    """The queries that are sampled, evenly spread: (n,) indices."""
+    rows = torch.linspace(0, q.shape[2] - 1, min(wanted.rows, q.shape[2]))
+    return rows.round().long().to(q.device)
 
 
 def _add(
