@@ -86,7 +86,7 @@ class Sinks(nn.Module):
         """The attention with k' and v' beside its keys."""
         if self.key is None and self.value is None:
             return attention
-        return _WithKey(attention, self.key, self.value)
+        return Extra(attention, self.key, self.value)
 
     def gated(self, o: Tensor, x: Tensor) -> Tensor:
         """Heads' outputs (B, Hq, Lq, Dv) times their gates from x (B, Lq, dim)."""
@@ -102,7 +102,7 @@ class Sinks(nn.Module):
         return f"logits={self.logits is not None}, heads={self.heads}"
 
 
-class _WithKey(Attention):
+class Extra(Attention):
     """Another attention and one more key that all see, put in by the lse."""
 
     def __init__(self, inner: Attention, key: Tensor | None, value: Tensor | None) -> None:
