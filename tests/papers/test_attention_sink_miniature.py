@@ -100,7 +100,7 @@ def test_the_released_model_and_its_windows():
     assert 0.6 < found["sink 1, 0.3"] < 0.85
     assert found["sink 1, 0.2"] > found["sink 1, 0.3"] > found["sink 1, 0.4"]
     assert found["sink 2, 0.3"] < 0.05
-    assert found["massive at the first token"] == 1.0 and found["massive layers"] > 3
+    assert found["massive at the first token"] > 0.9 * found["massive layers"] > 3
     assert 5_000 < found["largest"] and found["largest elsewhere"] < 1000
     assert found["value norm"] < 0.5 and found["residual peak"] > 20
     windows = paper.run(Trial("streaming", 0, quick=True))

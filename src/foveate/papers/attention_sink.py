@@ -134,9 +134,8 @@ def released(trial: Trial) -> dict[str, float]:
         "largest elsewhere": loudest.elsewhere,
         "median": loudest.median,
         "massive layers": float(sum(one.massive > 0 for one in found)),
-        "massive at the first token": float(
-            all(one.tokens == (0,) for one in found if one.massive)
-        ),
+        "massive at the first token": float(sum(0 in one.tokens for one in found)),
+        "massive at others too": float(sum(len(one.tokens) > 1 for one in found)),
         "residual peak": max(one.peak for one in found),
         "value norm": sorted(drains)[len(drains) // 2],
     }
