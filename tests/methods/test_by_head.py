@@ -27,7 +27,9 @@ def qkv(length=40):
 
 
 def test_each_head_runs_its_own_pattern(tmp_path):
-    method = make(written(tmp_path, {"1": {"3,0": WINDOW, "1": "full", "2": "a-shape"}, "2": WINDOW}))
+    method = make(
+        written(tmp_path, {"1": {"3,0": WINDOW, "1": "full", "2": "a-shape"}, "2": WINDOW})
+    )
     q, k, v = qkv()
     b = torch.randn(4, dtype=torch.float64)
     bias = torch.randn(1, 4, 40, 40, dtype=torch.float64)

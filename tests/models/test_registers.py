@@ -13,9 +13,13 @@ from foveate.models import (
 )
 from foveate.ops.errors import InputError
 
-SIZES = dict(
-    vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32
-)
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 32,
+}
 OPTIONS = (
     {"registers": 3},
     {"registers": 1, "sink_logits": "learned", "kv_bias": "key-value", "gate": "element"},
@@ -89,7 +93,8 @@ def test_gradients_reach_every_option():
     made = model(**OPTIONS[1]).train()
     made(ids(), labels=ids()).loss.backward()
     for name, p in made.named_parameters():
-        assert p.grad is not None and (p.grad != 0).any(), name
+        assert p.grad is not None, name
+        assert (p.grad != 0).any(), name
 
 
 def test_an_encoders_registers_stand_for_nothing():

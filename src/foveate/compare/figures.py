@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import io
 import math
-import re
 from collections.abc import Callable
 from html import escape
 from typing import Any

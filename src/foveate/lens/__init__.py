@@ -1,1 +1,1 @@
-"""`foveate inspect`: what attention does in a model, and which pattern each of its heads could run."""
+"""`foveate inspect`: what attention does in a model, and which pattern each head could run."""

@@ -47,9 +47,7 @@ def chosen(heads: Mapping[str, Sequence[str]], name: str, title: str) -> str:
     rows = [[names.index(one) for one in row] for row in heads.values()]
     context, figure, axes = drawing(_height(len(rows)) + 0.22 * len(names))
     colours = [COLOURS[i % len(COLOURS)] for i in range(len(names))]
-    axes.imshow(
-        rows, aspect="auto", cmap=ListedColormap(colours), vmin=-0.5, vmax=len(names) - 0.5
-    )
+    axes.imshow(rows, aspect="auto", cmap=ListedColormap(colours), vmin=-0.5, vmax=len(names) - 0.5)
     _named_axes(axes, list(heads), len(rows[0]), title)
     figure.legend(
         handles=[Patch(color=c, label=one) for c, one in zip(colours, names)],

@@ -81,9 +81,7 @@ def _answer(facts: dict[str, Any]) -> str:
 def _sinks(facts: dict[str, Any]) -> str:
     found = facts["segments"]
     rows = "".join(
-        f"<tr><td>{eps}</td>"
-        + "".join(f"<td>{100 * rate:.2f}%</td>" for rate in rates)
-        + "</tr>"
+        f"<tr><td>{eps}</td>" + "".join(f"<td>{100 * rate:.2f}%</td>" for rate in rates) + "</tr>"
         for eps, rates in found["rates"].items()
     )
     table = (
@@ -203,9 +201,7 @@ def _maps(facts: dict[str, Any], maps: Maps) -> str:
         cells.append(f"<span>{layer}</span>")
         for head, data in enumerate(one["heads"]):
             name = f"layer {layer}, head {head}"
-            cells.append(
-                f'<img alt="{name}" title="{name}" src="{thumbnail(data, one["cells"])}">'
-            )
+            cells.append(f'<img alt="{name}" title="{name}" src="{thumbnail(data, one["cells"])}">')
     return (
         '<h2 id="maps">Maps</h2>\n<p>Every head: queries from top to bottom, keys from left to '
         "right, weight on a logarithmic scale; a row for each layer.</p>\n"

@@ -1,5 +1,6 @@
 """From the records of windows and layers to what is told: figures by layer and head, and the
-suggestion."""
+suggestion.
+"""
 
 from __future__ import annotations
 

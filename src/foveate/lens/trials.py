@@ -6,9 +6,9 @@ the heads and x the residual stream,
     harm_h = mean over tokens t of ||(o'_t - o_t) W^T||^2 / ||x_t||^2,
 
 what the candidate does to the stream that the head writes to. The cost is the area of the tiles
-that it visits, over dense attention's. The assignment is the one of least total harm whose mean cost
-is within a budget: by a price on area, as small as the budget allows, at which each head picks for
-itself (Lagrange), and what then is left of the budget is spent where it helps most.
+that it visits, over dense attention's. The assignment is the one of least total harm whose mean
+cost is within a budget: by a price on area, as small as the budget allows, at which each head picks
+for itself (Lagrange), and what then is left of the budget is spent where it helps most.
 """
 
 from __future__ import annotations

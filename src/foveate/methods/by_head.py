@@ -55,7 +55,7 @@ def heads_of(text: object) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class ByHead(Attention):
-    """Each head by the pattern that a file names for it; layers that it doesn't name run its default.
+    """Each head by the pattern that a file names for it; layers without one run its default.
 
     A layer that is named has one pattern, or one for each of its heads.
 
@@ -145,7 +145,7 @@ def _checked(data: Any, file: str) -> tuple[str, Plan]:
     """The default and the patterns by layer and heads ("" for all of a layer's)."""
     if not isinstance(data, Mapping) or data.get("foveate") != VERSION:
         raise InputError(
-            f'by-head(file={file!r}): no assignment of this version; expected an object with '
+            f"by-head(file={file!r}): no assignment of this version; expected an object with "
             f'"foveate": {VERSION}.'
         )
     default, layers = data.get("default", "full"), data.get("layers", {})

@@ -1,10 +1,9 @@
 """Register tokens: learned tokens before every sequence, which no output stands for.
 
 They give heads something to attend to that means nothing, so that no token of the text has to be
-that sink (one is StreamingLLM's learned sink token, Xiao et al. 2023, arXiv 2309.17453, section 3.3;
-several are the registers of Darcet et al. 2023, arXiv 2309.16588). They are in front, also in an
-encoder: under rotary positions and a mask that all see through, the place makes no difference there.
-A cache holds them, once; its length, as `generate` is told it, counts the text alone.
+that sink (one is StreamingLLM's learned sink token, Xiao et al. 2023, arXiv 2309.17453, section
+3.3; several are the registers of Darcet et al. 2023, arXiv 2309.16588). They are in front, also in
+an encoder, where the paper puts them behind: that keeps padding behind all real tokens. A cache holds them, once; its length, as `generate` is told it, counts the text alone.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from foveate.ops.errors import InputError
 
 class Fronted(NamedTuple):
     """A call with its registers: x, attention_mask, position_ids, cached tokens, and how many of
-    the first outputs are registers'."""
+    the first outputs are registers'.
+    """
 
     x: Tensor
     attention_mask: Tensor | None

@@ -75,10 +75,7 @@ def activations(x: Tensor, real: Tensor | None = None, most: int = 8) -> Activat
     quiet = size[~loud]
     centred = rows - rows.mean()
     norms = x.norm(dim=-1)
-    if real is None:
-        mean = norms.mean(1)
-    else:
-        mean = (norms * real).sum(1) / real.sum(1).clamp_min(1)
+    mean = norms.mean(1) if real is None else (norms * real).sum(1) / real.sum(1).clamp_min(1)
     return Activations(
         largest=float(size.max()),
         elsewhere=float(quiet.max()) if quiet.numel() else 0.0,

@@ -283,5 +283,5 @@ def similarity(sampled: list[Tensor], skip: int = 0) -> Tensor:
 
 
 def uniform_importance(length: int, key: int) -> float:
-    """alpha of a key (from 0) under uniform causal attention: mean of 1 / i over i > key."""
+    """Alpha of a key (from 0) under uniform causal attention: mean of 1 / i over i > key."""
     return math.fsum(1 / i for i in range(key + 1, length + 1)) / (length - key)

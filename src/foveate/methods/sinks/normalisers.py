@@ -1,7 +1,7 @@
 """Attentions whose rows need not sum to one, so that a head that wants nothing needs no sink.
 
-Section 5.2 of the survey by Su et al. 2026 (arXiv 2604.10098): with the softmax, a head with nothing
-to attend to must still put its mass somewhere, and parks it on the first token. Here it needn't:
+Section 5.2 of the survey by Su et al. 2026 (arXiv 2604.10098): with the softmax, a head with
+nothing to attend to must still put its mass somewhere, and parks it on the first token. Not here:
 
     clipped-softmax     clip((zeta - gamma) softmax(s) + gamma, 0, 1)          arXiv 2306.12929
     softpick            relu(e^s - 1) / (sum |e^s - 1| + eps)                  arXiv 2504.20966

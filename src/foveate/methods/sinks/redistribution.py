@@ -80,7 +80,7 @@ class Redistribution(Attention):
         ctx = Context() if ctx is None else ctx
         if ctx.dropout:
             raise InputError(
-                "Redistribution doesn't take dropout: it moves the mass of whole rows. Leave it out."
+                "Redistribution doesn't take dropout: it moves whole rows of mass; leave it out."
             )
         start = clock(q, ctx)
         mask, _ = by_index(q, k, ctx)
@@ -108,7 +108,7 @@ class Redistribution(Attention):
         self, q: Tensor, k: Tensor, v: Tensor, dense: AttentionOutput, chosen: Tensor,
         some: Tensor, mask: Mask, options: dict[str, Any],
     ) -> Tensor:  # fmt: skip
-        """The output with the mass of the chosen keys moved; `some` are keys that any head chose."""
+        """The output with the chosen keys' mass moved; `some` are keys that any head chose."""
         parts = torch.arange(q.shape[2], device=q.device).split(_ROWS)
         allowed = torch.cat([rows_of(mask, q, k, rows)[..., some] for rows in parts], 2)
         allowed = (allowed & chosen[:, :, None, some]).expand(*q.shape[:3], -1)
