@@ -35,6 +35,18 @@ def train(
             '"none" for attention, such as grassmann,none,grassmann,none.'
         ),
     ] = None,
+    sink_logits: Annotated[
+        str | None,
+        typer.Option(help='Lets heads attend to nothing: "one" (softmax off by one) or "learned".'),
+    ] = None,
+    kv_bias: Annotated[
+        str | None,
+        typer.Option(help="One more key, value or key-value for each head; key-shared for all."),
+    ] = None,
+    gate: Annotated[
+        str | None, typer.Option(help="On the heads' outputs: one for each head, or element.")
+    ] = None,
+    registers: Annotated[int, typer.Option(help="Learned tokens before every sequence.")] = 0,
     like: Annotated[
         str | None,
         typer.Option(
@@ -106,6 +118,9 @@ def train(
         mixer=_by_layer(mixer, layers),
         like=like,
         segment=segment,
+        options={
+            "sink_logits": sink_logits, "kv_bias": kv_bias, "gate": gate, "registers": registers
+        },
     )  # fmt: skip
     with Screen() as screen:
         tell = screen.steps(f"training {like or mixer or projection}", steps)

@@ -58,7 +58,7 @@ class Watch(Attention):
         ctx = Context() if ctx is None else ctx
         if ctx.layer not in self.layers:
             result = make("full")(q, k, v, ctx)
-            options = {"scale": ctx.scale, "softcap": ctx.softcap, "bias": ctx.bias}
+            options: dict[str, Any] = {"scale": ctx.scale, "softcap": ctx.softcap, "bias": ctx.bias}
             rows = sampled_rows(q, self.wanted)
             some = probs(q, k, result.lse, rows, ctx.mask or EVERYTHING, **options)
             self.done(ctx.layer, Seen(None, None, some.mean((0, 1))))
@@ -91,7 +91,7 @@ class Importance(Attention):
         """Dense attention; shapes as in `Attention`, causal, without padding."""
         ctx = Context() if ctx is None else ctx
         result = make("full")(q, k, v, ctx)
-        options = {"scale": ctx.scale, "softcap": ctx.softcap, "bias": ctx.bias}
+        options: dict[str, Any] = {"scale": ctx.scale, "softcap": ctx.softcap, "bias": ctx.bias}
         sums = column_sums(q, k, result.lse, ctx.mask or EVERYTHING, **options)
         table = (ctx.mask or EVERYTHING).dense(q.shape[2], k.shape[2], device=q.device)
         alpha = sums / table.sum(2).clamp_min(1)

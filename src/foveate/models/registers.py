@@ -3,7 +3,8 @@
 They give heads something to attend to that means nothing, so that no token of the text has to be
 that sink (one is StreamingLLM's learned sink token, Xiao et al. 2023, arXiv 2309.17453, section
 3.3; several are the registers of Darcet et al. 2023, arXiv 2309.16588). They are in front, also in
-an encoder, where the paper puts them behind: that keeps padding behind all real tokens. A cache holds them, once; its length, as `generate` is told it, counts the text alone.
+an encoder, where the paper puts them behind: that keeps padding behind all real tokens. A cache
+holds them, once; its length, as `generate` is told it, counts the text alone.
 """
 
 from __future__ import annotations

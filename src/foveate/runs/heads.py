@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -153,7 +154,7 @@ def head_figures(
     for block in blocks(q, k, ctx):
         p = from_lse(scores(q, k, block, ctx), lse[:, :, block.rows])
         _add(sums, p, block, wanted, q_index, index, head, result)
-    options = {"scale": ctx.scale, "softcap": ctx.softcap, "bias": ctx.bias}
+    options: dict[str, Any] = {"scale": ctx.scale, "softcap": ctx.softcap, "bias": ctx.bias}
     some = probs(q, k, lse, sampled_rows(q, wanted), ctx.mask or EVERYTHING, **options)
     norms = v.to(work).norm(dim=-1)
     sink_cos, other_cos = _cosines(q, k, wanted.sinks)

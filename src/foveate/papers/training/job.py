@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class Job:
         like: the composition and widths of a released model in small, "step3"; None is none. Of
             the sizes its layers, length and vocabulary are taken.
         segment: tokens of the segments in which a sequence is read; None reads it whole.
+        options: further fields of `foveate.models.FoveateConfig`: sink_logits, kv_bias, gate,
+            registers.
         data: a text file; None is the text that is shipped (WikiText-2).
         sizes: of the model.
         regime: of the training.
@@ -55,6 +57,7 @@ class Job:
     mixer: str | tuple[str | None, ...] | None = None
     like: str | None = None
     segment: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]) -> dict[str, Any]:
@@ -101,7 +104,7 @@ def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]
 
 def _model(job: Job) -> Any:
     """The model with fresh weights."""
-    ids = {"pad_token_id": 0, "eos_token_id": 1}
+    ids = {"pad_token_id": 0, "eos_token_id": 1} | dict(job.options)
     if job.like is None:
         mixer = list(job.mixer) if isinstance(job.mixer, tuple) else job.mixer
         return language_model(job.sizes, job.projection, job.attention, mixer=mixer, **ids)
