@@ -89,6 +89,11 @@ class Use:
                     f"Context parallelism can't run {type(module.mixer).__name__}: a mixer mixes "
                     "all tokens in its own way, and its ranks hold some of them."
                 )
+            if getattr(getattr(module, "config", None), "registers", 0):
+                raise InputError(
+                    "Context parallelism can't run a model with register tokens: every rank would "
+                    "put them before its own part of the sequence."
+                )
             if getattr(module, "embed_positions", None) is not None:
                 raise InputError(
                     "Context parallelism needs positions that travel with the tokens (rotary ones, "
