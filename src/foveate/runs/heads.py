@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from foveate.methods.echoatt.maps import Block, blocks, from_lse, scores
+from foveate.methods.echoatt.maps import Block, blocks, scores
 from foveate.ops import AttentionOutput, attention, probs
 from foveate.ops.errors import InputError
 from foveate.ops.masks.checks import whole
@@ -152,8 +152,7 @@ def head_figures(
     )
     head = v[:, :, : wanted.sinks].to(work).repeat_interleave(q.shape[1] // v.shape[1], 1)
     for block in blocks(q, k, ctx):
-        p = from_lse(scores(q, k, block, ctx), lse[:, :, block.rows])
-        _add(sums, p, block, wanted, q_index, index, head, result)
+        _add(sums, scores(q, k, block, ctx), block, wanted, q_index, index, head, result)
     options: dict[str, Any] = {"scale": ctx.scale, "softcap": ctx.softcap, "bias": ctx.bias}
     some = probs(q, k, lse, sampled_rows(q, wanted), ctx.mask or EVERYTHING, **options)
     norms = v.to(work).norm(dim=-1)
@@ -186,26 +185,46 @@ def sampled_rows(q: Tensor, wanted: Wanted) -> Tensor:
 
 
 def _add(
-    sums: _Sums, p: Tensor, block: Block, wanted: Wanted, q_index: Tensor, index: Tensor,
+    sums: _Sums, s: Tensor, block: Block, wanted: Wanted, q_index: Tensor, index: Tensor,
     head: Tensor, result: AttentionOutput,
 ) -> None:  # fmt: skip
-    """One block of rows, p (B, Hq, rows, keys), into the sums."""
-    keys = index[block.keys]
-    far = (q_index[block.rows, None] - keys).abs()
-    sums.columns[:, :, block.keys] += p.sum(2)
+    """One block of rows, scores s (B, H, rows, keys), into the sums; s is changed."""
+    keys, at = index[block.keys], q_index[block.rows]
     seen = block.allowed
     if seen is None:
-        seen = torch.ones(1, 1, p.shape[2], p.shape[3], dtype=torch.bool, device=p.device)
-    sums.seen = _grown(sums.seen, seen, p.shape[1])
-    each = _by_head(seen, p.shape[1])
-    sums.seen[:, :, block.keys] += each.sum(2)
+        seen = torch.ones(1, 1, s.shape[2], s.shape[3], dtype=torch.bool, device=s.device)
+    each = _by_head(seen, s.shape[1])
     visible = each.sum(3)
+    lse = result.lse[:, :, block.rows]
+    blind = (lse == -torch.inf) | (visible == 0)
+    lse = lse.masked_fill(blind, torch.inf)
+    p = torch.exp(s - lse[..., None])  # 0 in blind rows
+    sums.columns[:, :, block.keys] += p.sum(2)
+    sums.seen = _grown(sums.seen, seen, s.shape[1])
+    sums.seen[:, :, block.keys] += each.sum(2)
     sums.rows = sums.rows + (visible > 0).sum(2)
-    entropy = torch.special.entr(p).sum(-1)
+    # All sums that are linear in p come from one product, with a column for each.
+    cells = 0 if sums.maps is None else sums.maps.shape[-1]
+    columns = p.new_zeros(len(keys), cells + 2)
+    columns[:, 0], columns[:, 1] = 1.0, (keys - keys[:1]).to(p.dtype)
+    if cells:
+        columns[torch.arange(len(keys)), 2 + keys * cells // len(index)] = 1.0
+    linear = p @ columns
+    mass = linear[..., 0]
+    # -sum p log p = lse sum p - sum p s, where a key that isn't seen has p = 0
+    inner = (p.unsqueeze(-2) @ s.masked_fill_(s == -torch.inf, 0.0).unsqueeze(-1))[..., 0, 0]
+    entropy = (lse.masked_fill(blind, 0.0) * mass - inner).clamp_min(0.0)
     sums.add("entropy", entropy)
     sums.add("spread", entropy / visible.clamp_min(2).log())
-    sums.add("distance", (p * far).sum(-1))
-    sums.add("near", (p * (far <= wanted.near)).sum(-1))
+    far = at[:, None] - keys
+    if bool((seen & (far < 0)).any()):  # later keys are seen too
+        sums.add("distance", (p * far.abs().to(p.dtype)).sum(-1))
+    else:
+        sums.add("distance", (at - keys[:1]).to(p.dtype) * mass - linear[..., 1])
+    low = max(0, int(at[0]) - wanted.near - block.keys.start)
+    high = max(low, int(at[-1]) + wanted.near + 1 - block.keys.start)
+    band = far[:, low:high].abs() <= wanted.near
+    sums.add("near", (p[..., low:high] * band).sum(-1))
     first = p[..., : max(0, wanted.sinks - block.keys.start)]
     sums.add("sink", first.sum(-1))
     out = result.out[:, :, block.rows].to(p.dtype)
@@ -213,12 +232,9 @@ def _add(
     whole_ = out.norm(dim=-1)
     sums.add("no_op", (rest.norm(dim=-1) / whole_.clamp_min(1e-30)) * (whole_ > 0))
     if sums.maps is not None:
-        cells = sums.maps.shape[-1]
-        row_cell = (q_index[block.rows] - q_index[0]) * cells // len(q_index)
-        key_cell = keys * cells // len(index)
-        by_key = p.new_zeros(*p.shape[:3], cells).index_add_(3, key_cell, p)
         size = (len(q_index) / cells) * (len(index) / cells)
-        sums.maps.index_add_(2, row_cell, by_key / size)
+        row_cell = (at - q_index[0]) * cells // len(q_index)
+        sums.maps.index_add_(2, row_cell, linear[..., 2:] / size)
 
 
 def _by_head(seen: Tensor, heads: int) -> Tensor:
