@@ -38,8 +38,8 @@ def check_model(model: FoveateForCausalLM) -> None:
     """Refuse models whose layers can't be taken apart.
 
     Raises:
-        InputError: a mixer, a reference stream, register tokens, a cache that isn't made of tokens, a feed-forward
-            layer that can't be split, or a model in training mode.
+        InputError: a mixer, a reference stream, register tokens, a cache that isn't made of tokens,
+            a feed-forward layer that can't be split, or a model in training mode.
     """
     if model.training:
         raise InputError("disaggregate: the model is in training mode; call model.eval() before.")
