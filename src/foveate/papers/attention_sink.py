@@ -70,7 +70,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 TRAIN = "train "
 SIZES = Sizes(layers=4, dim=64, heads=4, length=128)
-STEPS, RATE, BATCH = 700, 4e-3, 16
+STEPS, RATE, BATCH = 400, 4e-3, 16
 SEGMENTS, SEGMENT, EPS = 40, 64, 0.3
 LONGER = 4  # times the training windows
 WINDOWS = {
