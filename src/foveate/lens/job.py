@@ -22,10 +22,12 @@ from torch import Tensor
 
 from foveate.hf.load import ModelInfo, load_tokenizer, load_weights, locate
 from foveate.lens.probe import Model, Seen, Watch
+from foveate.lens.report import page
 from foveate.lens.summary import summary
 from foveate.lens.trials import candidates
 from foveate.ops.errors import InputError
 from foveate.runs.activations import Activations
+from foveate.runs.drawing import need_matplotlib
 from foveate.runs.heads import Wanted, similarity
 from foveate.runs.machine import machine
 from foveate.runs.records import Records, digest, writable_folder
@@ -91,9 +93,9 @@ def run(job: Job, tell: Tell, say: Callable[[str], None] = lambda text: None) ->
 
     Raises:
         InputError: bad input, before any weights are read.
+        MissingPackageError: matplotlib isn't there.
     """
-    from foveate.lens.report import page  # matplotlib is missing before anything is measured
-
+    need_matplotlib()
     info = locate(job.model, progress=say)
     if info.kind != "causal-lm":
         raise InputError(f"{info.name} is no causal language model, which is what inspect reads.")

@@ -6,6 +6,8 @@ import io
 import re
 from typing import Any
 
+from foveate.ops.errors import MissingPackageError
+
 INK = "#1c2430"
 SOFT = "#66707d"
 GRID = "#e4e7eb"
@@ -60,3 +62,15 @@ def as_svg(context: Any, figure: Any, name: str, title: str) -> str:
     text = text.replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-')
     text = text.replace("'DejaVu Sans'", FONT).replace("DejaVu Sans", FONT)
     return text.replace("<svg ", f'<svg class="plot" role="img" aria-label="{title}" ', 1)
+
+
+def need_matplotlib() -> None:
+    """Say how to get what the figures need, before anything is measured.
+
+    Raises:
+        MissingPackageError: matplotlib isn't there.
+    """
+    import importlib.util
+
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingPackageError("The report needs matplotlib: pip install 'foveate[report]'")
