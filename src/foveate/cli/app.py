@@ -18,6 +18,7 @@ from foveate.cli import (
     denoise,
     explain,
     fit,
+    inspect,
     methods,
     recall,
     recommend,
@@ -59,6 +60,7 @@ def build() -> typer.Typer:
     methods.register(app)
     explain.register(app)
     fit.register(app)
+    inspect.register(app)
     compress.register(app)
     circuits.register(app)
     reproduce.register(app)

@@ -1,1 +1,1 @@
-"""Instruments that look into a model: what its heads say to each other, and why it recalls."""
+"""Instruments that look into a model: what its attention does, what its heads say to each other."""
