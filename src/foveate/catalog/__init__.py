@@ -17,6 +17,7 @@ from foveate.catalog import (
     patterns,
     poolers,
     projections,
+    retrieval,
     trained,
 )
 from foveate.catalog.row import YES, Capabilities, Paper, Row, Support
@@ -44,6 +45,7 @@ ROWS: tuple[Row, ...] = (
     *images.ROWS,
     *projections.ROWS,
     *poolers.ROWS,
+    *retrieval.ROWS,
 )
 
 
