@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.methods.colberter import Bags, Colberter, Encoding
+from foveate.methods.colberter import Bags, Colberter, ColberterHead, Encoding
 from foveate.models.whole_words import Tokens, WordTokenizer
 from foveate.ops.errors import InputError
 
@@ -51,6 +51,17 @@ class ColberterModel(nn.Module):
         self.head = recipe.build(dim)
         pad = getattr(tokenizer, "pad_token_id", None)
         self.pad = 0 if pad is None else int(pad)
+
+    def use(self, head: ColberterHead) -> None:
+        """Take a head, with the tokens that its recipe wants.
+
+        Raises:
+            InputError: it is for states of another size.
+        """
+        if head.dim != self.head.dim:
+            raise InputError(f"The head reads {head.dim} numbers, the encoder has {self.head.dim}.")
+        self.head, self.recipe = head, head.recipe
+        self.words.whole = head.recipe.whole_words
 
     @property
     def device(self) -> torch.device:

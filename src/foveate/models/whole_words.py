@@ -1,7 +1,7 @@
 """Texts to sub-words for an encoder, and to the bag of whole words that ColBERTer keeps of them.
 
-Words are what BERT's pre-tokeniser splits at: blanks, and each punctuation mark is a word of its own.
-They are lower-cased and stemmed by Porter's rules, so that "words" and "word" are one.
+Words are what BERT's pre-tokeniser makes: it splits at blanks, and each punctuation mark is a word
+of its own. They are lower-cased and stemmed by Porter's rules, so that "words" and "word" are one.
 """
 
 from __future__ import annotations

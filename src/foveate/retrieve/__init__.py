@@ -1,1 +1,1 @@
-"""Retrieval: collections, training of a retriever, its index on disk, search and its measurement."""
+"""Retrieval: collections, a retriever and its training, its index on disk, search, measures."""

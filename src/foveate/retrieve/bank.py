@@ -1,4 +1,4 @@
-"""Texts with the states that a frozen encoder gives them, kept so that heads can be trained on them.
+"""Texts with the states that a frozen encoder gives them, kept for heads to be trained on.
 
 States are float16, in one tensor without padding. A text can be read from some character on, as if
 what stands before weren't part of it (its states were made with it): a title that asks for its own
@@ -23,10 +23,17 @@ from foveate.ops.errors import InputError
 class Some:
     """Texts of a batch: states (B, L, H), which tokens are real (B, L), both kinds of bags."""
 
+    tokens: tuple[Tokens, ...]
     states: Tensor
     real: Tensor
     whole: Bags
     parts: Bags
+
+    def to(self, device: torch.device | str) -> Some:
+        """On another device."""
+        both = (self.whole, self.parts)
+        whole, parts = (Bags(b.ids.to(device), b.place.to(device)) for b in both)
+        return Some(self.tokens, self.states.to(device), self.real.to(device), whole, parts)
 
     def bags(self, whole: bool) -> Bags:
         """Of whole words, or of sub-words."""
@@ -101,7 +108,8 @@ class Bank:
             seen = torch.zeros(len(at), whole.ids.shape[1] + 1, dtype=torch.bool)
             seen.scatter_(1, torch.where(whole.place < 0, whole.ids.shape[1], whole.place), True)
             whole = Bags(torch.where(seen[:, :-1], whole.ids, 0), whole.place)
-        return Some(states, real, whole, _parts(whole, [self.tokens[i] for i in at]))
+        tokens = tuple(self.tokens[i] for i in at)
+        return Some(tokens, states, real, whole, _parts(whole, tokens))
 
     def batches(self, size: int = 64) -> Iterator[tuple[list[int], Some]]:
         """All texts, short ones together."""

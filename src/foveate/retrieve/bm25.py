@@ -1,4 +1,4 @@
-"""BM25 by the library bm25s: what retrievers are held against, and where hard negatives come from."""
+"""BM25 by the library bm25s: what retrievers are held against, and where negatives come from."""
 
 from __future__ import annotations
 

@@ -88,6 +88,8 @@ def run(job: Job, tell: Tell, say: Callable[[str], None] = lambda text: None) ->
         retriever, settings = _retriever(job, writer, passages, tell, say)
         missing = writer.plan(passages)
         writer.begin(settings, len(passages))
+        for state in job.out.glob("training-*.safetensors"):
+            state.unlink()
         there = len(passages) - len(missing)
         if there:
             say(f"{there:,} of {len(passages):,} passages are there already.")
@@ -155,9 +157,8 @@ def _retriever(
             passages, job.recipe, job.plan, job.encoder, job.length or 256, job.out, job.device,
             lambda share, doing: tell(0.5 * share, doing), say, fresh=job.fresh,
         )  # fmt: skip
-    own = any(p.requires_grad for p in found.model.encoder.parameters())
     work = job.out / "model-new"
-    files = retrievers.save(work, found, encoder=own)
+    files = retrievers.save(work, found)
     name = f"model-{files[retrievers.HEAD][:16]}"
     if not (job.out / name).exists():
         work.rename(job.out / name)

@@ -132,9 +132,7 @@ def read_judged(folder: str | Path, split: str = "test") -> Judged:
     keys = [key for key in texts if key in gains]
     if not keys:
         raise InputError(f"{qrels} names no question of {asked}.")
-    return Judged(
-        tuple(keys), tuple(texts[key] for key in keys), tuple(gains[key] for key in keys)
-    )
+    return Judged(tuple(keys), tuple(texts[key] for key in keys), tuple(gains[key] for key in keys))
 
 
 def _folder(folder: str | Path) -> Path:

@@ -1,8 +1,8 @@
 """A retriever on disk: ColBERTer's head and what it stands on, in a folder.
 
-    colberter.json       recipe, longest text, stemming, and the encoder by name and fingerprint
-    head.safetensors     the head's weights
-    encoder/             the encoder, if it was trained too; else it is the one that is named
+- colberter.json: recipe, longest text, stemming, and the encoder by name and fingerprint.
+- head.safetensors: the head's weights.
+- encoder/: the encoder, if it was trained too; else it is the one that is named.
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ class Retriever:
     Attributes:
         model: in evaluation mode.
         facts: the encoder, and whatever was noted of the training.
+        own: the encoder was trained too, and goes with the head.
     """
 
     model: ColberterModel = field(repr=False)
     facts: dict[str, Any]
+    own: bool = False
 
 
 def new(
@@ -83,13 +85,12 @@ def _made(
     return model.to(device).eval()
 
 
-def save(folder: Path, retriever: Retriever, *, encoder: bool = False) -> dict[str, str]:
+def save(folder: Path, retriever: Retriever) -> dict[str, str]:
     """Write a retriever; it appears under its name when it is whole.
 
     Args:
         folder: replaced if it is there.
-        retriever: what to write.
-        encoder: the encoder was trained too and is written.
+        retriever: what to write; its encoder only if it is its own.
 
     Returns:
         By file name the sha256 of its content.
@@ -100,7 +101,7 @@ def save(folder: Path, retriever: Retriever, *, encoder: bool = False) -> dict[s
     config = {
         "recipe": dataclasses.asdict(model.recipe), "dim": model.head.dim,
         "length": model.words.length, "stem": model.words.stem, "facts": retriever.facts,
-        "own_encoder": encoder,
+        "own_encoder": retriever.own,
     }  # fmt: skip
     work = folder.with_name(f".new-{folder.name}")
     shutil.rmtree(work, ignore_errors=True)
@@ -108,7 +109,7 @@ def save(folder: Path, retriever: Retriever, *, encoder: bool = False) -> dict[s
     state = {name: x.detach().cpu().contiguous() for name, x in model.head.state_dict().items()}
     write_new(work / HEAD, packed(state))
     write_new(work / CONFIG, json.dumps(config, indent=1, allow_nan=False).encode())
-    if encoder:
+    if retriever.own:
         model.encoder.save_pretrained(work / ENCODER)  # type: ignore[operator]
         model.words.tokenizer.save_pretrained(work / ENCODER)
     sync_folder(work)
@@ -156,7 +157,7 @@ def load(
         model.head.load_state_dict(weights)
     except RuntimeError as error:
         raise InputError(f"{folder / HEAD} doesn't fit its recipe {recipe}.") from error
-    return Retriever(model, config["facts"])
+    return Retriever(model, config["facts"], own)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     single.f16   (passages, d_c)     words.f16   (words, d)      one after the other
     ids.u32      (words)             counts.u16  (passages), how many words each keeps
-    texts.jsonl  key, title, body and digest of each    places.i64   (passages + 1), its lines' starts
+    texts.jsonl  key, title, body, digest of each    places.i64   (passages + 1), its lines' starts
 
 Numbers are little-endian, files have no header: the first two (with exact match three) are as long
 as the paper's formula says. A segment is written once, beside the index, and never changed.

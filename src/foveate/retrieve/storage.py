@@ -52,12 +52,12 @@ def storage(entries: Sequence[dict[str, Any]], recipe: Colberter, dim: int) -> d
             files[name] = files.get(name, 0) + written["bytes"]
     measured = files["single.f16"] + files["words.f16"] + (files[IDS] if recipe.exact else 0)
     single, width, ids = 2 * recipe.single, 2 * recipe.width, 4 * recipe.exact
+    token = 2 * recipe.tokens
     exact = " with ids" if recipe.exact else ""
     reduced = {
         f"sub-words at {dim}": 2 * dim * counts["sub_words"],
-        f"sub-words at {recipe.tokens}": single * passages + 2 * recipe.tokens * counts["sub_words"],
-        f"whole words at {recipe.tokens}": single * passages
-        + 2 * recipe.tokens * counts["unique_words"],
+        f"sub-words at {recipe.tokens}": single * passages + token * counts["sub_words"],
+        f"whole words at {recipe.tokens}": single * passages + token * counts["unique_words"],
         f"kept words at {recipe.width}{exact}": single * passages + kept * (width + ids),
         "single vector alone": single * passages,
     }  # fmt: skip

@@ -1,6 +1,6 @@
 """ColBERTer: what turns an encoder's states into one vector and few small word vectors.
 
-Hofstaetter et al. 2022, arXiv 2203.13088, section 3. From the states p~ of one encoder:
+Hofstätter et al. 2022, arXiv 2203.13088, section 3. From the states p~ of one encoder:
 
     p_CLS = W_CLS p~_1 (+ bias)                      equation 3: the single vector, d_c numbers
     p.    = W_t p~ (+ bias)                          equation 4: d_t numbers for each sub-word
@@ -157,9 +157,11 @@ class ColberterHead(nn.Module):
                 counts = counts & (gates > 0)
         if self.second is not None:
             vectors = self.second(vectors)
-        return Encoding(self.retrieval(self._pooled(states, real)), vectors, bags.ids, counts, gates)
+        single = self.retrieval(self.pooled(states, real))
+        return Encoding(single, vectors, bags.ids, counts, gates)
 
-    def _pooled(self, states: Tensor, real: Tensor | None) -> Tensor:
+    def pooled(self, states: Tensor, real: Tensor | None = None) -> Tensor:
+        """The state that the single vector is made of: (B, H)."""
         if self.recipe.pool == "cls":
             return states[:, 0]
         if real is None:
@@ -208,6 +210,7 @@ class ColberterHead(nn.Module):
             "cls_loss": weights.cls * margin_mse(up[1], down[1], teacher_margin),
         }
         if better.gates is not None and worse.gates is not None:
-            gates = sum(open_gates(one.gates, one.ids > 0) for one in (better, worse))  # type: ignore[arg-type]
-            losses["stopword_loss"] = weights.stopwords * gates  # type: ignore[assignment]
+            gates = open_gates(better.gates, better.ids > 0)
+            gates = gates + open_gates(worse.gates, worse.ids > 0)
+            losses["stopword_loss"] = weights.stopwords * gates
         return losses

@@ -33,12 +33,13 @@ class Weights:
     def __post_init__(self) -> None:
         for name in ("both", "cls", "stopwords"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 <= value < 1e9:
                 raise InputError(f"Weights({name}={value!r}): expected a number of 0 or more.")
 
 
 def margin_mse(better: Tensor, worse: Tensor, teacher_margin: Tensor) -> Tensor:
-    """mean ((s+ - s-) - (T+ - T-))^2 over triples."""
+    """Mean of ((s+ - s-) - (T+ - T-))^2 over triples: a scalar."""
     return (better - worse - teacher_margin.to(better.dtype)).square().mean()
 
 

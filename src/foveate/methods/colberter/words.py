@@ -1,6 +1,6 @@
 """ColBERTer's bag of whole words (BOW^2): which sub-words make up which word, and its id.
 
-Hofstaetter et al. 2022, arXiv 2203.13088, section 3.2. A text is tokenised twice: into sub-words for
+Hofstätter et al. 2022, arXiv 2203.13088, section 3.2. A text is tokenised twice: into sub-words for
 the encoder, and into whole words at blanks and punctuation marks. Each word is normalised (lower
 case, stemmed); equal normalised words are one word of the bag. Its id is
 
@@ -83,10 +83,7 @@ def whole_words(
             place.append(-1)
             continue
         text = normalise(words[at][0])
-        if numbered:
-            found = numbers.setdefault(text, len(numbers) + 1)
-        else:
-            found = word_id(text)
+        found = numbers.setdefault(text, len(numbers) + 1) if numbered else word_id(text)
         if found not in ids:
             ids[found] = len(ids)
             texts.append(text)
@@ -96,7 +93,8 @@ def whole_words(
 
 def sub_words(vocabulary: Sequence[int], special: Sequence[bool]) -> Words:
     """Every sub-word a word of its own, its vocabulary number the id: ColBERT's bag (or COIL's)."""
-    ids, place = [], []
+    ids: list[int] = []
+    place: list[int] = []
     for number, skip in zip(vocabulary, special):
         place.append(-1 if skip else len(ids))
         if not skip:
