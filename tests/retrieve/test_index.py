@@ -105,7 +105,11 @@ def written(index: Path, passages: list[Passage], per: int = 2) -> None:
         for start in range(0, len(missing), per):
             some = missing[start : start + per]
             rows = [
-                (torch.full((2,), float(len(p.body))), torch.ones(2, 1), torch.tensor([5, 2**32 - 1]))
+                (
+                    torch.full((2,), float(len(p.body))),
+                    torch.ones(2, 1),
+                    torch.tensor([5, 2**32 - 1]),
+                )
                 for p in some
             ]
             open_.add(some, rows, {})

@@ -47,9 +47,7 @@ def model(made) -> ColberterModel:
     folder = made / "encoder"
     encoder = BertModel.from_pretrained(folder, add_pooling_layer=False)
     recipe = Colberter(single=6, tokens=4)
-    return ColberterModel(
-        encoder, AutoTokenizer.from_pretrained(folder), recipe, length=24
-    ).eval()
+    return ColberterModel(encoder, AutoTokenizer.from_pretrained(folder), recipe, length=24).eval()
 
 
 def test_porter_stems_lower_case():

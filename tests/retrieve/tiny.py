@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-WORDS = (
-    "heart muscle cells beat when calcium flows into them and rest as it leaves again "
-    "virus infects lung tissue but antibodies bind protein shells so fever falls "
-    "stars burn hydrogen until iron core collapses then light fades over years "
-    "rivers carry sand down to sea where deltas grow slowly from mud"
-).split()
+TEXT = (
+    "heart muscle cells beat when calcium flows into them and rest as it leaves again virus "
+    "infects lung tissue but antibodies bind protein shells so fever falls stars burn "
+    "hydrogen until iron core collapses then light fades over years rivers carry sand down to "
+    "sea where deltas grow slowly from mud"
+)
+WORDS = [*TEXT.split()]
 
 
 def encoder(folder: Path) -> Path:

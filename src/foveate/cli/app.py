@@ -10,7 +10,18 @@ from rich.text import Text
 
 import foveate
 from foveate.bench import command as bench
-from foveate.cli import classify, compress, denoise, explain, fit, methods, recall, reproduce, train
+from foveate.cli import (
+    classify,
+    compress,
+    denoise,
+    explain,
+    fit,
+    methods,
+    recall,
+    reproduce,
+    retrieve,
+    train,
+)
 from foveate.compare import command as compare
 from foveate.cost import command as cost
 from foveate.ops.errors import FoveateError
@@ -52,6 +63,7 @@ def build() -> typer.Typer:
     train.register(app)
     classify.register(app)
     denoise.register(app)
+    retrieve.register(app)
     return app
 
 

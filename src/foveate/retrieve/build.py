@@ -20,7 +20,7 @@ import torch
 from foveate.methods.colberter import Colberter
 from foveate.ops.errors import InputError
 from foveate.retrieve import model as retrievers
-from foveate.retrieve.collection import Passage, read_passages
+from foveate.retrieve.collection import Passage, read_judged, read_passages
 from foveate.retrieve.fit import Plan, fit_on
 from foveate.retrieve.model import Retriever
 from foveate.retrieve.segment import Row
@@ -41,6 +41,8 @@ class Job:
         encoder: a text encoder that it stands on; None likewise (minilm).
         retriever: a folder with a trained one, instead of training; None trains.
         plan: of the training.
+        judged: a folder with judged questions of these documents (its split "train"), to train on
+            beside the documents' own; None has none.
         length: most sub-words of a passage; None is the index's own, or 256.
         words: most words of a passage that is cut from a text file.
         prune: forget passages whose documents aren't there any more.
@@ -56,6 +58,7 @@ class Job:
     encoder: str | None = None
     retriever: Path | None = None
     plan: Plan = field(default_factory=Plan)
+    judged: Path | None = None
     length: int | None = None
     words: int = 120
     prune: bool = False
@@ -156,6 +159,7 @@ def _retriever(
         found = fit_on(
             passages, job.recipe, job.plan, job.encoder, job.length or 256, job.out, job.device,
             lambda share, doing: tell(0.5 * share, doing), say, fresh=job.fresh,
+            judged=None if job.judged is None else read_judged(job.judged, "train"),
         )  # fmt: skip
     work = job.out / "model-new"
     files = retrievers.save(work, found)
