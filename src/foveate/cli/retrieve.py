@@ -44,7 +44,7 @@ def _needed() -> Iterator[None]:
 def index(
     documents: Annotated[
         str,
-        typer.Argument(help="A folder with *.txt and *.md, or with corpus.jsonl (BEIR's form)."),
+        typer.Argument(help="A folder with *.txt and *.md, or corpus.jsonl (BEIR's form); or scifact, shipped."),
     ],
     out: Annotated[str, typer.Option(help="Folder of the index.")] = "foveate-index",
     encoder: Annotated[
@@ -143,7 +143,7 @@ def search(
     ] = True,
     judged: Annotated[
         str | None,
-        typer.Option(help="Folder with judged questions: measure the index instead of asking."),
+        typer.Option(help="Folder with judged questions (or scifact): measure the index."),
     ] = None,
     split: Annotated[str, typer.Option(help="Of the judged questions.")] = "test",
     check: Annotated[

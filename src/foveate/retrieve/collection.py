@@ -4,6 +4,8 @@ A folder holds either `corpus.jsonl` (or `.jsonl.xz`), one object a line with `_
 `text` (or a list of `sentences`), as BEIR's collections have it; or text files (`*.txt`, `*.md`, at
 any depth), which are cut into passages at blank lines.
 
+`scifact` names the collection that is shipped (5,183 abstracts, claims as questions).
+
 Judged questions are `queries.jsonl` (or `claims.jsonl`) with `_id` and `text`, and
 `qrels/<split>.tsv` (or `qrels_<split>.tsv`): a line of names, then question, document, gain.
 """
@@ -20,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from foveate.ops.errors import InputError
+from foveate.runs.text import DATA
 
 SUFFIXES = (".txt", ".md")
+SHIPPED = {"scifact": "scifact/collection"}
 _BLANK = re.compile(r"\n[ \t\r]*\n\s*")
 
 
@@ -137,6 +141,8 @@ def read_judged(folder: str | Path, split: str = "test") -> Judged:
 
 def _folder(folder: str | Path) -> Path:
     where = Path(folder).expanduser()
+    if str(folder) in SHIPPED and not where.exists():
+        return DATA / SHIPPED[str(folder)]
     if not where.is_dir():
         raise InputError(f"{where} is no folder; give the one that holds the documents.")
     return where

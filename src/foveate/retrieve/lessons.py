@@ -86,6 +86,7 @@ class Lessons:
     weight: float = 0.5
     units: tuple[float, float, float] = (1.0, 1.0, 1.0)
     spread: float = 3.0
+    _margins: dict[tuple[int, ...], Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def batch(self, seed: int, number: int, size: int) -> Triples:
         """Batch `number`: the same for the same seed."""
@@ -103,13 +104,19 @@ class Lessons:
 
         query = self.questions.some([self.pairs[i][0] for i in at])
         up, down = (self.passages.some(p, cut(p)) for p in (better, worse))
+        known = (*at, *which.tolist())
+        if (margin := self._margins.get(known)) is None:
+            margin = self._margins[known] = self._margin(query, up, down, at, which)
+        return Triples(query, up, down, margin)
+
+    def _margin(self, query: Some, up: Some, down: Some, at: list[int], which: Tensor) -> Tensor:
         raw = raw_encoder(whole=True)
         with torch.no_grad():
             q = raw(query, False)
             soft = token_score(q, raw(up, True)) - token_score(q, raw(down, True))
         hard = self.lexical[at, 0] - self.lexical[at, 1 + which]
         margin = soft / self.units[0] + self.weight * hard / self.units[1]
-        return Triples(query, up, down, self.spread * margin / self.units[2])
+        return self.spread * margin / self.units[2]
 
     @staticmethod
     def of(
@@ -172,12 +179,12 @@ class Lessons:
         def margins(lessons: Lessons) -> Tensor:
             return torch.cat([lessons.batch(-1 - n, n, 32).margin for n in range(8)])
 
-        parts = [margins(replace(self, weight=0.0, units=(1.0, 1.0, 1.0), spread=1.0))]
+        parts = [margins(replace(self, weight=0.0, units=(1.0, 1.0, 1.0), spread=1.0, _margins={}))]
         parts.append(self.lexical[:, :1].sub(self.lexical[:, 1:]).flatten())
         soft, hard = (max(float(x.std()), 1e-6) for x in parts)
-        scaled = replace(self, units=(soft, hard, 1.0), spread=1.0)
+        scaled = replace(self, units=(soft, hard, 1.0), spread=1.0, _margins={})
         whole = max(float(margins(scaled).std()), 1e-6)
-        return replace(self, units=(soft, hard, whole))
+        return replace(self, units=(soft, hard, whole), _margins={})
 
 
 def _negatives(
@@ -189,15 +196,16 @@ def _negatives(
     k: int,
 ) -> tuple[Tensor, Tensor]:
     """For each pair the passages that BM25 ranks highest but don't answer, and their scores."""
-    near: dict[int, tuple[Tensor, Tensor]] = {}
+    near: list[Tensor] = []
+    own: list[dict[int, float]] = []
     for i, text in enumerate(texts):
         scores = bm25.scores(text)
-        scores_of_others = scores.clone()
-        scores_of_others[list(answers[i])] = -1.0
-        near[i] = scores, scores_of_others.topk(k).indices
-    ids = torch.stack([near[number[text]][1] for text, _, _ in asked])
-    lexical = torch.stack(
-        [torch.cat([near[number[t]][0][[p]], near[number[t]][0][row]])
-         for (t, p, _), row in zip(asked, ids)]
-    )  # fmt: skip
+        own.append({at: float(scores[at]) for at in answers[i]})
+        scores[list(answers[i])] = -1.0
+        best = scores.topk(k)
+        near.append(torch.stack([best.indices.float(), best.values]))
+    ids = torch.stack([near[number[text]][0] for text, _, _ in asked]).long()
+    scores_of = torch.stack([near[number[text]][1] for text, _, _ in asked])
+    mine = torch.tensor([own[number[text]][answer] for text, answer, _ in asked])
+    lexical = torch.cat([mine[:, None], scores_of], 1)
     return ids, lexical
