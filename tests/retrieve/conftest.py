@@ -11,7 +11,7 @@ pytest.importorskip("safetensors")
 pytest.importorskip("bm25s")
 pytest.importorskip("snowballstemmer")
 
-import tiny  # noqa: E402
+import retrieve_models as tiny  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny
+import retrieve_models as tiny
 import torch
 
 from foveate.methods.colberter import Colberter

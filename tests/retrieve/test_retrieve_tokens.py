@@ -6,7 +6,7 @@ import importlib.util
 import math
 
 import pytest
-import tiny
+import retrieve_models as tiny
 import torch
 
 from foveate.methods.colberter import Colberter, token_score

@@ -7,8 +7,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-import tiny
-from test_index import silent
+import retrieve_models as tiny
+from test_retrieve_index import silent
 
 from foveate.cli import main
 from foveate.retrieve import build

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny
+import retrieve_models as tiny
 import torch
 
 from foveate.hf.fit.job import FileState
