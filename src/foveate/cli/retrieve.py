@@ -44,7 +44,7 @@ def _needed() -> Iterator[None]:
 def index(
     documents: Annotated[
         str,
-        typer.Argument(help="A folder with *.txt and *.md, or corpus.jsonl (BEIR's form); or scifact, shipped."),
+        typer.Argument(help="Folder with *.txt and *.md, or corpus.jsonl (BEIR); or scifact."),
     ],
     out: Annotated[str, typer.Option(help="Folder of the index.")] = "foveate-index",
     encoder: Annotated[
