@@ -1,5 +1,6 @@
 """Miniatures of no paper, that take no time."""
 
+from foveate.ops.errors import InputError
 from foveate.papers.harness import Grid, Paper, at_least, at_most
 
 
@@ -43,3 +44,15 @@ def paper(gap=0.01, noise=0.001, calls=None, fail_at=None, **more):
 
 
 GRID = Grid("rate", (1, 3, 4))
+
+
+def breaking():
+    """A miniature one of whose cells raises an error."""
+    good = paper().run
+
+    def run(trial):
+        if trial.cell == "dense":
+            raise InputError("dense is broken")
+        return good(trial)
+
+    return paper(run=run, again=breaking)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -98,3 +100,33 @@ def test_a_record_is_a_line_and_not_a_number_is_refused(tmp_path):
     with Records(tmp_path) as records, pytest.raises(ValueError, match="JSON compliant"):
         records.add("x", {}, {"seconds": float("nan")})
     assert len((tmp_path / FILE).read_text().splitlines()) == 3
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from foveate.ops.errors import InputError
+from foveate.runs.records import Records
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write beyond the limit fails
+with Records(Path(sys.argv[1])) as records:
+    records.add("a", {"n": 1}, {"x": 1.0})
+    size = records.path.stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 40, resource.RLIM_INFINITY))
+    try:
+        records.add("b", {"n": 2}, {"x": "y" * 1000})
+    except InputError as error:
+        print(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    records.add("c", {"n": 3}, {"x": 3.0})
+"""
+
+
+def test_a_full_disk_is_named_and_loses_nothing(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert "a result can't be written (File too large). The 1 before it are kept" in done.stdout
+    with Records(tmp_path) as records:
+        assert records.notes == []
+        assert [key in records for key in "abc"] == [True, False, True]

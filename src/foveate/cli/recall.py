@@ -44,6 +44,7 @@ def recall(
     ),
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Threads of the CPU.")] = None,
+    workers: Annotated[int, typer.Option(help="Trainings side by side.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Put earlier results aside and run anew.")
@@ -80,7 +81,7 @@ def recall(
         run = stack.enter_context(
             Run(
                 paper_of(contest), Path(out).expanduser(), quick=quick, fresh=fresh, device=place,
-                listener=screen,
+                listener=screen, workers=workers,
             )
         )  # fmt: skip
         result = run()

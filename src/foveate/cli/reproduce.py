@@ -39,6 +39,9 @@ def reproduce(
     out: Annotated[str, typer.Option(help="Folder for results, verdicts and figures.")] = OUT,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Threads of the CPU.")] = None,
+    workers: Annotated[
+        int, typer.Option(help="Cells side by side; those that take times run alone.")
+    ] = 1,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print each verdict as one line of JSON.")
     ] = False,
@@ -66,7 +69,7 @@ def reproduce(
         runs = [
             stack.enter_context(
                 Run(paper, Path(out).expanduser(), quick=quick, fresh=fresh, device=place,
-                    listener=screen)
+                    listener=screen, workers=workers)
             )
             for paper in chosen
         ]  # fmt: skip

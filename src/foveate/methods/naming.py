@@ -12,6 +12,7 @@ from typing import Any
 
 from foveate import catalog
 from foveate.ops.errors import InputError, nearest
+from foveate.ops.syntax import parse_expression
 from foveate.parts.attention import AttentionRecipe
 from foveate.parts.mixer import MixerRecipe
 from foveate.parts.pooler import PoolerRecipe
@@ -119,7 +120,7 @@ def _listed(known: list[str]) -> str:
 def _read(spec: str, arguments: str) -> dict[str, Any]:
     """The keyword arguments of "(name=literal, ...)"."""
     try:
-        call = ast.parse(f"f{arguments}", mode="eval").body
+        call = parse_expression(f"f{arguments}")
     except SyntaxError as error:
         raise InputError(f"{spec!r} can't be read: {error.msg}.") from error
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):

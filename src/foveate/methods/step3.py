@@ -215,7 +215,7 @@ class MFAKRProjection(MFAProjection):
 
     def _values(self, k: Tensor) -> Tensor:
         """K (I + N diag(alpha)) for the last axis."""
-        return k + self.alpha * (k @ self.reuse)
+        return (k + self.alpha * (k @ self.reuse)).to(k.dtype)  # autocast: alpha is in fp32
 
     @torch.no_grad()
     def fold_(self) -> Self:

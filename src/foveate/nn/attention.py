@@ -155,7 +155,7 @@ class Attention(nn.Module):
         held = new if tokens is None else tokens.append(new)
         if p.rotates_on_read:
             q, held = self.rotated(q, held, at, known)
-        absorbed = p.absorbs(known.phase)
+        absorbed = p.absorbs(known.phase) and not self.attention.sized
         qkv = p.absorb(q, held) if absorbed else QKV(q, *p.expand(held))
         if p.selects or isinstance(self.attention, Stateful):
             known.real = _real(qkv.q, new_keys(qkv.k, past + x_kv.shape[1]), known)

@@ -18,6 +18,7 @@ from foveate.ops.check import (
     check_tensors,
 )
 from foveate.ops.dispatch import BACKENDS, Explanation, choose, explanation, forced
+from foveate.ops.errors import InputError
 from foveate.ops.layout import Layout
 from foveate.ops.masks import Mask
 from foveate.ops.types import AttentionOutput
@@ -60,7 +61,9 @@ def attention(
 
     Returns:
         out (B, Hq, Lq, Dv) and lse (B, Hq, Lq), natural log in fp32; a row that attends to nothing
-        has out 0 and lse -inf. Both are differentiable.
+        has out 0 and lse -inf. Both are differentiable. A query or key that isn't finite reaches
+        the rows that see it and no other; a value, as in torch's own, any row of its heads, since
+        0 times NaN is NaN.
 
     Raises:
         InputError: shapes, dtypes, devices or values don't fit.
@@ -158,7 +161,10 @@ def _checked(
 ) -> Inputs:
     check_tensors(query, key, value)
     mask = check_mask(mask, layout)
-    scale = query.shape[3] ** -0.5 if scale is None else scale
+    if scale is None:
+        if not query.shape[3]:
+            raise InputError("Heads of size 0 have no default scale; give one, such as scale=1.0.")
+        scale = query.shape[3] ** -0.5
     check_numbers(scale, softcap, dropout)
     if layout is not None:
         layout.check(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
@@ -184,8 +190,6 @@ def _checked(
 
 def _check_fit(mask: Mask, query: Tensor, key: Tensor) -> None:
     """Refuse a mask made for other lengths, batch sizes or heads."""
-    from foveate.ops.errors import InputError
-
     mask._check(query.shape[2], key.shape[2])
     batches, heads = mask.groups()
     if batches not in (1, query.shape[0]):

@@ -147,4 +147,5 @@ PAPER = Paper(
     needs=(learnt(STANDARD),),
     requires=REQUIRES,
     data=lambda: standard_library(SIZES.length).describe(),
+    alone=("cost",),
 )

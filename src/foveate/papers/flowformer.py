@@ -229,4 +229,5 @@ PAPER = Paper(
     ),
     requires=REQUIRES,
     data=lambda: f"{standard_library(64).describe()}; {FirstMarker().describe()}",
+    alone=("speed",),
 )  # fmt: skip

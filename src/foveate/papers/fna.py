@@ -170,4 +170,5 @@ PAPER = Paper(
         ratio("dense", "fused", 3.0, f"seconds {NAMES[3]}"),
         *(check for name in NAMES for check in _counted(name)),
     ),
+    alone=("speed",),
 )

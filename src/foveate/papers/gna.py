@@ -238,4 +238,5 @@ PAPER = Paper(
         *_kept("tuned"),
     ),
     needs=(at_most("error: dense", lambda at: at["dense"]["error swapped"], 0.5),),
+    alone=("speed",),
 )

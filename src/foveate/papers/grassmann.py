@@ -184,4 +184,5 @@ PAPER = Paper(
     requires=REQUIRES,
     data=lambda: f"{standard_library(SIZES.length).describe()}; {Entailment().describe()}",
     grid=Grid("learning rate", (1e-3, 2e-3, 4e-3), cells=(*MODELS, *HEADS)),
+    alone=("cost",),
 )  # fmt: skip

@@ -304,4 +304,5 @@ PAPER = Paper(
     requires=REQUIRES,
     data=lambda: standard_library().describe(),
     grid=Grid("learning rate", RATES, cells=tuple(f"recall {arm}" for arm in ARMS)),
+    alone=("cost",),
 )  # fmt: skip

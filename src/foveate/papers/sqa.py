@@ -160,4 +160,5 @@ PAPER = Paper(
     requires=REQUIRES,
     data=lambda: standard_library().describe(),
     grid=Grid("learning rate", (2e-3, 3e-3), cells=tuple(SHARES)),
+    alone=("speed",),
 )  # fmt: skip

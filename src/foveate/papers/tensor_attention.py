@@ -261,4 +261,5 @@ PAPER = Paper(
         _more(("order 3", 0.5), ("order 4", 0.5)),
     ),
     grid=Grid("learning rate", (1e-3, 2e-3, 4e-3), cells=(TENSOR, SOFTMAX)),
+    alone=("time",),
 )  # fmt: skip

@@ -26,13 +26,15 @@ class Attention(ABC):
     parameters or persistent state. `exact` says that it keeps everything that the mask allows,
     `wants_query_rope` that it looks at queries as they were before their rotation, `rotary` that
     queries and keys may be rotated to their positions at all, `evicts` that it drops keys from the
-    cache in its context.
+    cache in its context, `sized` that it has weights for the layer's own heads, and so can't run on
+    the latent that a projection decodes on.
     """
 
     exact: ClassVar[bool] = False
     rotary: ClassVar[bool] = True
     wants_query_rope: ClassVar[bool] = False
     evicts: ClassVar[bool] = False
+    sized: ClassVar[bool] = False
 
     def split(self, layer: int) -> list[tuple[tuple[int, ...] | None, Attention]] | None:
         """(heads, attention) of each group of a layer's heads; None if all run the same.

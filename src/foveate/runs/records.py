@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -56,7 +57,7 @@ class Records:
                 self.notes.append(f"Earlier results were put aside as {kept.name}.")
             if self.path.exists():
                 self._read()
-            self._file = self.path.open("ab")
+            self._file = self.path.open("ab", buffering=0)
         except BaseException:
             self._lock.close()
             raise
@@ -89,13 +90,27 @@ class Records:
         return None if record is None else record["values"]
 
     def add(self, key: str, cell: dict[str, Any], values: dict[str, Any]) -> None:
-        """Append a record; when this returns it is on the disk."""
+        """Append a record; when this returns it is on the disk.
+
+        Raises:
+            InputError: it can't be written, such as on a full disk. The records before it stay.
+        """
         sum_ = digest([cell, values])
         record = {"schema": SCHEMA, "key": key, "cell": cell, "values": values, "sum": sum_}
         line = json.dumps(record, separators=(",", ":"), allow_nan=False).encode() + b"\n"
-        self._file.write(line)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        end = self._file.tell()
+        try:
+            written = 0
+            while written < len(line):
+                written += self._file.write(line[written:])
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(end)
+            raise InputError(
+                f"{self.path}: a result can't be written ({error.strerror}). The "
+                f"{len(self._found)} before it are kept: make room, and start again to go on."
+            ) from error
         self._found[key] = record
 
     def _aside(self, why: str) -> Path:

@@ -42,7 +42,10 @@ def seen(name: str, q: Tensor, k: Tensor, past: int, ctx: Context) -> Seen:
         raise InputError(f"{name} has no dropout: it never forms the weights of pairs.")
     if ctx.mask is None:
         if past:
-            raise InputError(f"{name}: a state is causal; give mask=causal().")
+            raise InputError(
+                f"{name}: with a cache it runs step by step, which is causal; expected "
+                "mask=causal()."
+            )
         return Seen(False, None)
     if ctx.mask.spec == "causal()":
         return Seen(True, None)

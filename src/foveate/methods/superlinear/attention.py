@@ -60,6 +60,7 @@ class MultiStep(nn.Module, Attention):
     """
 
     rotary: ClassVar[bool] = False
+    sized: ClassVar[bool] = True
 
     def __init__(self, heads: Heads, recipe: Superlinear) -> None:
         super().__init__()

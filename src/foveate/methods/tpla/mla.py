@@ -144,7 +144,8 @@ class MLAProjection(Projection):
         self, x_kv: Tensor, cache: TokenCache | None = None, phase: Phase = "prefill"
     ) -> Entries:
         c, k_pe = self.kv_down(x_kv).split((self.latent, self.rope_dim), -1)
-        return {"latent": torch.cat((self.kv_norm(c), k_pe), -1)[:, None]}
+        c = self.kv_norm(c).to(k_pe.dtype)  # autocast leaves norms in fp32; the cache is not to be
+        return {"latent": torch.cat((c, k_pe), -1)[:, None]}
 
     @override
     def rotate(

@@ -13,6 +13,7 @@ from foveate.ops.masks.fixed import documents, padding, prefix, sinks
 from foveate.ops.masks.grid import neighborhood
 from foveate.ops.masks.relative import causal, strided, window
 from foveate.ops.masks.table import blocks, region
+from foveate.ops.syntax import parse_expression
 
 MAKERS: dict[str, Callable[..., Mask]] = {
     maker.__name__: maker
@@ -34,7 +35,7 @@ def parse_mask(text: str, tensors: Sequence[Tensor] = ()) -> Mask:
         InputError: the text isn't such an expression; it says which part is not.
     """
     try:
-        tree = ast.parse(_named(text, len(tensors)), mode="eval").body
+        tree = parse_expression(_named(text, len(tensors)))
     except SyntaxError as error:
         raise InputError(f"{text!r} is not a mask expression: {error.msg}.") from error
     mask = _value(tree, tensors)

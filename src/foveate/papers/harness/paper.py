@@ -158,6 +158,9 @@ class Paper:
         seeds: that are judged, paired over all arms.
         grid: what is tuned for each cell; None tunes nothing.
         requires: packages besides torch.
+        alone: cells that take times, and so never run beside others.
+        again: makes this miniature in another process, to which it can be sent; None is
+            `foveate.papers.load(key)`.
     """
 
     key: str
@@ -173,12 +176,16 @@ class Paper:
     seeds: tuple[int, ...] = (0, 1, 2)
     grid: Grid | None = None
     requires: tuple[str, ...] = ()
+    alone: tuple[str, ...] = ()
+    again: Callable[[], Paper] | None = None
 
     def __post_init__(self) -> None:
         if len(set(self.cells)) < len(self.cells) or not self.cells or not self.checks:
             raise ValueError(f"{self.key}: cells must be distinct, and there must be checks")
         if set(self.baseline) & set(self.ours):
             raise ValueError(f"{self.key}: an arm is both baseline and ours")
+        if set(self.alone) - set(self.cells):
+            raise ValueError(f"{self.key}: cells that run alone must be cells")
         if self.grid is not None and self.grid.seed in self.seeds:
             raise ValueError(f"{self.key}: tuned on a seed that is judged")
 

@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from typing import Any
 import torch
 
 from foveate.ops.errors import InputError
+from foveate.papers.harness.cell import Cell, run_cell
 from foveate.papers.harness.environment import environment
 from foveate.papers.harness.listener import Listener
-from foveate.papers.harness.paper import Found, Paper, Trial
-from foveate.papers.harness.stopwatch import Stopwatch
+from foveate.papers.harness.paper import Found, Paper
 from foveate.papers.harness.verdict import Outcome, outcomes, verdict_object
+from foveate.papers.harness.workers import Job, run_jobs
 from foveate.papers.training.errors import DivergedError
 from foveate.runs.records import Records, digest
 
@@ -55,13 +56,6 @@ class Result:
     files: dict[str, Path]
 
 
-@dataclass(frozen=True)
-class _Cell:
-    name: str
-    seed: int
-    point: int | None = None  # of the grid, while tuning
-
-
 class Run:
     """One miniature in one folder, which is locked from here until `close`.
 
@@ -72,6 +66,8 @@ class Run:
         fresh: put earlier results aside.
         device: to run on.
         listener: hears how it goes on.
+        workers: cells that run side by side, each in a process of its own with an equal part of
+            torch's threads. Cells that take times (`Paper.alone`) follow one by one.
 
     Raises:
         InputError: the folder can't be written, is in use, or its results are damaged (they are
@@ -87,8 +83,11 @@ class Run:
         fresh: bool = False,
         device: torch.device | None = None,
         listener: Listener | None = None,
+        workers: int = 1,
     ) -> None:
-        self.paper, self.quick = paper, quick
+        if workers < 1:
+            raise InputError(f"workers must be 1 or more, got {workers}.")
+        self.paper, self.quick, self.workers = paper, quick, workers
         self.folder = out / paper.key
         self.device = torch.device("cpu") if device is None else device
         self.listener = Listener() if listener is None else listener
@@ -111,31 +110,19 @@ class Run:
         for note in self.records.notes:
             self.listener.say(f"{self.paper.key}: {note}")
         here = environment(self.device) | {"data": self.paper.data(), "quick": self.quick}
-        source = _source(self.paper)
         seeds = self.paper.seeds[:1] if self.quick else self.paper.seeds
         trials = self._trials()
-        tried = {cell.name for cell in trials}
-        cells = trials + [_Cell(name, seed) for seed in seeds for name in self.paper.cells]
-        tuned: dict[str, Any] = {}
-        kept: dict[_Cell, dict[str, Any]] = {}
-        self.listener.begin(self.paper.key, len(cells))
-        ran = 0
-        for number, cell in enumerate(cells):
-            if cell.point is None and cell.name not in tuned and cell.name in tried:
-                tuned[cell.name] = self._best(cell.name, kept)
-            named = dataclasses.asdict(cell) | {"tuned": tuned.get(cell.name), "quick": self.quick}
-            key = digest({"cell": named, "source": source, "environment": here})
-            values = self.records.get(key)
-            if values is None:
-                values = self._run(cell, tuned.get(cell.name), key, number)
-                self.records.add(key, named, values)
-                ran += 1
-            else:
-                self.listener.skip()
-            kept[cell] = values
-            self.listener.advance(number + 1, "")
+        cells = [Cell(name, seed) for seed in seeds for name in self.paper.cells]
+        total = len(trials) + len(cells)
+        kept: dict[Cell, dict[str, Any]] = {}
+        self.listener.begin(self.paper.key, total)
+        ran = self._take(trials, {}, here, kept)
+        tuned = {name: self._best(name, kept) for name in dict.fromkeys(c.name for c in trials)}
+        ran += self._take(cells, tuned, here, kept)
         self.listener.end()
         found = {seed: _of_seed(self.paper, kept, seed) for seed in seeds}
+        if self.workers > 1:
+            here = here | {"workers": self.workers}
         if tuned:
             here = here | {"tuned": {self.paper.grid.name: tuned}}  # type: ignore[union-attr]
         verdict = verdict_object(
@@ -144,20 +131,81 @@ class Run:
         told = outcomes(self.paper, list(found.values()), quick=self.quick)
         files = {"records": self.records.path, "verdict": self.folder / _name(self.quick)}
         _write(files["verdict"], verdict)
-        return Result(self.paper, verdict, told, found, ran, len(cells) - ran, files)
+        return Result(self.paper, verdict, told, found, ran, total - ran, files)
 
-    def _trials(self) -> list[_Cell]:
+    def _take(
+        self,
+        cells: list[Cell],
+        tuned: dict[str, Any],
+        here: dict[str, Any],
+        kept: dict[Cell, dict[str, Any]],
+    ) -> int:
+        """Put the figures of cells into `kept`, those that aren't stored by running them."""
+        source = _source(self.paper)
+        jobs = []
+        for cell in cells:
+            named = self._named(cell, tuned)
+            place = here | {"threads": self._threads(cell)}
+            key = digest({"cell": named, "source": source, "environment": place})
+            values = self.records.get(key)
+            if values is None:
+                checkpoints = self.folder / CHECKPOINTS / key
+                jobs.append(Job(cell, tuned.get(cell.name), key, checkpoints))
+            else:
+                kept[cell] = values
+                self.listener.skip()
+        self.listener.advance(len(kept), "")
+        for job, values in self._run(jobs, kept):
+            self.records.add(job.key, self._named(job.cell, tuned), values)
+            kept[job.cell] = values
+            self.listener.advance(len(kept), job.cell.words(self.paper))
+        return len(jobs)
+
+    def _named(self, cell: Cell, tuned: dict[str, Any]) -> dict[str, Any]:
+        return dataclasses.asdict(cell) | {"tuned": tuned.get(cell.name), "quick": self.quick}
+
+    def _beside(self, cell: Cell) -> bool:
+        """Whether it runs beside others."""
+        return self.workers > 1 and cell.name not in self.paper.alone
+
+    def _threads(self, cell: Cell) -> int:
+        threads = torch.get_num_threads()
+        return max(1, threads // self.workers) if self._beside(cell) else threads
+
+    def _run(
+        self, jobs: list[Job], kept: dict[Cell, dict[str, Any]]
+    ) -> Iterator[tuple[Job, dict[str, Any]]]:
+        """Run jobs, side by side those that may."""
+
+        def tell(share: float, doing: str) -> None:
+            self.listener.advance(len(kept) + share, doing)
+
+        beside = [job for job in jobs if self._beside(job.cell)]
+        if beside:
+            yield from run_jobs(
+                self.paper, beside, workers=self.workers,
+                threads=self._threads(beside[0].cell), quick=self.quick, device=self.device,
+                tell=tell,
+            )  # fmt: skip
+        for job in jobs:
+            if not self._beside(job.cell):
+                yield job, run_cell(
+                    self.paper, job.cell, job.tuned, job.checkpoints, quick=self.quick,
+                    device=self.device, tell=tell,
+                )  # fmt: skip
+
+    def _trials(self) -> list[Cell]:
         grid = self.paper.grid
         if grid is None:
             return []
         points = range(len(grid.points))
         tuned = grid.cells or self.paper.cells
-        return [_Cell(name, grid.seed, at) for name in tuned for at in points]
+        return [Cell(name, grid.seed, at) for name in tuned for at in points]
 
-    def _best(self, name: str, kept: dict[_Cell, dict[str, Any]]) -> Any:
+    def _best(self, name: str, kept: dict[Cell, dict[str, Any]]) -> Any:
         grid = self.paper.grid
         assert grid is not None
-        tried = [kept[_Cell(name, grid.seed, at)] for at in range(len(grid.points))]
+        tried = [kept[Cell(name, grid.seed, at)] for at in range(len(grid.points))]
         losses = [
             math.inf if values["diverged"] else values["found"][name][grid.metric]
             for values in tried
@@ -169,81 +217,16 @@ class Run:
             )
         return grid.points[losses.index(min(losses))]
 
-    def _run(self, cell: _Cell, tuned: Any, key: str, number: int) -> dict[str, Any]:
-        grid = self.paper.grid
-        point = tuned if cell.point is None or grid is None else grid.points[cell.point]
-        what = f"{cell.name}, seed {cell.seed}"
-        if grid is not None and cell.point is not None:
-            what = f"{cell.name}, {grid.name} {point}"
-        checkpoints = self.folder / CHECKPOINTS / key
 
-        watch = Stopwatch(checkpoints / "seconds")
-
-        def tell(share: float, doing: str) -> None:
-            watch.tick()
-            self.listener.advance(number + share, f"{what}: {doing}" if doing else what)
-
-        tell(0.0, "")
-        trial = Trial(
-            cell=cell.name,
-            seed=cell.seed,
-            quick=self.quick,
-            tuned=point,
-            tuning=cell.point is not None,
-            folder=checkpoints,
-            device=self.device,
-            tell=tell,
-        )
-        found: Found = {}
-        try:
-            with _seeded(cell.seed):
-                found = self.paper.run(trial)
-        except DivergedError:
-            if cell.point is None:
-                raise
-        except BaseException:
-            watch.keep()
-            raise
-        seconds = watch.seconds
-        _check_finite(self.paper, found)
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        return {"found": found, "diverged": not found, "seconds": seconds}
-
-
-class _seeded:
-    """Seeds torch for a cell, and puts its random state back."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self.fork = torch.random.fork_rng(devices=[])
-
-    def __enter__(self) -> None:
-        self.fork.__enter__()
-        torch.manual_seed(self.seed)
-
-    def __exit__(self, *error: Any) -> None:
-        self.fork.__exit__(*error)
-
-
-def _of_seed(paper: Paper, kept: dict[_Cell, dict[str, Any]], seed: int) -> Found:
+def _of_seed(paper: Paper, kept: dict[Cell, dict[str, Any]], seed: int) -> Found:
     arms: dict[str, Any] = {}
     for name in paper.cells:
-        for arm, metrics in kept[_Cell(name, seed)]["found"].items():
+        for arm, metrics in kept[Cell(name, seed)]["found"].items():
             arms[arm] = arms.get(arm, {}) | metrics
     missing = [arm for arm in (*paper.baseline, *paper.ours) if arm not in arms]
     if missing:
         raise InputError(f"{paper.key}: no cell returned the arms {', '.join(missing)}.")
     return arms
-
-
-def _check_finite(paper: Paper, found: Found) -> None:
-    for arm, metrics in found.items():
-        for metric, value in metrics.items():
-            if not isinstance(value, list) and not math.isfinite(value):
-                raise InputError(
-                    f"{paper.key}: {metric} of {arm} is {value}, which can't be judged; a training "
-                    "that went wrong must raise DivergedError."
-                )
 
 
 def _source(paper: Paper) -> str:
