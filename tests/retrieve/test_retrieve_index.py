@@ -182,6 +182,11 @@ def test_a_damaged_file_is_refused_by_its_checksum(made, tmp_path, file):
     path.write_bytes(data)
     with pytest.raises(DamagedError, match=f"{file} is damaged: its checksum"):
         Index(index)
+    if file == "texts.jsonl":
+        (tmp_path / "encoder").symlink_to(made / "encoder")
+        tiny.documents(tmp_path / "documents")
+        with pytest.raises(DamagedError, match=r"texts\.jsonl is damaged"):
+            build.run(replace(tiny.job(tmp_path), recipe=None, encoder=None, length=None), silent)
     path.write_bytes(data[:-1])
     with pytest.raises(DamagedError, match="its size"):
         Index(index, check=False)
@@ -247,6 +252,8 @@ def test_a_fresh_index_replaces_the_old_one_in_one_step(made, tmp_path):
     found = build.run(replace(job, fresh=False), silent)  # goes on with the fresh one
     assert (found["encoded"], found["passages"]) == (0, 8)
     assert Index(index).exact
+    hits = before.search("stars burn", top=24, workflow="words")  # what it mapped is there still
+    assert len({hit.passage.key for hit in hits}) == 24
     names = {e["name"] for e in read_index(index)["segments"]}
     assert {p.name for p in (index / "segments").iterdir()} == names
 

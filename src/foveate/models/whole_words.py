@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from foveate.methods.colberter.words import Words, sub_words, whole_words
+from foveate.methods.colberter.words import Words, sub_words, whole_words, word_id
 from foveate.ops.errors import InputError, MissingPackageError
 
 
@@ -83,6 +83,19 @@ class WordTokenizer:
             raise InputError(f"length={length!r}: expected an integer above {special}.")
         self.tokenizer, self.length, self.stem = tokenizer, length, stem
         self.whole, self.numbered = whole, numbered
+
+    def names(self, text: str) -> dict[int, str]:
+        """By id each word as it first stands in a text; a sub-word as the vocabulary has it."""
+        from tokenizers.pre_tokenizers import BertPreTokenizer
+
+        if not self.whole:
+            ids = self([text])[0].words.ids
+            return dict(zip(ids, self.tokenizer.convert_ids_to_tokens(list(ids))))
+        normalise = porter() if self.stem else str.lower
+        found: dict[int, str] = {}
+        for word, _ in BertPreTokenizer().pre_tokenize_str(text):
+            found.setdefault(word_id(normalise(word)), word)
+        return found
 
     def __call__(self, texts: Sequence[str]) -> list[Tokens]:
         """Tokenise texts; a longer one is cut to `length`, its bag too."""

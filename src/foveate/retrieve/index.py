@@ -135,12 +135,8 @@ class Index:
 
     def rows_of(self) -> dict[str, int]:
         """By key the row of each passage."""
-        found: dict[str, int] = {}
-        for number, entry in enumerate(self.entry["segments"]):
-            first = int(self.firsts[number])
-            listed = segment.listed(self.folder / SEGMENTS, entry)
-            found |= {key: first + i for i, (key, _) in enumerate(listed) if self.alive[first + i]}
-        return found
+        rows = self.alive.nonzero()[:, 0].tolist()
+        return {self.passage(row).key: row for row in rows}
 
     # -- questions --------------------------------------------------------------------------------
     @torch.no_grad()
@@ -310,15 +306,14 @@ class Index:
     def why(self, question: str, row: int) -> list[Match]:
         """Of each word of a question what it adds to s_token, and the word that it found.
 
-        The scores' sum is s_token. Words are shown as the bag has them, lower-cased and stemmed;
-        sub-words as the vocabulary has them.
+        The scores' sum is s_token. Words are shown as they first stand in their text.
         """
         model = self.retriever.model
         query = self.ask(question)
         number = int(torch.searchsorted(self.firsts, row, right=True)) - 1
         one, at = self.segments[number], row - int(self.firsts[number])
         start, end = one.starts[at : at + 2].tolist()
-        names = self._names(question) | self._names(self.passage(row).text)
+        asks, says = (model.words.names(t) for t in (question, self.passage(row).text))
         ids = one.ids[start:end]
         q = query.vectors[0][query.real[0]].float()
         asked = query.ids[0][query.real[0]]
@@ -327,23 +322,16 @@ class Index:
         if self.exact:
             s = torch.where(same, s, 0.0)
         out = []
-        for row_, word, equal in zip(s, asked.tolist(), same):
-            name = names.get(word, "?")
+        for products, word, equal in zip(s, asked.tolist(), same):
+            name = asks.get(word, "?")
             if not len(ids):
                 out.append(Match(name, None, 0.0))
                 continue
-            place = int(row_.argmax())
+            place = int(products.argmax())
             lost = model.recipe.exact and not bool(equal[place])
-            match = None if lost else names.get(int(ids[place]), "?")
-            out.append(Match(name, match, float(row_[place])))
+            match = None if lost else says.get(int(ids[place]), "?")
+            out.append(Match(name, match, float(products[place])))
         return out
-
-    def _names(self, text: str) -> dict[int, str]:
-        words = self.retriever.model.words
-        (tokens,) = words([text])
-        if words.whole:
-            return dict(zip(tokens.words.ids, tokens.words.texts))
-        return {i: words.tokenizer.convert_ids_to_tokens(i) for i in tokens.words.ids}
 
 
 def _best(scores: Tensor, count: int) -> Tensor:

@@ -10,6 +10,7 @@ as the paper's formula says. A segment is written once, beside the index, and ne
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -84,7 +85,7 @@ class Segment:
     ids: Tensor
     starts: Tensor
     alive: Tensor
-    _texts: Path
+    _texts: Tensor
     _places: Tensor
 
     def __len__(self) -> int:
@@ -93,9 +94,7 @@ class Segment:
     def passage(self, row: int) -> Passage:
         """The text of a passage."""
         start, end = self._places[row : row + 2].tolist()
-        with self._texts.open("rb") as file:
-            file.seek(start)
-            found = json.loads(file.read(end - start))
+        found = json.loads(_bytes(self._texts[start:end]))
         return Passage(found["key"], found["title"], found["body"])
 
 
@@ -143,13 +142,23 @@ def load(folder: Path, entry: dict[str, Any], single: int, width: int) -> Segmen
         mapped("ids.u32", torch.int32, words).long() & 0xFFFFFFFF,
         torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)]),
         alive,
-        at / "texts.jsonl",
+        mapped("texts.jsonl", torch.uint8, entry["files"]["texts.jsonl"]["bytes"]),
         mapped("places.i64", torch.int64, passages + 1),
     )
 
 
 def listed(folder: Path, entry: dict[str, Any]) -> list[tuple[str, str]]:
-    """Key and digest of each passage."""
-    lines = (folder / entry["name"] / "texts.jsonl").read_bytes().splitlines()
-    found = [json.loads(line) for line in lines]
+    """Key and digest of each passage.
+
+    Raises:
+        DamagedError: the file isn't there, or its sum isn't the one that was written.
+    """
+    path = folder / entry["name"] / "texts.jsonl"
+    content = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(content).hexdigest() != entry["files"]["texts.jsonl"]["sha256"]:
+        raise DamagedError(
+            f"{path} is damaged: its checksum isn't the one that was written. Restore it from a "
+            "copy, or build the index anew with --fresh."
+        )
+    found = [json.loads(line) for line in content.decode().split("\n") if line]
     return [(one["key"], one["digest"]) for one in found]
