@@ -251,7 +251,7 @@ def test_oracle_5_closed_gates_drop_words_at_inference_only(training):
 def test_gates_begin_open():
     made = Colberter().build(DIM)
     assert made.stopwords.bias.tolist() == [1.0]
-    assert float(made.gamma) == 0.0
+    assert made.gamma.item() == 0.0
 
 
 def test_oracle_6_one_number_and_exact_match_are_a_sparse_product():
@@ -336,18 +336,14 @@ def test_losses_are_weighted_and_reach_all_weights():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in made.parameters())
     plain = head(stopwords=False, learned_mix=False)
     assert not plain.gamma.requires_grad
-    q, up, down = (plain(x, bags, real, passage=x is not states) for x in (states, up_of(states),
-                                                                        states.roll(1, 2)))  # fmt: skip
+    q = plain(states, bags, real, passage=False)
+    up, down = (plain(x, bags, real, passage=True) for x in (states.flip(2), states.roll(1, 2)))
     found = plain.loss(q, up, down, margin)
     assert set(found) == {"both_loss", "cls_loss"}
     cls = ((plain.scores(q, up)[1] - plain.scores(q, down)[1] - margin) ** 2).mean()
     torch.testing.assert_close(found["cls_loss"], 0.5 * cls)
     none = plain.loss(q, up, down, margin, Weights(1.0, 0.0, 0.0))
     assert float(none["cls_loss"]) == 0.0
-
-
-def up_of(states: Tensor) -> Tensor:
-    return states.flip(2)
 
 
 def test_gradients_of_a_head_are_those_of_differences():
