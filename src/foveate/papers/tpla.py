@@ -168,4 +168,5 @@ PAPER = Paper(
     needs=(learnt("MLA"),),
     requires=REQUIRES,
     data=lambda: standard_library().describe(),
+    alone=("ranks",),
 )  # fmt: skip

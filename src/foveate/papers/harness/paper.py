@@ -158,7 +158,7 @@ class Paper:
         seeds: that are judged, paired over all arms.
         grid: what is tuned for each cell; None tunes nothing.
         requires: packages besides torch.
-        alone: cells that take times, and so never run beside others.
+        alone: cells that take times, or start processes: they never run beside others.
         again: makes this miniature in another process, to which it can be sent; None is
             `foveate.papers.load(key)`.
     """
