@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,14 @@ from foveate.papers import colberter  # noqa: E402
 from foveate.papers.harness import Trial  # noqa: E402
 
 
-@pytest.fixture
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A tiny encoder in MiniLM's place, and texts cut to what it takes."""
-    folder = str(tiny.encoder(tmp_path / "encoder"))
-    monkeypatch.setattr(colberter, "ENCODER", folder)
-    monkeypatch.setattr(colberter, "LENGTH", 40)
-    return folder
+    folder = tiny.encoder(tmp_path_factory.mktemp("colberter") / "encoder")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(colberter, "ENCODER", str(folder))
+        patch.setattr(colberter, "LENGTH", 40)
+        yield
 
 
 def test_the_path_is_whole(small, tmp_path):
