@@ -78,7 +78,7 @@ def index(
     lr: Annotated[float, typer.Option(help="The head's highest learning rate.")] = 2e-3,
     seed: Annotated[int, typer.Option(help="Of the training.")] = 0,
     most: Annotated[int, typer.Option(help="Passages that are trained on, at most.")] = 4000,
-    lexical: Annotated[float, typer.Option(help="BM25's weight in the teacher.")] = 0.5,
+    lexical: Annotated[float, typer.Option(help="BM25's weight in the teacher.")] = 1.0,
     train_encoder: Annotated[
         bool, typer.Option("--train-encoder", help="Train the encoder too.")
     ] = False,

@@ -62,7 +62,7 @@ class Plan:
     seed: int = 0
     most: int = 4000
     negatives: int = 30
-    lexical: float = 0.5
+    lexical: float = 1.0
     spread: float = 3.0
     encoder: bool = False
     encoder_lr: float = 2e-5

@@ -83,7 +83,7 @@ class Lessons:
     lexical: Tensor = field(repr=False)
     skip: tuple[int, ...] = field(repr=False)
     own: tuple[bool, ...] = field(repr=False)
-    weight: float = 0.5
+    weight: float = 1.0
     units: tuple[float, float, float] = (1.0, 1.0, 1.0)
     spread: float = 3.0
     _margins: dict[tuple[int, ...], Tensor] = field(default_factory=dict, compare=False, repr=False)
@@ -126,7 +126,7 @@ class Lessons:
         judged: Judged | None = None,
         *,
         negatives: int = 30,
-        weight: float = 0.5,
+        weight: float = 1.0,
         spread: float = 3.0,
         tell: Callable[[float], None] = lambda share: None,
     ) -> Lessons:
