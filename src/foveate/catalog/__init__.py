@@ -17,6 +17,7 @@ from foveate.catalog import (
     patterns,
     poolers,
     projections,
+    recommend,
     retrieval,
     trained,
 )
@@ -46,6 +47,7 @@ ROWS: tuple[Row, ...] = (
     *projections.ROWS,
     *poolers.ROWS,
     *retrieval.ROWS,
+    *recommend.ROWS,
 )
 
 

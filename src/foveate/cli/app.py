@@ -18,6 +18,7 @@ from foveate.cli import (
     fit,
     methods,
     recall,
+    recommend,
     reproduce,
     retrieve,
     train,
@@ -64,6 +65,7 @@ def build() -> typer.Typer:
     classify.register(app)
     denoise.register(app)
     retrieve.register(app)
+    recommend.register(app)
     return app
 
 

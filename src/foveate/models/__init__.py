@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from foveate.models.mobilenet import MobileNetV1, MobileNetV2
     from foveate.models.nat import NAT
     from foveate.models.pictures import word_picture
+    from foveate.models.recommender import BPRMF, FM, KGATRecommender
+    from foveate.models.sequential import SequentialRecommender
     from foveate.models.skip import without_layers
     from foveate.models.step3 import step3_config
 
@@ -58,13 +60,17 @@ _HOMES = {
 }
 
 _PLAIN = {
+    "BPRMF": "recommender",
     "BiFormer": "biformer",
     "ColberterModel": "colberter",
     "DiT": "dit",
+    "FM": "recommender",
     "GAT": "gat",
+    "KGATRecommender": "recommender",
     "MobileNetV1": "mobilenet",
     "MobileNetV2": "mobilenet",
     "NAT": "nat",
+    "SequentialRecommender": "sequential",
     "biformer_base": "biformer",
     "biformer_small": "biformer",
     "biformer_stl": "biformer",
@@ -73,6 +79,8 @@ _PLAIN = {
 }
 
 __all__ = [
+    "BPRMF",
+    "FM",
     "GAT",
     "NAT",
     "BiFormer",
@@ -85,9 +93,11 @@ __all__ = [
     "FoveateForCausalLM",
     "FoveateForSequenceClassification",
     "FoveateModel",
+    "KGATRecommender",
     "MobileNetV1",
     "MobileNetV2",
     "ModelCache",
+    "SequentialRecommender",
     "attention_maps",
     "biformer_base",
     "biformer_small",

@@ -1,0 +1,1 @@
+"""Recommending: data in published formats, full-ranking metrics, training, answers with reasons."""
