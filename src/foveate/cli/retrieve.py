@@ -73,7 +73,7 @@ def index(
     judged: Annotated[
         str | None, typer.Option(help="Folder with judged questions to train on, too.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Of each stage of the training.")] = 300,
+    steps: Annotated[int, typer.Option(help="Of each stage of the training.")] = 1000,
     batch: Annotated[int, typer.Option(help="Triples of a step.")] = 32,
     lr: Annotated[float, typer.Option(help="The head's highest learning rate.")] = 2e-3,
     seed: Annotated[int, typer.Option(help="Of the training.")] = 0,

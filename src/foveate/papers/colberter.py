@@ -5,8 +5,8 @@ its states made once; heads are trained on triples of the abstracts themselves (
 own abstract, the title left out of it) and of the train claims, with negatives from BM25. Teacher:
 MaxSim of whole words in full width, and BM25, 1 : 1 (on 150 train claims among 1,500 abstracts
 BM25's weights of 1/4, 1/2, 1 and 2 found 0.764, 0.770, 0.789 and 0.789, MaxSim alone 0.688). Arms
-with the same number of steps have the same triples in the same order: 300 from the first weights,
-150 for each stage behind.
+with the same number of steps have the same triples in the same order: 1,200 from the first weights,
+800 for each stage behind.
 
 Untrained: BM25 on whole abstracts and on the 128 sub-words; MiniLM's mean vector; its MaxSim over
 sub-words and over whole words at 384 numbers; `PCA`, the first weights of all heads (128 and 32).
@@ -44,7 +44,7 @@ from foveate.retrieve.lessons import Lessons
 from foveate.retrieve.measure import judge, refined
 
 ENCODER = "minilm"
-LENGTH, CANDIDATES, STEPS, MORE = 128, 1000, 300, 150
+LENGTH, CANDIDATES, STEPS, MORE = 128, 1000, 1200, 800
 FULL = Colberter(single=128, tokens=32, pool="mean")
 TWO_WAY = replace(FULL, whole_words=False, stopwords=False)
 BM, BM_CUT, MEAN = "BM25, whole abstracts", "BM25, 128 sub-words", "MiniLM's mean vector, 384"

@@ -56,7 +56,7 @@ class Plan:
         InputError: a number is out of its range.
     """
 
-    steps: int = 300
+    steps: int = 1000
     batch: int = 32
     lr: float = 2e-3
     seed: int = 0
