@@ -23,6 +23,7 @@ from foveate.cli import (
     recall,
     recommend,
     reproduce,
+    retrieve,
     train,
 )
 from foveate.compare import command as compare
@@ -69,6 +70,7 @@ def build() -> typer.Typer:
     train.register(app)
     classify.register(app)
     denoise.register(app)
+    retrieve.register(app)
     recommend.register(app)
     return app
 

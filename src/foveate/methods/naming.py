@@ -106,6 +106,12 @@ def make_attention(spec: str) -> Any:
             "trained with it, by foveate.Attention(dim, num_heads, projection=...) or foveate "
             "train. What can run in a model that is trained already is listed by: foveate methods."
         )
+    if row.kind == "retriever":
+        raise InputError(
+            f"{spec!r} is a retriever: it stands behind a text encoder and makes what is kept of "
+            "texts, by foveate index. What can run in a model that is trained already is listed "
+            "by: foveate methods."
+        )
     if not {"use", "compare"} & set(row.jobs):
         raise InputError(
             f"{spec!r} computes something else than the softmax that a trained model was trained "
