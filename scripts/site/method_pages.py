@@ -26,6 +26,11 @@ KINDS = {
     "mixer": "Mixers",
     "projection": "Projections",
     "pooler": "Poolers",
+    "router": "Routers of experts",
+    "retriever": "Retrievers",
+    "module": "Modules and whole systems",
+    "values": "On values",
+    "study": "Studies of trained attention",
 }
 CAPABILITIES = {
     "prefill": "whole prompts",
@@ -184,7 +189,7 @@ def index(kept: dict[str, dict[str, Any]]) -> str:
     parts = [
         "# Methods",
         "Each is the one that its paper defines. What a method can't do it refuses with a reason, "
-        "which its page tells. The verdict is on what the paper claims: [all claims](../claims.md). "
+        "told on its page. The verdict is on what the paper claims: [all claims](../claims.md). "
         "The same list in a terminal: `foveate methods`.",
     ]
     for title, rows in by_kind():

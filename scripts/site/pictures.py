@@ -14,7 +14,7 @@ from foveate import Context, Layout, causal, window
 from foveate.catalog import Row
 from foveate.methods import make
 from foveate.ops.errors import InputError
-from foveate.parts import AttentionRecipe, Heads, Pattern
+from foveate.parts import Attention, AttentionRecipe, Heads, Pattern
 
 # Budgets small enough that what is left out shows at these lengths; a method that isn't here is
 # drawn at its defaults. Grids are row by row, (rows, columns) or (frames, rows, columns).
@@ -97,7 +97,7 @@ def _layout(spec: str, ctx: Context, length: int) -> Layout | None:
         return method.layout(q, k, v, ctx)
     if isinstance(method, AttentionRecipe):
         method = method.build(Heads(SIZE, 1, 1, SIZE, SIZE))
-    if not callable(method):
+    if not isinstance(method, Attention):  # it doesn't run on q, k and v
         return None
     told: list[Any] = []
     ctx.stats = lambda **facts: told.append(facts["layout"])

@@ -41,7 +41,7 @@ def titles() -> dict[str, str]:
 
 
 def pages() -> dict[str, str]:
-    """The pages' Markdown by name; each name stands on one page, that of the module it belongs to."""
+    """The pages' Markdown by name; each name stands on the page of the module it belongs to."""
     made = {}
     seen: set[str] = set()
     for name in sorted(MODULES, key=lambda name: MODULES[name][1] == ("foveate",)):
