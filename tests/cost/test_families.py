@@ -184,6 +184,7 @@ def test_foveates_own_models(tmp_path):
         ("new", BASE | {"num_kv_shared_layers": 2}, "layers share"),
         ("foveate", BASE | {"mixer": "grassmann"}, "mixer"),
         ("foveate", BASE | {"attention": "dma"}, "expected full"),
+        ("foveate", BASE | {"router": "similarity-smoe", "moe_layers": [1]}, "router"),
     ],
 )  # fmt: skip
 def test_refusals_by_name(kind, values, says, tmp_path):

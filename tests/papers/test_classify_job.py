@@ -160,3 +160,15 @@ def test_train_reads_in_segments(tmp_path, capsys):
     code = main([*arguments[:-3], "8", *arguments[-2:], "--resume"])
     assert code == 2
     assert "is of another training" in capsys.readouterr().err
+
+
+def test_an_encoder_with_experts_tells_how_they_are_used(run, tmp_path):
+    experts = ("--experts", "3", "--router", "similarity-smoe")
+    code, printed, err = run("--recurrent", "0", "--layers", "1", *experts, "--json")
+    assert code == 0, err
+    facts = json.loads(printed)
+    assert facts["shape"]["experts"] == {"count": 3, "top_k": 2, "router": "similarity-smoe"}
+    assert 0 < facts["routing"]["routing_entropy_share"] <= 1
+    code, _, err = run(*experts, out="other")
+    assert code == 2
+    assert "--layers" in err

@@ -18,6 +18,11 @@ from foveate.catalog import (
     poolers,
     projections,
     recommend,
+    retrieval,
+    routers,
+    sinks,
+    studies,
+    studies_features,
     trained,
 )
 from foveate.catalog.row import YES, Capabilities, Paper, Row, Support
@@ -42,10 +47,15 @@ ROWS: tuple[Row, ...] = (
     *trained.ROWS,
     *formulas.ROWS,
     *adaptive.ROWS,
+    *sinks.ROWS,
     *images.ROWS,
     *projections.ROWS,
     *poolers.ROWS,
+    *studies.ROWS,
+    *retrieval.ROWS,
     *recommend.ROWS,
+    *routers.ROWS,
+    *studies_features.ROWS,
 )
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from foveate.cli.progress import Screen, console
-from foveate.ops.errors import MissingPackageError
+from foveate.ops.errors import InputError, MissingPackageError
 
 
 def register(app: typer.Typer) -> None:
@@ -37,6 +37,13 @@ def classify(
     heads: Annotated[int, typer.Option(help="Of the blocks.")] = 4,
     projection: Annotated[str, typer.Option(help="Of the blocks.")] = "mha",
     attention: Annotated[str, typer.Option(help="Of the blocks.")] = "full",
+    experts: Annotated[
+        int | None, typer.Option(help="Of each block, in the place of a dense feed-forward layer.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(help="Experts that run for a token.")] = 2,
+    router: Annotated[
+        str, typer.Option(help="How tokens choose experts: top-k, similarity-smoe ...")
+    ] = "top-k",
     steps: Annotated[int, typer.Option(help="Of the optimizer.")] = 900,
     batch: Annotated[int, typer.Option(help="Texts in each step.")] = 64,
     lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 3e-3,
@@ -61,14 +68,20 @@ def classify(
     from foveate.compare.options import parse_device
     from foveate.papers.training.regime import Regime
 
+    if experts is None and (router, top_k) != ("top-k", 2):
+        raise InputError("--router and --top-k are for experts; say how many with --experts.")
     try:
         from foveate.papers.training import classify_job as job
+        from foveate.papers.training.experts import Experts
     except ModuleNotFoundError as error:
         raise _missing(error) from error
     made = job.Job(
         data=data,
         folder=folder,
-        shape=job.Shape(pooling, recurrent, layers, dim, embedding, heads, projection, attention),
+        shape=job.Shape(
+            pooling, recurrent, layers, dim, embedding, heads, projection, attention,
+            None if experts is None else Experts(experts, top_k, router),
+        ),
         regime=Regime(
             steps=steps, batch=batch, lr=lr, every=every, seed=seed, weight_decay=0.01
         ),

@@ -35,6 +35,30 @@ def train(
             '"none" for attention, such as grassmann,none,grassmann,none.'
         ),
     ] = None,
+    experts: Annotated[
+        int | None,
+        typer.Option(help="Experts of each layer, in the place of a dense feed-forward layer."),
+    ] = None,
+    top_k: Annotated[int, typer.Option(help="Experts that run for a token.")] = 2,
+    router: Annotated[
+        str,
+        typer.Option(
+            help="How tokens choose experts: top-k, similarity-smoe, "
+            "\"attention-smoe(heads='learned')\" and others; see foveate methods."
+        ),
+    ] = "top-k",
+    sink_logits: Annotated[
+        str | None,
+        typer.Option(help='Lets heads attend to nothing: "one" (softmax off by one) or "learned".'),
+    ] = None,
+    kv_bias: Annotated[
+        str | None,
+        typer.Option(help="One more key, value or key-value for each head; key-shared for all."),
+    ] = None,
+    gate: Annotated[
+        str | None, typer.Option(help="On the heads' outputs: one for each head, or element.")
+    ] = None,
+    registers: Annotated[int, typer.Option(help="Learned tokens before every sequence.")] = 0,
     like: Annotated[
         str | None,
         typer.Option(
@@ -84,13 +108,16 @@ def train(
 
     try:
         from foveate.papers.training import job
+        from foveate.papers.training.experts import Experts
     except ModuleNotFoundError as error:
         raise _missing(error) from error
-    if like is not None and (projection, mixer, dim, heads) != ("mha", None, 128, 8):
+    if like is not None and (projection, mixer, dim, heads, experts) != ("mha", None, 128, 8, None):
         raise InputError(
-            f"--like {like} brings its own projection, width and heads; leave out --projection, "
-            "--mixer, --dim and --heads."
+            f"--like {like} brings its own projection, width, heads and experts; leave out "
+            "--projection, --mixer, --dim, --heads and --experts."
         )
+    if experts is None and (router, top_k) != ("top-k", 2):
+        raise InputError("--router and --top-k are for experts; say how many with --experts.")
     made = job.Job(
         projection=projection,
         attention=attention,
@@ -106,6 +133,10 @@ def train(
         mixer=_by_layer(mixer, layers),
         like=like,
         segment=segment,
+        experts=None if experts is None else Experts(experts, top_k, router),
+        options={
+            "sink_logits": sink_logits, "kv_bias": kv_bias, "gate": gate, "registers": registers
+        },
     )  # fmt: skip
     with Screen() as screen:
         tell = screen.steps(f"training {like or mixer or projection}", steps)
@@ -149,6 +180,26 @@ def _composition(facts: dict[str, Any]) -> str:
     return mixer or attention
 
 
+def _experts(facts: dict[str, Any]) -> str:
+    given = facts["experts"]
+    if given is None:
+        return ""
+    return f"; {given['top_k']} of {given['count']} experts by {given['router']}"
+
+
+def _routing(found: dict[str, Any]) -> str:
+    """What is told of the experts' use over the training."""
+    said = (
+        f"entropy {found['routing_entropy']:.3f} nats ({found['routing_entropy_share']:.0%} of an "
+        f"even choice), load uneven by {found['load_unevenness']:.2f}"
+    )
+    moved = list(found["changed_to_the_end"].items())
+    if moved:
+        step, last = moved[-1]
+        said += f"; {last['set']:.1%} of tokens changed experts from step {step} to the end"
+    return said if found["figure"] is None else f"{said}; {found['figure']}"
+
+
 def show(facts: dict[str, Any], screen: Console) -> None:
     """The figures for people, a sample, and the Python that loads the model."""
     test = facts["test"]
@@ -156,7 +207,8 @@ def show(facts: dict[str, Any], screen: Console) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in (
-        ("model", f"{_composition(facts)}, {facts['parameters']:,} weights"),
+        ("model", 
+         f"{_composition(facts)}{_experts(facts)}, {facts['parameters']:,} weights"),
         ("data", facts["data"]),
         ("steps", f"{facts['steps']}{' (stopped early)' if facts['stopped_early'] else ''}"),
         ("test", f"{test['bits_per_byte']:.4g} bits for each byte ({test['loss']:.4g} nats), "
@@ -164,6 +216,8 @@ def show(facts: dict[str, Any], screen: Console) -> None:
         ("writes", f"{facts['sample']['prompt']}▸{facts['sample']['followed']}"),
     ):  # fmt: skip
         table.add_row(name, Text(value))
+    if "routing" in facts:
+        table.add_row("routing", Text(_routing(facts["routing"])))
     screen.print(table)
     folder = facts["folder"]
     screen.print(

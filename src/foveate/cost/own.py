@@ -11,7 +11,7 @@ def own_model(config: Given) -> Model:
     """The model of a `FoveateConfig`.
 
     Raises:
-        InputError: a mixer, or a projection or attention whose costs aren't known.
+        InputError: a mixer, or a projection, attention or router whose costs aren't known.
     """
     count = config.number("num_hidden_layers")
     if any(_listed(config, "mixer", count)):
@@ -25,6 +25,11 @@ def own_model(config: Given) -> Model:
         config.number("num_experts", 0),
         config.number("num_experts_per_tok", 1),
     )
+    for i, router in enumerate(_listed(config, "router", count)):
+        if i in sparse and str(router).partition("(")[0].strip() != "top-k":
+            raise InputError(
+                f"{config.name}: router {router!r} is not known to foveate cost; expected 'top-k'."
+            )
     projections = _listed(config, "projection", count)
     attentions = _listed(config, "attention", count)
     layers = tuple(
@@ -42,7 +47,7 @@ def own_model(config: Given) -> Model:
 
 
 def _listed(config: Given, name: str, count: int) -> list[object]:
-    defaults = {"projection": "mha", "attention": "full", "mixer": None}
+    defaults = {"projection": "mha", "attention": "full", "mixer": None, "router": "top-k"}
     value = config.get(name, defaults[name])
     return list(value) if isinstance(value, list | tuple) else [value] * count
 

@@ -17,6 +17,7 @@ from foveate.parts.attention import AttentionRecipe
 from foveate.parts.mixer import MixerRecipe
 from foveate.parts.pooler import PoolerRecipe
 from foveate.parts.projection import Recipe
+from foveate.parts.routing import RouterRecipe
 
 _SPEC = re.compile(r"\s*([^\s()]+)\s*(\(.*\))?\s*", re.DOTALL)
 _PAIRS = {"(": ")", "[": "]", "{": "}"}
@@ -68,6 +69,13 @@ def make_attention(spec: str) -> Any:
         InputError: as `make`; or the method has weights that a model is built and trained with.
     """
     method = make(spec)
+    row = catalog.get(_key(spec))
+    if row.kind == "study":
+        raise InputError(
+            f"{spec!r} is a study, which looks into models and takes no attention's place; it is "
+            f"reached by {', '.join(row.jobs)}. What can run in a model that is trained already is "
+            "listed by: foveate methods."
+        )
     if isinstance(method, AttentionRecipe):
         raise InputError(
             f"{spec!r} has parameters of its own that a model must be trained with: build it by "
@@ -86,13 +94,25 @@ def make_attention(spec: str) -> Any:
             "trained with it, by foveate.models.FoveateEncoderConfig(pooling=...). What can run in "
             "a model that is trained already is listed by: foveate methods."
         )
+    if isinstance(method, RouterRecipe):
+        raise InputError(
+            f"{spec!r} is a router of experts: a model is trained with it, by "
+            "foveate.models.FoveateConfig(router=..., moe_layers=...) or foveate train --router. "
+            "What can run in a model that is trained already is listed by: foveate methods."
+        )
     if isinstance(method, Recipe):
         raise InputError(
             f"{spec!r} is a projection: it has weights of its own, so a model must be built and "
             "trained with it, by foveate.Attention(dim, num_heads, projection=...) or foveate "
             "train. What can run in a model that is trained already is listed by: foveate methods."
         )
-    if not {"use", "compare"} & set(catalog.get(_key(spec)).jobs):
+    if row.kind == "retriever":
+        raise InputError(
+            f"{spec!r} is a retriever: it stands behind a text encoder and makes what is kept of "
+            "texts, by foveate index. What can run in a model that is trained already is listed "
+            "by: foveate methods."
+        )
+    if not {"use", "compare"} & set(row.jobs):
         raise InputError(
             f"{spec!r} computes something else than the softmax that a trained model was trained "
             "with: train one with it, by foveate.Attention(dim, num_heads, attention=...) or "

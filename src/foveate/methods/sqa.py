@@ -144,6 +144,11 @@ class SQAProjection(GroupedProjection):
         q = split_heads(self.q(x), self.heads // self.repeats)
         return q if self.repeats == 1 else q.repeat_interleave(self.repeats, 1)
 
+    @property
+    @override
+    def attends_once(self) -> bool:
+        return self.globals is None
+
     @override
     def attend(
         self, attention: Attention, qkv: QKV, ctx: Context, selection: Selection | None

@@ -7,6 +7,7 @@ from copy import copy
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from foveate.methods import make
 from foveate.models.config import FoveateConfig
 from foveate.models.recompute import RecomputedBlock
 from foveate.nn import GELU, Attention, Block, MixerLayer, MoE, Router, SwiGLU
@@ -14,6 +15,7 @@ from foveate.ops.errors import InputError, nearest
 from foveate.parts.mixer import Mixer
 from foveate.parts.projection import Projection
 from foveate.parts.rope import Rope
+from foveate.parts.routing import RouterParts, RouterRecipe, RouterSizes
 
 FEEDFORWARDS: dict[str, type[SwiGLU] | type[GELU]] = {"swiglu": SwiGLU, "gelu": GELU}
 
@@ -46,12 +48,16 @@ def block_of(
             bias=config.attention_bias,
             out_bias=config.attention_out_bias,
             dropout=config.attention_dropout,
+            sink_logits=config.sink_logits,
+            kv_bias=config.kv_bias,
+            gate=config.gate,
             layer=layer,
         )
         if mixing.attention.rotary:
             mixing.rope = _shared_rope(config, mixing.projection, ropes)
     feedforward: SwiGLU | GELU | MoE
     if layer in (config.moe_layers or ()):
+        parts = router_of(config, layer, mixing)
         router = Router(
             config.hidden_size,
             config.num_experts,
@@ -61,12 +67,15 @@ def block_of(
             scaling=config.router_scaling,
             groups=config.router_groups,
             top_groups=config.router_top_groups,
+            scores=parts.scores,
+            relation=parts.relation,
         )
         feedforward = MoE(
             router,
             config.moe_intermediate_size,
             shared=config.shared_expert_intermediate_size,
             balance=config.router_balance,
+            per_slot=config.router_balance_per_slot,
         )
     else:
         assert config.intermediate_size is not None
@@ -80,6 +89,23 @@ def block_of(
     return RecomputedBlock(
         mixing, feedforward, config.rms_norm_eps, config.norm, config.hidden_dropout
     )
+
+
+def router_of(config: FoveateConfig, layer: int, mixing: Attention | MixerLayer) -> RouterParts:
+    """What the router of a layer is made of, behind the attention or mixer of its block.
+
+    Raises:
+        InputError: the text names no router, or one that doesn't fit the layer.
+    """
+    text = config.of_layer("router", layer)
+    recipe = make(text)
+    if not isinstance(recipe, RouterRecipe):
+        raise InputError(
+            f'FoveateConfig(router={text!r}): that is no router; expected one such as "top-k" or '
+            '"similarity-smoe" (see foveate methods).'
+        )
+    heads = mixing.projection.heads if isinstance(mixing, Attention) else 0
+    return recipe.build(RouterSizes(config.hidden_size, config.num_experts, heads))
 
 
 def _shared_rope(

@@ -39,10 +39,15 @@ class FoveateConfig(PreTrainedConfig):
         position: "rope", "none", or "learned": embeddings of max_position_embeddings positions.
         rope_parameters: as everywhere in transformers; rope_theta, rope_type, scaling.
         rope_interleaved: whether rotary pairs are neighbours; None is the projection's habit.
+        sink_logits, kv_bias, gate: of every attention, as `foveate.Attention` takes them.
+        registers: learned tokens in front of every sequence; see `foveate.models.registers`.
         moe_layers: indices of layers with experts; None is no layer.
         num_experts, num_experts_per_tok, moe_intermediate_size, shared_expert_intermediate_size,
             router_score, router_renormalize, router_scaling, router_groups, router_top_groups,
             router_balance: as in `foveate.nn.MoE` and `Router`.
+        router: a router of the catalog for layers with experts, such as "similarity-smoe", or one
+            for each layer.
+        router_balance_per_slot: as `per_slot` in `foveate.nn.MoE`.
 
     Raises:
         InputError: as many texts as layers were expected, or an expert's size is missing.
@@ -71,6 +76,10 @@ class FoveateConfig(PreTrainedConfig):
     attention_bias: bool = False
     attention_out_bias: bool = False
     attention_dropout: float = 0.0
+    sink_logits: str | None = None
+    kv_bias: str | None = None
+    gate: str | None = None
+    registers: int = 0
     moe_layers: list[int] | None = None
     num_experts: int = 0
     num_experts_per_tok: int = 1
@@ -82,6 +91,8 @@ class FoveateConfig(PreTrainedConfig):
     router_groups: int = 1
     router_top_groups: int = 1
     router_balance: float = 0.0
+    router: str | list[str] = "top-k"
+    router_balance_per_slot: bool = False
     initializer_range: float = 0.02
     use_cache: bool = True
     tie_word_embeddings: bool = False
@@ -93,13 +104,14 @@ class FoveateConfig(PreTrainedConfig):
         """Fill in what follows from other fields, and let transformers find the model's class."""
         if self.intermediate_size is None:
             self.intermediate_size = -(-self.hidden_size // 3) * 8
-        for name in ("projection", "attention", "mixer"):
+        for name in ("projection", "attention", "mixer", "router"):
             given = getattr(self, name)
             if isinstance(given, list | tuple) and len(given) != self.num_hidden_layers:
                 raise InputError(
                     f"FoveateConfig({name}): {len(given)} texts for {self.num_hidden_layers} "
                     "layers; give one for each layer, or one for all."
                 )
+        whole(type(self).__name__, "registers", self.registers, least=0)
         if self.moe_layers and not (self.num_experts and self.moe_intermediate_size):
             raise InputError(
                 "FoveateConfig(moe_layers=...): give num_experts and moe_intermediate_size too."
@@ -108,7 +120,7 @@ class FoveateConfig(PreTrainedConfig):
         register_models()
 
     def of_layer(self, name: str, layer: int) -> str:
-        """The projection's or the attention's text for a layer."""
+        """The projection's, the attention's or the router's text for a layer."""
         given = getattr(self, name)
         return given if isinstance(given, str) else given[layer]
 

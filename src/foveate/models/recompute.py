@@ -10,11 +10,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from foveate.nn import Block, LayerOutput
+from foveate.nn.block import Held
 from foveate.ops.errors import InputError
 from foveate.parts.context import Context
-from foveate.parts.kv_cache import TokenCache
 from foveate.parts.reference import Maps
-from foveate.parts.state import StateCache
 
 
 class RecomputedBlock(Block):
@@ -32,7 +31,7 @@ class RecomputedBlock(Block):
         self,
         x: Tensor,
         ctx: Context,
-        cache: TokenCache | StateCache | None = None,
+        cache: Held | None = None,
         real: Tensor | None = None,
     ) -> LayerOutput:
         """As `Block`; losses keep their gradients in both of torch's kinds of checkpoints.

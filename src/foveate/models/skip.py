@@ -32,7 +32,7 @@ def without_layers(model: FoveateForCausalLM, layers: Iterable[int]) -> FoveateF
     made = deepcopy(model)
     made.model.layers = nn.ModuleList(made.model.layers[i] for i in kept)
     made.config.num_hidden_layers = len(kept)
-    for name in ("projection", "attention", "mixer"):
+    for name in ("projection", "attention", "mixer", "router"):
         given = getattr(made.config, name)
         if isinstance(given, list | tuple):
             setattr(made.config, name, [given[i] for i in kept])

@@ -14,6 +14,7 @@ from foveate.nn.neighborhood import (
     neighborhood_attention,
 )
 from foveate.nn.output import LayerOutput
+from foveate.parts.routing import advance
 
 __all__ = [
     "GELU",
@@ -30,5 +31,6 @@ __all__ = [
     "NeighborhoodAttention3D",
     "Router",
     "SwiGLU",
+    "advance",
     "neighborhood_attention",
 ]

@@ -4,6 +4,10 @@ P_i is the mean probability of part i over tokens, f_i the fraction of tokens th
 the loss is sum_i P_i f_i, times the number of parts in the usual scaling (Fedus et al. 2021, arXiv
 2101.03961, equation 4; MoH, arXiv 2410.11842, equation 6, prints it without). Only P has a
 gradient. Tokens of the whole batch count together, padding doesn't.
+
+With K parts active for each token an even use gives K. Counted by (token, slot) pairs, f_i is the
+fraction of all pairs that are of part i and an even use gives 1; code that divides P by N K as well
+gives 1 / K for the same.
 """
 
 from __future__ import annotations
@@ -24,7 +28,12 @@ class Balance(NamedTuple):
 
 
 def load_balance(
-    probs: Tensor, active: Tensor, real: Tensor | None = None, *, scaled: bool = True
+    probs: Tensor,
+    active: Tensor,
+    real: Tensor | None = None,
+    *,
+    scaled: bool = True,
+    per_slot: bool = False,
 ) -> Balance:
     """The loss of one layer, and how its parts are used.
 
@@ -33,6 +42,7 @@ def load_balance(
         active: (..., N) bool.
         real: (...) bool, False on padding; None is all real.
         scaled: times N.
+        per_slot: f counts (token, slot) pairs in the loss; the load is by tokens all the same.
 
     Raises:
         InputError: shapes differ.
@@ -51,5 +61,8 @@ def load_balance(
         counts = real.reshape(-1, 1).to(p.dtype)
         total = counts.sum().clamp_min(1)
         mean, load = (p * counts).sum(0) / total, (f * counts).sum(0) / total
-    loss = (mean * load.detach()).sum()
+    share = load.detach()
+    if per_slot:
+        share = share / share.sum().clamp_min(1e-9)
+    loss = (mean * share).sum()
     return Balance(loss * parts if scaled else loss, load.detach())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from foveate.ops.errors import InputError
 from foveate.parts.reference import Maps
 from foveate.parts.rope import Rope
 from foveate.parts.tree import Tree
+
+if TYPE_CHECKING:
+    from foveate.parts.again import Again
 
 Phase = Literal["train", "prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("train", "prefill", "decode")
@@ -61,6 +64,8 @@ class Context:
         step: share of a diffusion's denoising steps that are done, 0 to 1; None outside of one.
         generator: random state for methods that draw.
         cache: the layer's cache, where the method keeps one of its own.
+        again: filled by the attention layer, for whoever applies its weights to other values (an
+            attention-aware router); None keeps nothing.
         store: shared by the layers of one forward; methods use their own keys.
         aux: losses (names that end with "_loss", already weighted) and statistics that a method
             leaves for its layer, by name.
@@ -95,6 +100,7 @@ class Context:
     step: float | None = None
     generator: torch.Generator | None = None
     cache: Any = None
+    again: Again | None = None
     store: dict[Any, Any] = field(default_factory=dict)
     aux: dict[str, Tensor] = field(default_factory=dict)
     stats: Callable[..., None] | None = None

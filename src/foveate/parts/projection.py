@@ -147,6 +147,11 @@ class Projection(nn.Module, ABC):
         return ()
 
     @property
+    def attends_once(self) -> bool:
+        """Whether `attend` is one call of the attention on q, k and v, and nothing more."""
+        return type(self).attend is Projection.attend
+
+    @property
     @abstractmethod
     def fields(self) -> tuple[Field, ...]:
         """What the cache keeps of each token."""

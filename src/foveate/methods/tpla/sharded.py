@@ -136,6 +136,12 @@ class TPLAProjection(MLAProjection):
     def fields(self) -> tuple[Field, ...]:
         return (token_field("latent", self.groups, self.elements_per_device),)
 
+    @property
+    @override
+    def attends_once(self) -> bool:
+        """Not: with slices in decoding, each a softmax of its own, and without in prefill."""
+        return False
+
     @override
     def summed_per_token(self, kv_len: int) -> int:
         """D as MLA; one number more for an exact norm, h scores a key for an exact softmax."""

@@ -13,7 +13,7 @@ from foveate.runs.machine import machine, source_digest
 
 # What the figures of a miniature depend on, beside its own file.
 _JUDGED = (
-    "ops", "catalog", "parts", "methods", "nn", "models", "recommend", "papers/tasks",
+    "ops", "catalog", "parts", "methods", "nn", "models", "lens", "recommend", "papers/tasks",
     "papers/training",
 )  # fmt: skip
 _FILES = ("runs/timing.py",)

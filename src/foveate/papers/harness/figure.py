@@ -47,7 +47,7 @@ def draw(result: Result, path: Path) -> Path:
     for axis, metric in zip(axes, metrics):
         _arms(axis, metric, verdict)
     if curves:
-        _lines(axes[-1], curves)
+        _lines(axes[-1], curves, result.paper.axes)
     if sampled:  # over the whole width: its rows have long names
         _checks(figure.add_subplot(grid[rows, :]), result)
     figure.suptitle(f"{verdict['key']}: {verdict['verdict']}", x=0.01, ha="left")
@@ -126,9 +126,9 @@ def _curves(result: Result) -> dict[str, list[tuple[float, float]]]:
     }
 
 
-def _lines(axis: Any, curves: dict[str, list[tuple[float, float]]]) -> None:
+def _lines(axis: Any, curves: dict[str, list[tuple[float, float]]], axes: tuple[str, str]) -> None:
     for arm, points in curves.items():
         axis.plot(*zip(*points), marker="o", markersize=3, label=arm)
-    axis.set(xlabel="step", ylabel="validation loss, mean of the seeds")
+    axis.set(xlabel=axes[0], ylabel=f"{axes[1]}, mean of the seeds")
     axis.legend(fontsize=7)
     axis.grid(alpha=0.3)

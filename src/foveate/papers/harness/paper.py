@@ -13,7 +13,7 @@ import torch
 from foveate.papers.harness.statistics import Verdict, judge
 
 Found = Mapping[str, Mapping[str, Any]]
-"""By arm and metric: a figure; by arm and "curve": pairs of step and loss, for the figure."""
+"""By arm and metric: a figure; by arm and "curve": pairs of `Paper.axes`, for the figure."""
 
 
 def _say_nothing(share: float, doing: str) -> None:
@@ -158,6 +158,7 @@ class Paper:
         seeds: that are judged, paired over all arms.
         grid: what is tuned for each cell; None tunes nothing.
         requires: packages besides torch.
+        axes: what the pairs of a "curve" are, for the figure.
         alone: cells that take times, or start processes: they never run beside others.
         again: makes this miniature in another process, to which it can be sent; None is
             `foveate.papers.load(key)`.
@@ -176,6 +177,7 @@ class Paper:
     seeds: tuple[int, ...] = (0, 1, 2)
     grid: Grid | None = None
     requires: tuple[str, ...] = ()
+    axes: tuple[str, str] = ("step", "validation loss")
     alone: tuple[str, ...] = ()
     again: Callable[[], Paper] | None = None
 

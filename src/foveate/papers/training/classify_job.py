@@ -18,9 +18,11 @@ from foveate.ops.masks.checks import whole
 from foveate.papers.tasks.classification import PADDING, SEPARATOR, Classification, words
 from foveate.papers.tasks.labelled import load
 from foveate.papers.training.classify import Classifier
+from foveate.papers.training.experts import Experts
 from foveate.papers.training.loop import train
 from foveate.papers.training.objective import evaluate
 from foveate.papers.training.regime import Regime
+from foveate.papers.training.routing import ROUTING, RoutingWatch, routing_facts
 from foveate.runs.records import writable_folder
 
 PICTURES = "heads.html"
@@ -38,6 +40,10 @@ class Shape:
         embedding: width of the embeddings before recurrent layers.
         heads: of the blocks.
         projection, attention: of the blocks.
+        experts: in the place of the blocks' dense feed-forward layers; None is none.
+
+    Raises:
+        InputError: experts, and no blocks.
     """
 
     pooling: str = "lama(heads=8)"
@@ -48,6 +54,11 @@ class Shape:
     heads: int = 4
     projection: str = "mha"
     attention: str = "full"
+    experts: Experts | None = None
+
+    def __post_init__(self) -> None:
+        if self.experts is not None and not self.layers:
+            raise InputError("Experts stand in transformer blocks; say how many with --layers.")
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,10 @@ def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]
         model = model_of(job.shape, texts)
     writable_folder(job.out)
     model.to(job.device)
-    done = train(model, texts, job.regime, folder=checkpoints, tell=tell)
+    watch = None
+    if job.shape.experts is not None:
+        watch = RoutingWatch(texts, checkpoints, padding=PADDING)
+    done = train(model, texts, job.regime, folder=checkpoints, tell=tell, watch=watch)
     for note in done.notes:
         say(note)
     inner: Any = model.model
@@ -126,6 +140,8 @@ def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]
         "folder": str(job.out),
         "pictures": None if drawn is None else str(drawn),
     }
+    if watch is not None:
+        facts["routing"] = routing_facts(watch, done.history, job.out / ROUTING, say)
     _write(job.out / "training.json", json.dumps(facts, indent=1, allow_nan=False))
     return facts
 
@@ -134,7 +150,7 @@ def model_of(shape: Shape, texts: Classification) -> Classifier:
     """A classifier with fresh weights, as torch makes them, from torch's random state."""
     from foveate import models
 
-    labels = texts.data.labels
+    labels, experts = texts.data.labels, shape.experts
     config = models.FoveateEncoderConfig(
         vocab_size=texts.vocab,
         hidden_size=shape.dim,
@@ -149,6 +165,7 @@ def model_of(shape: Shape, texts: Classification) -> Classifier:
         classifier_dropout=0.2,
         id2label=dict(enumerate(labels)),
         label2id={label: i for i, label in enumerate(labels)},
+        **({} if experts is None else experts.fields(shape.layers, shape.dim)),
     )
     model = models.FoveateForSequenceClassification(config)
     for module in model.modules():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,16 @@ import torch
 from foveate.hf.demo_models import quiet
 from foveate.ops.errors import InputError, nearest
 from foveate.papers.tasks.text import ByteText, text_file
+from foveate.papers.training.experts import BALANCE, Experts
 from foveate.papers.training.language import Sizes, language_model
 from foveate.papers.training.loop import Trained, train
 from foveate.papers.training.objective import BySegments, evaluate
 from foveate.papers.training.regime import Regime
+from foveate.papers.training.routing import ROUTING, RoutingWatch, routing_facts
 from foveate.runs.records import writable_folder
 from foveate.runs.text import default_text
 
 LIKE = ("step3",)
-BALANCE = 0.01  # of the experts' load; Step-3's report doesn't say how it keeps them in use
 SPECIAL = 3  # ByT5's tokens: padding, end, unknown, then the 256 bytes
 
 
@@ -36,6 +37,9 @@ class Job:
         like: the composition and widths of a released model in small, "step3"; None is none. Of
             the sizes its layers, length and vocabulary are taken.
         segment: tokens of the segments in which a sequence is read; None reads it whole.
+        experts: how many experts each layer has in the place of a dense feed-forward; None is none.
+        options: further fields of `foveate.models.FoveateConfig`: sink_logits, kv_bias, gate,
+            registers.
         data: a text file; None is the text that is shipped (WikiText-2).
         sizes: of the model.
         regime: of the training.
@@ -55,6 +59,8 @@ class Job:
     mixer: str | tuple[str | None, ...] | None = None
     like: str | None = None
     segment: int | None = None
+    experts: Experts | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]) -> dict[str, Any]:
@@ -86,6 +92,9 @@ def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]
     writable_folder(job.out)
     model.to(job.device)
     given: dict[str, Any] = {} if segments is None else {"objective": segments}
+    watch = RoutingWatch(task, checkpoints) if model.config.moe_layers else None
+    if watch is not None:
+        given["watch"] = watch
     done = train(model, task, job.regime, folder=checkpoints, tell=tell, **given)
     for note in done.notes:
         say(note)
@@ -93,6 +102,8 @@ def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]
         model.save_pretrained(job.out)
         ByT5Tokenizer(extra_ids=0).save_pretrained(job.out)
     facts = _facts(job, task, model, done, segments)
+    if watch is not None:
+        facts["routing"] = routing_facts(watch, done.history, job.out / ROUTING, say)
     new = job.out / ".training.new"
     new.write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     new.replace(job.out / "training.json")
@@ -101,10 +112,11 @@ def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]
 
 def _model(job: Job) -> Any:
     """The model with fresh weights."""
-    ids = {"pad_token_id": 0, "eos_token_id": 1}
+    ids = {"pad_token_id": 0, "eos_token_id": 1} | dict(job.options)
     if job.like is None:
         mixer = list(job.mixer) if isinstance(job.mixer, tuple) else job.mixer
-        return language_model(job.sizes, job.projection, job.attention, mixer=mixer, **ids)
+        more = {} if job.experts is None else job.experts.fields(job.sizes.layers, job.sizes.dim)
+        return language_model(job.sizes, job.projection, job.attention, mixer=mixer, **ids, **more)
     if job.like not in LIKE:
         raise InputError(f"--like {job.like} is not known; {nearest(job.like, LIKE)}")
     from foveate.models import step3_config
@@ -150,6 +162,7 @@ def _facts(
         "mixer": job.mixer,
         "like": job.like,
         "segment": job.segment,
+        "experts": None if job.experts is None else asdict(job.experts),
         "parameters": sum(p.numel() for p in model.parameters()),
         "data": task.describe(),
         "regime": job.regime.as_dict(),

@@ -11,7 +11,7 @@ from torch import nn
 from foveate.ops.errors import InputError
 from foveate.papers.harness.paper import Check, Trial, at_most
 from foveate.papers.tasks.text import standard_library
-from foveate.papers.training.loop import train
+from foveate.papers.training.loop import Watch, train
 from foveate.papers.training.objective import evaluate
 from foveate.papers.training.regime import Regime
 
@@ -87,6 +87,7 @@ def trained_on_bytes(
     steps: int,
     lr: float | None = None,
     length: int = 128,
+    watch: Watch | None = None,
     **regime: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """Train a miniature's arm on the standard library's source and take its figures.
@@ -98,6 +99,7 @@ def trained_on_bytes(
             is quick.
         lr: the learning rate; None is the trial's tuned point.
         length: of the windows.
+        watch: as in `train`.
         regime: further fields of `Regime`.
 
     Returns:
@@ -115,7 +117,8 @@ def trained_on_bytes(
         **regime,
     )
     model = make().to(trial.device)
-    done = train(model, task, chosen, folder=trial.folder, tell=trial.tell)
+    more: dict[str, Any] = {} if watch is None else {"watch": watch}
+    done = train(model, task, chosen, folder=trial.folder, tell=trial.tell, **more)
     caches = [layer.attention.new_cache().elements_per_token for layer in model.model.layers]
     return model, {
         "loss": evaluate(model, task, "test", chosen.batch)["loss"],

@@ -17,10 +17,12 @@ from foveate.papers.training.checkpoint import Checkpoints
 from foveate.papers.training.errors import DivergedError
 from foveate.papers.training.objective import BySegments, evaluate, next_token
 from foveate.papers.training.regime import Regime, optimizer_of, schedule_of
+from foveate.parts.routing import advance
 from foveate.parts.weights import put_weights, weights
 from foveate.runs.records import digest
 
 Objective = Callable[[nn.Module, Batch], Tensor]
+Watch = Callable[[nn.Module, int], dict[str, float]]
 
 
 @dataclass
@@ -62,6 +64,7 @@ def train(
     folder: Path | None = None,
     resume: bool = True,
     tell: Callable[[float, str], None] | None = None,
+    watch: Watch | None = None,
 ) -> Trained:
     """Train a model in place, on its own device.
 
@@ -77,6 +80,7 @@ def train(
         folder: of checkpoints, written at each evaluation; None keeps none.
         resume: go on from the folder's latest checkpoint; else these are removed.
         tell: takes the share that is done and a few words, at the start and after some steps.
+        watch: called as watch(model, step) at each evaluation; its figures go into the history.
 
     Raises:
         DivergedError: the loss is no finite number any more.
@@ -113,6 +117,7 @@ def train(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         while done.steps < regime.steps and not done.stopped_early:
             model.train()
+            advance(model, done.steps / regime.steps)
             torch.manual_seed(generator("dropout", regime.seed, done.steps).initial_seed())
             batch = task.batch(regime.seed, done.steps, regime.batch).to(device)
             loss = objective(model, batch)
@@ -133,7 +138,8 @@ def train(
                 continue
             entry = _entry(model, task, regime, segments, done.steps, rate, losses)
             _check_finite(entry["validation"], "validation loss", done.steps, regime)
-            done.history.append(entry)
+            advance(model, done.steps / regime.steps)
+            done.history.append(entry if watch is None else entry | watch(model, done.steps))
             losses = []
             bad += 1
             if entry["validation"] < done.best:

@@ -12,8 +12,8 @@ scaled that its *mean* over ranks is the loss of one rank with everything: DDP a
 gradients over the same ranks, and arrive at that rank's gradients.
 
 Everything else in a layer works on each token alone, which is why nothing else changes. What mixes
-tokens otherwise (mixers, routers that balance over a batch, learnt absolute positions, attentions
-that choose keys by their content) is refused, by name.
+tokens otherwise (mixers, routers that balance over a batch or average over tokens, learnt absolute
+positions, attentions that choose keys by their content) is refused, by name.
 """
 
 from __future__ import annotations
@@ -88,6 +88,17 @@ class Use:
                 raise InputError(
                     f"Context parallelism can't run {type(module.mixer).__name__}: a mixer mixes "
                     "all tokens in its own way, and its ranks hold some of them."
+                )
+            if isinstance(module, MoE) and module.router.relation is not None:
+                raise InputError(
+                    f"Context parallelism can't run {type(module.router.relation).__name__}: its "
+                    "router looks at all tokens of a sequence, and a rank holds some of them; use "
+                    "FoveateConfig(router='top-k')."
+                )
+            if getattr(getattr(module, "config", None), "registers", 0):
+                raise InputError(
+                    "Context parallelism can't run a model with register tokens: every rank would "
+                    "put them before its own part of the sequence."
                 )
             if getattr(module, "embed_positions", None) is not None:
                 raise InputError(

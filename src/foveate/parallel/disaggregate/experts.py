@@ -51,6 +51,11 @@ def check_feedforward(layer: nn.Module, at: int) -> None:
             f"disaggregate: layer {at} has a {type(layer).__name__}; expected SwiGLU or experts "
             "(FoveateConfig(feedforward='swiglu'))."
         )
+    if isinstance(layer, MoE) and (layer.router.relation or layer.router.scores) is not None:
+        raise InputError(
+            f"disaggregate: layer {at}'s router is {layer.router.relation or layer.router.scores}; "
+            "expected one that scores each token by a linear map (FoveateConfig(router='top-k'))."
+        )
 
 
 class FFNPart(nn.Module):
