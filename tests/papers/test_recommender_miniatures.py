@@ -110,9 +110,10 @@ def test_choices_follow_tastes_and_successors():
 
 def test_the_arms_of_the_next_item():
     settings = {cell: mqsa_ted.setting_of(cell, 2e-3) for cell in mqsa_ted.CELLS}
-    assert [name for name, _ in settings.values()] == ["made"] * 4 + ["films"] * 2
+    assert [name for name, _ in settings.values()] == ["made"] * 5 + ["films"] * 2
     shares = [(s.recipe.alpha, s.recipe.distil) for _, s in settings.values()]
-    assert shares[:4] == [(1.0, 0.0), (0.5, 0.0), (1.0, 0.1), (0.5, 0.1)]
-    assert {(s.lr, s.batch, s.l2, s.recipe.window) for _, s in settings.values()} == {
-        (2e-3, 256, 3e-5, 3)
-    }
+    assert shares[:5] == [(1.0, 0.0), (0.5, 0.0), (0.5, 0.0), (1.0, 0.1), (0.5, 0.1)]
+    assert {(s.lr, s.batch, s.l2) for _, s in settings.values()} == {(2e-3, 256, 3e-5)}
+    windows = {cell: s.recipe.window for cell, (_, s) in settings.items()}
+    assert windows.pop("made SASRec twice") == 1
+    assert set(windows.values()) == {3}
