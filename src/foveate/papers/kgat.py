@@ -44,8 +44,8 @@ USERS, ITEMS, KINDS = 400, 400, 20
 MATTER, NOISE, LIKES = 2, 6, 2
 PARTS = {"train": 6, "validation": 2, "test": 4}
 FILMS = 5
-# Wide enough for factorisation, which wants more decay than the others: at 1e-2 it is a third or more worse
-# on the validation part than at 1e-1, on both data sets.
+# Wide enough for factorisation, which wants more decay than the others: at 1e-2 it is a third or
+# more worse on the validation part than at 1e-1, on both data sets.
 RATES, DECAYS = (3e-3, 1e-2, 3e-2), (1e-5, 1e-2, 1e-1)
 
 
