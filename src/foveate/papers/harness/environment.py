@@ -13,8 +13,8 @@ from foveate.runs.machine import machine, source_digest
 
 # What the figures of a miniature depend on, beside its own file.
 _JUDGED = (
-    "ops", "catalog", "parts", "methods", "nn", "models", "lens", "recommend", "papers/tasks",
-    "papers/training",
+    "ops", "catalog", "parts", "methods", "nn", "models", "hf", "parallel", "cost", "lens",
+    "recommend", "retrieve", "papers/tasks", "papers/training", "papers/system",
 )  # fmt: skip
 _FILES = ("runs/timing.py",)
 
