@@ -21,6 +21,7 @@ stage ruff-check ruff check .
 stage ruff-format ruff format --check .
 stage mypy mypy
 stage lint-imports lint-imports --no-logo
+stage docs env NO_MKDOCS_2_WARNING=1 mkdocs -q build --strict
 workers=${FOVEATE_TEST_WORKERS:-2}
 if [ $# -gt 0 ]; then
     stage pytest python -m pytest -n "$workers" --dist loadfile "$@"

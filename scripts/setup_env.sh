@@ -58,8 +58,8 @@ foveate_setup() {
         fi
     done
     case $profile in
-        demo) extras=hf,report,cli ;;
-        dev) extras=hf,report,cli,triton,dev ;;
+        demo) extras=hf,report,cli,retrieve ;;
+        dev) extras=hf,report,cli,retrieve,triton,dev ;;
         *) echo "foveate_setup: unknown profile $profile" >&2; return 2 ;;
     esac
     quiet=-q

@@ -1,4 +1,6 @@
-"""Write docs/claims.md from the miniatures and the kept verdicts; `--check` only tells.
+"""Write docs/claims.md and the README's counts from the miniatures and the kept verdicts.
+
+`--check` only tells.
 
 A verdict is kept by copying `verdict.json` of `foveate reproduce KEY` to
 `benchmarks/results/claims/KEY.json`.
@@ -10,10 +12,14 @@ import sys
 from pathlib import Path
 
 from foveate import papers
+from foveate.cli.claims import papers_of_the_list
+from foveate.papers.harness.overview import rows, summary
 from foveate.papers.harness.table import kept_verdicts, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "claims.md"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
 KEPT = ROOT / "benchmarks" / "results" / "claims"
 HEAD = """# Claims
 
@@ -35,19 +41,33 @@ def page() -> str:
     )
 
 
+def readme(text: str) -> str:
+    """The README's text with today's counts between its markers."""
+    before, begun, rest = text.partition(BEGIN)
+    _, ended, after = rest.partition(END)
+    if not (begun and ended):
+        raise SystemExit(f"{README.name} lacks the markers {BEGIN} and {END}.")
+    found = rows(papers_of_the_list(), papers.available(), papers.load, kept_verdicts(KEPT))
+    return f"{before}{BEGIN}\n{summary(found)}\n{END}{after}"
+
+
 def main() -> int:
-    """Write or check the page."""
-    old = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
-    new = page()
-    if old == new:
-        return 0
-    if "--check" in sys.argv[1:]:
-        print("docs/claims.md is out of date; run python scripts/update_claims.py")
-        return 1
+    """Write or check the page and the README."""
     PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(new, encoding="utf-8")
-    print("docs/claims.md: table of claims updated")
-    return 0
+    stale = False
+    for path, wanted in ((PAGE, lambda _: page()), (README, readme)):
+        old = path.read_text(encoding="utf-8") if path.exists() else ""
+        new = wanted(old)
+        if old == new:
+            continue
+        name = path.relative_to(ROOT)
+        if "--check" in sys.argv[1:]:
+            print(f"{name} is out of date; run python scripts/update_claims.py")
+            stale = True
+        else:
+            path.write_text(new, encoding="utf-8")
+            print(f"{name}: claims updated")
+    return int(stale)
 
 
 if __name__ == "__main__":

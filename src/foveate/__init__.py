@@ -2,7 +2,7 @@
 
 Importing this imports torch and nothing else heavy, and changes nothing in other libraries; it only
 lets transformers' Auto classes find foveate's own models, if transformers is imported at all.
-`Attention`, `use` and `Context` load what they need when they are first named.
+`Attention`, `use`, `Context` and `catalog` load what they need when they are first named.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from foveate import catalog
 from foveate.models import auto as _auto
 from foveate.ops import (
     AttentionOutput,
@@ -37,6 +36,7 @@ from foveate.ops import (
 )
 
 if TYPE_CHECKING:
+    from foveate import catalog
     from foveate.hf import use
     from foveate.nn import Attention
     from foveate.parts import Context
@@ -72,7 +72,12 @@ __all__ = [
     "window",
 ]
 
-_LAZY = {"Attention": "foveate.nn", "Context": "foveate.parts", "use": "foveate.hf"}
+_LAZY = {
+    "Attention": "foveate.nn",
+    "Context": "foveate.parts",
+    "catalog": "foveate.catalog",
+    "use": "foveate.hf",
+}
 
 _auto.announce()
 
@@ -80,7 +85,8 @@ _auto.announce()
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LAZY[name]), name)
+    found = importlib.import_module(_LAZY[name])
+    value = found if name == "catalog" else getattr(found, name)
     globals()[name] = value
     return value
 

@@ -132,3 +132,5 @@ def test_a_projection_is_no_attention_for_a_model_in_use():
     assert make_attention("sink-window") == SinkWindow()
     with pytest.raises(InputError, match="is a projection.*projection="):
         make_attention("mfa(head_dim=16)")
+    with pytest.raises(InputError, match="is a study.*circuits"):
+        make_attention("talking-heads")

@@ -18,11 +18,12 @@ from foveate.parallel.spawn import Place, run
 LENGTH, BOUNDS = 30, (0, 11, 30)
 
 
-def ours(attention: str = "full") -> FoveateForCausalLM:
+def ours(attention: str = "full", **options) -> FoveateForCausalLM:
     torch.manual_seed(3)
     config = FoveateConfig(
         vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
         intermediate_size=48, projection="gqa(kv_heads=2)", attention=attention,
+        **options,
     )  # fmt: skip
     return FoveateForCausalLM(config).train()
 
@@ -54,8 +55,10 @@ def positions() -> torch.Tensor:
     return torch.cat([torch.arange(b - a) for a, b in zip(BOUNDS, BOUNDS[1:])])[None]
 
 
+NO_SINKS = {"sink_logits": "learned", "kv_bias": "key-value", "gate": "element"}
 CASES = {
     "ours": (ours, {}, None),
+    "ours, without sinks": (lambda: ours(**NO_SINKS), {}, None),
     "ours, sinks and window": (lambda: ours("sink-window(sinks=2, window=8)"), {}, None),
     "ours, packed": (ours, {"position_ids": positions()}, None),
     "theirs, sliding": (theirs, {}, None),
@@ -120,6 +123,8 @@ def test_refusals_name_what_cant_run():
 
     with pytest.raises(InputError, match="VerticalSlash"):
         on_one(ours("vertical-slash"))
+    with pytest.raises(InputError, match="register tokens"):
+        on_one(ours(registers=1))
     with pytest.raises(InputError, match="without a cache"):
         on_one(ours(), use_cache=True)
     with pytest.raises(InputError, match="padding behind"):

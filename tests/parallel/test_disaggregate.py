@@ -324,6 +324,7 @@ def test_what_cannot_be_taken_apart_is_refused():
         ({"feedforward": "gelu"}, "GELU"),
         ({"mixer": "deconstructed-mlp"}, "mixer"),
         ({"attention": "flowformer"}, "state of its own"),
+        ({"registers": 1}, "register tokens"),
     ):
         with pytest.raises(InputError, match=text):
             serve_alone(model(**given), some)

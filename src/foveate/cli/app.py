@@ -11,15 +11,19 @@ from rich.text import Text
 import foveate
 from foveate.bench import command as bench
 from foveate.cli import (
+    circuits,
+    claims,
     classify,
     compress,
     denoise,
     explain,
     fit,
+    inspect,
     methods,
     recall,
     recommend,
     reproduce,
+    retrieve,
     train,
 )
 from foveate.compare import command as compare
@@ -57,12 +61,16 @@ def build() -> typer.Typer:
     methods.register(app)
     explain.register(app)
     fit.register(app)
+    inspect.register(app)
     compress.register(app)
+    circuits.register(app)
     reproduce.register(app)
+    claims.register(app)
     recall.register(app)
     train.register(app)
     classify.register(app)
     denoise.register(app)
+    retrieve.register(app)
     recommend.register(app)
     return app
 

@@ -47,6 +47,18 @@ def train(
             "\"attention-smoe(heads='learned')\" and others; see foveate methods."
         ),
     ] = "top-k",
+    sink_logits: Annotated[
+        str | None,
+        typer.Option(help='Lets heads attend to nothing: "one" (softmax off by one) or "learned".'),
+    ] = None,
+    kv_bias: Annotated[
+        str | None,
+        typer.Option(help="One more key, value or key-value for each head; key-shared for all."),
+    ] = None,
+    gate: Annotated[
+        str | None, typer.Option(help="On the heads' outputs: one for each head, or element.")
+    ] = None,
+    registers: Annotated[int, typer.Option(help="Learned tokens before every sequence.")] = 0,
     like: Annotated[
         str | None,
         typer.Option(
@@ -122,6 +134,9 @@ def train(
         like=like,
         segment=segment,
         experts=None if experts is None else Experts(experts, top_k, router),
+        options={
+            "sink_logits": sink_logits, "kv_bias": kv_bias, "gate": gate, "registers": registers
+        },
     )  # fmt: skip
     with Screen() as screen:
         tell = screen.steps(f"training {like or mixer or projection}", steps)

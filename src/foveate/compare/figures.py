@@ -8,20 +8,15 @@ from __future__ import annotations
 import base64
 import io
 import math
-import re
 from collections.abc import Callable
 from html import escape
 from typing import Any
 
 from foveate.compare.summary import Row, Spread
+from foveate.runs.drawing import INK, SOFT, as_svg, drawing
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8A6D00", "#7A7A7A", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
-INK = "#1c2430"
-SOFT = "#66707d"
-GRID = "#e4e7eb"
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif"
-WIDTH = 5.4
 
 
 class Styles:
@@ -37,54 +32,6 @@ class Styles:
 
     def __getitem__(self, key: str) -> tuple[str, str]:
         return self._of[key]
-
-
-def _figure(height: float) -> tuple[Any, Any, Any]:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    options = {
-        "svg.fonttype": "none",
-        "font.family": "sans-serif",
-        "font.sans-serif": ["DejaVu Sans"],
-        "font.size": 10,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "axes.edgecolor": SOFT,
-        "axes.linewidth": 0.8,
-        "xtick.color": SOFT,
-        "ytick.color": SOFT,
-        "xtick.labelcolor": INK,
-        "ytick.labelcolor": INK,
-        "axes.grid": True,
-        "grid.color": GRID,
-        "grid.linewidth": 0.8,
-        "axes.axisbelow": True,
-        "legend.frameon": False,
-    }
-    context = matplotlib.rc_context(options)
-    context.__enter__()
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    axes = figure.add_subplot()
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    return context, figure, axes
-
-
-def _svg(context: Any, figure: Any, name: str, title: str) -> str:
-    """Inline SVG that fills the width it's given; ids are unique to the figure."""
-    out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    context.__exit__(None, None, None)
-    text = out.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = text.replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-')
-    text = text.replace("'DejaVu Sans'", FONT).replace("DejaVu Sans", FONT)
-    return text.replace("<svg ", f'<svg class="plot" role="img" aria-label="{title}" ', 1)
 
 
 def _legend(axes: Any, columns: int = 2) -> None:
@@ -106,7 +53,7 @@ def pareto(rows: list[Row], styles: Styles, length: int, limit: float) -> str | 
     if not shown:
         return None
     encoder = shown[0].cosine is not None
-    context, figure, axes = _figure(3.9)
+    context, figure, axes = drawing(3.9)
     points = [(100 * (r.quality_loss or 0.0), r.prefill.middle, r) for r in shown if r.prefill]
     linear = 100 * limit if limit > 0 else 1.0
     axes.set_xscale("symlog", linthresh=linear, linscale=1.0)
@@ -164,7 +111,7 @@ def pareto(rows: list[Row], styles: Styles, length: int, limit: float) -> str | 
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     axes.set_ylabel("prefill speed, times dense")
     axes.set_title(f"{length:,} tokens", fontsize=11, loc="left")
-    return _svg(context, figure, f"pareto{length}", f"Speed against quality at {length} tokens")
+    return as_svg(context, figure, f"pareto{length}", f"Speed against quality at {length} tokens")
 
 
 def _front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -210,7 +157,7 @@ def curve(rows: list[Row], styles: Styles, kind: str) -> str | None:
     title, unit, pick, logarithmic, line = CURVES[kind]
     lengths = sorted({row.length for row in rows})
     drawn = False
-    context, figure, axes = _figure(3.4)
+    context, figure, axes = drawing(3.4)
     floor = 1e-7
     for number, name in enumerate(dict.fromkeys(row.entry.name for row in rows)):
         mine = [row for row in rows if row.entry.name == name]
@@ -254,7 +201,7 @@ def curve(rows: list[Row], styles: Styles, kind: str) -> str | None:
     axes.set_xlabel("tokens")
     axes.set_ylabel(unit)
     axes.set_title(title, fontsize=11, loc="left")
-    return _svg(context, figure, f"curve-{kind}", f"{title} over length")
+    return as_svg(context, figure, f"curve-{kind}", f"{title} over length")
 
 
 _PARTS = (
@@ -285,7 +232,7 @@ def split(rows: list[Row], length: int) -> str | None:
         names.append(row.entry.name)
         parts.append((100 * rest / whole, 100 * row.attention_seconds / whole, 100 * build / whole))
         ideals.append(100 / row.ideal_prefill if row.ideal_prefill else None)  # type: ignore[arg-type]
-    context, figure, axes = _figure(1.5 + 0.42 * len(names))
+    context, figure, axes = drawing(1.5 + 0.42 * len(names))
     left = [0.0] * len(names)
     for i, (label, colour, hatch) in enumerate(_PARTS):
         widths = [p[i] for p in parts]
@@ -308,7 +255,7 @@ def split(rows: list[Row], length: int) -> str | None:
     axes.set_xlabel("time of a prefill, % of dense's (lower is better)")
     axes.set_title(f"{length:,} tokens", fontsize=11, loc="left")
     _legend(axes, 4)
-    return _svg(context, figure, f"split{length}", f"Where the time goes at {length} tokens")
+    return as_svg(context, figure, f"split{length}", f"Where the time goes at {length} tokens")
 
 
 def pattern(picture: dict[str, Any]) -> str:

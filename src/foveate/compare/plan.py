@@ -186,6 +186,9 @@ def _tidy(text: str) -> str:
 def _entry(name: str, method: Any) -> Entry:
     key = name.partition("(")[0]
     parameters = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init}
+    told = getattr(method, "digest", None)
+    if isinstance(told, str) and told:  # of a file that says what it does
+        parameters["digest"] = told
     return Entry(name, key, parameters, reserved(key, parameters, method))
 
 

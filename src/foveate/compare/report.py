@@ -12,7 +12,6 @@ from foveate.compare import words
 from foveate.compare.figures import CURVES, Styles, curve, legend, pareto, pattern, split
 from foveate.compare.summary import Row
 from foveate.compare.table import COLUMNS, cells, columns_for, markdown
-from foveate.ops.errors import MissingPackageError
 from foveate.runs.text import DATA
 
 if TYPE_CHECKING:
@@ -21,18 +20,6 @@ if TYPE_CHECKING:
 # No script, no request: the page may only use what is in it.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 TEXT = ' class="text"'
-
-
-def need_matplotlib() -> None:
-    """Say how to get what the figures need, before anything is measured.
-
-    Raises:
-        MissingPackageError: matplotlib isn't there.
-    """
-    import importlib.util
-
-    if importlib.util.find_spec("matplotlib") is None:
-        raise MissingPackageError("The report needs matplotlib: pip install 'foveate[report]'")
 
 
 def write(result: Result) -> dict[str, Path]:

@@ -17,13 +17,14 @@ from foveate.compare.listener import Listener
 from foveate.compare.options import Options
 from foveate.compare.plan import Cell, Entry, Plan
 from foveate.compare.recommend import Recommendation, recommend
-from foveate.compare.report import need_matplotlib, write
+from foveate.compare.report import write
 from foveate.compare.rounds import Bench
 from foveate.compare.summary import Row, summarise
 from foveate.compare.validate import Job, validate
 from foveate.hf.demo_models import DEMOS
 from foveate.hf.fit.artefacts import Shelf, contents
 from foveate.hf.load import load_weights
+from foveate.runs.drawing import need_matplotlib
 from foveate.runs.records import Records
 
 

@@ -14,7 +14,6 @@ the default. Cross-attention is never assigned to by a number, only by its own p
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,31 +24,21 @@ from torch import nn
 from foveate.hf.errors import AssignmentError
 from foveate.hf.places import Site, self_stacks
 from foveate.methods import make, make_attention, spec
+from foveate.methods.by_head import VERSION, heads_of
 from foveate.ops.errors import InputError
 from foveate.parts import Attention
 
 FILE = "foveate.json"
-_VERSION = 1
 
 Heads = tuple[tuple[tuple[int, ...], str], ...]
 
 
 def _heads_of(text: object, where: str) -> tuple[int, ...]:
     """Heads such as 0-4,6 as (0, 1, 2, 3, 4, 6)."""
-    if isinstance(text, int) and not isinstance(text, bool):
-        text = str(text)
-    numbers: list[int] = []
-    for part in str(text).split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if not match:
-            raise AssignmentError(
-                f"{where}: can't read the heads {text!r}; expected numbers and ranges like '0-4,6'."
-            )
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise AssignmentError(f"{where}: the range of heads {part.strip()!r} runs backwards.")
-        numbers.extend(range(first, last + 1))
-    return tuple(numbers)
+    try:
+        return heads_of(text)
+    except InputError as error:
+        raise AssignmentError(f"{where}: {error}") from error
 
 
 def _text(pattern: object) -> str:
@@ -109,7 +98,7 @@ class Assignment:
         if target.suffix != ".json":
             target.mkdir(parents=True, exist_ok=True)
             target = target / FILE
-        data = {"foveate": _VERSION, "default": self.default, "layers": dict(self.layers)}
+        data = {"foveate": VERSION, "default": self.default, "layers": dict(self.layers)}
         target.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         return target
 
@@ -131,10 +120,10 @@ class Assignment:
             data: Any = json.loads(source.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise AssignmentError(f"{source} can't be read as JSON: {error}.") from error
-        if not isinstance(data, dict) or data.get("foveate") != _VERSION:
+        if not isinstance(data, dict) or data.get("foveate") != VERSION:
             raise AssignmentError(
                 f'{source} is no assignment of this version: expected an object with "foveate": '
-                f"{_VERSION}."
+                f"{VERSION}."
             )
         layers, default = data.get("layers", {}), data.get("default", "full")
         if not isinstance(layers, dict) or not isinstance(default, str):
@@ -336,6 +325,13 @@ def by_heads(
             if site.heads is not None and most >= site.heads:
                 raise AssignmentError(
                     f"{site.name} has heads 0 to {site.heads - 1}, but what was found names {most}."
+                )
+            named = {h for heads, _ in parts if heads for h in heads}
+            if named and site.heads is not None and len(named) < site.heads:
+                missing = _ranges(sorted(set(range(site.heads)) - named))
+                raise AssignmentError(
+                    f"{site.name}: what was found names no pattern for heads {missing}; name all "
+                    "of a layer's heads, or give it one pattern."
                 )
             one = len(parts) == 1
             made[module] += [HeadGroup(None if one else heads, part) for heads, part in parts]

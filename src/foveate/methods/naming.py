@@ -69,6 +69,13 @@ def make_attention(spec: str) -> Any:
         InputError: as `make`; or the method has weights that a model is built and trained with.
     """
     method = make(spec)
+    row = catalog.get(_key(spec))
+    if row.kind == "study":
+        raise InputError(
+            f"{spec!r} is a study, which looks into models and takes no attention's place; it is "
+            f"reached by {', '.join(row.jobs)}. What can run in a model that is trained already is "
+            "listed by: foveate methods."
+        )
     if isinstance(method, AttentionRecipe):
         raise InputError(
             f"{spec!r} has parameters of its own that a model must be trained with: build it by "
@@ -99,7 +106,13 @@ def make_attention(spec: str) -> Any:
             "trained with it, by foveate.Attention(dim, num_heads, projection=...) or foveate "
             "train. What can run in a model that is trained already is listed by: foveate methods."
         )
-    if not {"use", "compare"} & set(catalog.get(_key(spec)).jobs):
+    if row.kind == "retriever":
+        raise InputError(
+            f"{spec!r} is a retriever: it stands behind a text encoder and makes what is kept of "
+            "texts, by foveate index. What can run in a model that is trained already is listed "
+            "by: foveate methods."
+        )
+    if not {"use", "compare"} & set(row.jobs):
         raise InputError(
             f"{spec!r} computes something else than the softmax that a trained model was trained "
             "with: train one with it, by foveate.Attention(dim, num_heads, attention=...) or "

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from foveate.models.cache import ModelCache
     from foveate.models.causal_lm import CausalLMOutput, FoveateForCausalLM, FoveateModel
+    from foveate.models.colberter import ColberterModel
     from foveate.models.config import FoveateConfig, FoveateEncoderConfig
     from foveate.models.dit import DiT
     from foveate.models.echo import echo_student
@@ -61,6 +62,7 @@ _HOMES = {
 _PLAIN = {
     "BPRMF": "recommender",
     "BiFormer": "biformer",
+    "ColberterModel": "colberter",
     "DiT": "dit",
     "FM": "recommender",
     "GAT": "gat",
@@ -83,6 +85,7 @@ __all__ = [
     "NAT",
     "BiFormer",
     "CausalLMOutput",
+    "ColberterModel",
     "DiT",
     "FoveateConfig",
     "FoveateEncoder",

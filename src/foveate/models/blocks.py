@@ -48,6 +48,9 @@ def block_of(
             bias=config.attention_bias,
             out_bias=config.attention_out_bias,
             dropout=config.attention_dropout,
+            sink_logits=config.sink_logits,
+            kv_bias=config.kv_bias,
+            gate=config.gate,
             layer=layer,
         )
         if mixing.attention.rotary:

@@ -21,9 +21,9 @@ class LayerCache(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, held: Held) -> None:
+    def __init__(self, held: Held, registers: int = 0) -> None:
         super().__init__()
-        self.held = held
+        self.held, self.registers = held, registers
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -40,11 +40,11 @@ class LayerCache(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Keys that the next queries see, and the first one's index."""
-        return len(self.held) + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Tokens held."""
-        return len(self.held)
+        """Tokens held, register tokens not counted."""
+        return max(0, len(self.held) - self.registers)
 
     def get_max_length(self) -> int:
         """There is no limit."""
@@ -85,10 +85,11 @@ class ModelCache(Cache):
 
     Args:
         layers: each layer's cache.
+        registers: the model's register tokens, which the caches hold in front.
     """
 
-    def __init__(self, layers: Iterable[Held]) -> None:
-        super().__init__(layers=[LayerCache(held) for held in layers])
+    def __init__(self, layers: Iterable[Held], registers: int = 0) -> None:
+        super().__init__(layers=[LayerCache(held, registers) for held in layers])
 
     def bytes(self) -> int:
         """Bytes held by all layers and rows."""

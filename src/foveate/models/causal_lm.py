@@ -21,6 +21,7 @@ from foveate.models.config import FoveateConfig
 from foveate.models.masking import Seen, seen_by
 from foveate.models.position import last_norm, positioned, positions_of
 from foveate.models.reference import stream_of
+from foveate.models.registers import fronted, registers_of
 from foveate.nn import Block
 from foveate.ops import causal
 from foveate.ops.errors import InputError
@@ -84,11 +85,17 @@ class FoveateModel(FoveatePreTrained):
     def __init__(self, config: FoveateConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.registers = registers_of(config.registers, config.hidden_size)
         ropes: dict[tuple[int, bool], Rope | None] = {}  # one for all layers, so are its tables
         self.layers = nn.ModuleList(
             block_of(config, i, ropes) for i in range(config.num_hidden_layers)
         )
         self.reference = stream_of(self.blocks, config.hidden_size)
+        if self.reference is not None and self.registers is not None:
+            raise InputError(
+                "FoveateConfig(registers): a mixer with a reference stream counts the text's own "
+                "tokens; leave the registers out."
+            )
         self.embed_positions = positions_of(config)
         self.norm = last_norm(config, self.blocks)
         self.post_init()
@@ -118,7 +125,8 @@ class FoveateModel(FoveatePreTrained):
 
     def new_cache(self, capacity: int = 0) -> ModelCache:
         """An empty cache with room for `capacity` tokens."""
-        return ModelCache(block.new_cache(capacity) for block in self.blocks)
+        made = (block.new_cache(capacity) for block in self.blocks)
+        return ModelCache(made, self.config.registers)
 
     def forward(
         self,
@@ -149,6 +157,9 @@ class FoveateModel(FoveatePreTrained):
                 "these layers keep; make one with model.new_cache(), or leave it out."
             )
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        x, attention_mask, position_ids, past, front = fronted(
+            self.registers, x, attention_mask, position_ids, past
+        )
         seen = seen_by(attention_mask, position_ids, x.shape[0], past, x.shape[1])
         tokens, x = x, positioned(self.embed_positions, x, past, seen, position_ids)
         ctx = Context(
@@ -167,7 +178,10 @@ class FoveateModel(FoveatePreTrained):
             x, _, aux = block(x, replace(ctx, layer=i), held, seen.real)
             states.append(x)
             found.append(aux)
-        x = states[-1] = self.norm(x)
+        states[-1] = self.norm(x)
+        if front:
+            states = [state[:, front:] for state in states]
+        x = states[-1]
         return ModelOutputWithAux(
             last_hidden_state=x,
             past_key_values=past_key_values,

@@ -39,6 +39,8 @@ class FoveateConfig(PreTrainedConfig):
         position: "rope", "none", or "learned": embeddings of max_position_embeddings positions.
         rope_parameters: as everywhere in transformers; rope_theta, rope_type, scaling.
         rope_interleaved: whether rotary pairs are neighbours; None is the projection's habit.
+        sink_logits, kv_bias, gate: of every attention, as `foveate.Attention` takes them.
+        registers: learned tokens in front of every sequence; see `foveate.models.registers`.
         moe_layers: indices of layers with experts; None is no layer.
         num_experts, num_experts_per_tok, moe_intermediate_size, shared_expert_intermediate_size,
             router_score, router_renormalize, router_scaling, router_groups, router_top_groups,
@@ -74,6 +76,10 @@ class FoveateConfig(PreTrainedConfig):
     attention_bias: bool = False
     attention_out_bias: bool = False
     attention_dropout: float = 0.0
+    sink_logits: str | None = None
+    kv_bias: str | None = None
+    gate: str | None = None
+    registers: int = 0
     moe_layers: list[int] | None = None
     num_experts: int = 0
     num_experts_per_tok: int = 1
@@ -105,6 +111,7 @@ class FoveateConfig(PreTrainedConfig):
                     f"FoveateConfig({name}): {len(given)} texts for {self.num_hidden_layers} "
                     "layers; give one for each layer, or one for all."
                 )
+        whole(type(self).__name__, "registers", self.registers, least=0)
         if self.moe_layers and not (self.num_experts and self.moe_intermediate_size):
             raise InputError(
                 "FoveateConfig(moe_layers=...): give num_experts and moe_intermediate_size too."

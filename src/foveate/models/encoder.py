@@ -25,6 +25,7 @@ from foveate.models.masking import seen_by
 from foveate.models.position import last_norm, positioned, positions_of
 from foveate.models.recurrent import BiGRU
 from foveate.models.reference import stream_of
+from foveate.models.registers import fronted, registers_of
 from foveate.nn import Block
 from foveate.ops.errors import InputError
 from foveate.parts.context import Context
@@ -81,8 +82,14 @@ class FoveateEncoder(FoveatePreTrained):
         super().__init__(config)
         width = config.embedding_size or config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, width, config.pad_token_id)
+        self.registers = registers_of(config.registers, width)
         self.recurrent: BiGRU | None = None
         if config.recurrent_layers:
+            if self.registers is not None:
+                raise InputError(
+                    "FoveateEncoderConfig(registers): recurrent layers would read them as text; "
+                    "leave them out."
+                )
             self.recurrent = BiGRU(width, config.hidden_size, config.recurrent_layers)
         ropes: dict[tuple[int, bool], Rope | None] = {}
         self.layers = nn.ModuleList(
@@ -153,6 +160,11 @@ class FoveateEncoder(FoveatePreTrained):
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("Give either input_ids or inputs_embeds.")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if tree is not None and self.registers is not None:
+            raise InputError("tree: this model's register tokens stand in no tree; leave it out.")
+        x, attention_mask, position_ids, _, front = fronted(
+            self.registers, x, attention_mask, position_ids, 0
+        )
         seen = seen_by(attention_mask, position_ids, x.shape[0], 0, x.shape[1], both_ways=True)
         if seen.real is not None and not bool(seen.real.any(1).all()):
             raise InputError(
@@ -181,12 +193,16 @@ class FoveateEncoder(FoveatePreTrained):
             x, _, aux = block(x, replace(ctx, layer=i), None, seen.real)
             states.append(x)
             found.append(aux)
-        x = states[-1] = self.norm(x)
+        states[-1] = self.norm(x)
+        if front:
+            states = [state[:, front:] for state in states]
+        x, tokens = states[-1], tokens[:, front:]
+        real = None if seen.real is None else seen.real[:, front:]
         aux, weights = gathered(found), None
         if self.pooler is None:
-            vector = pooled(x, seen.real, self.config.pooling)
+            vector = pooled(x, real, self.config.pooling)
         else:
-            vector, weights, more = self.pooler(x, seen.real, tokens)
+            vector, weights, more = self.pooler(x, real, tokens)
             aux |= more
         out = EncoderOutput(
             last_hidden_state=x,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from foveate.methods import make
 from foveate.nn.output import LayerOutput
 from foveate.nn.position import counted, rope_for, turned
+from foveate.nn.sinks import sinks_of
 from foveate.nn.stateful import check_stateful, heads_of, new_keys
 from foveate.ops import Mask
 from foveate.ops.errors import InputError
@@ -50,6 +51,11 @@ class Attention(nn.Module):
         bias: biases on the maps into heads.
         out_bias: a bias on the map out of them.
         dropout: probability of dropping an attention weight in training.
+        sink_logits: "one" more term e^0 in each row's sum (softmax off by one), or a "learned"
+            logit for each query head, as in gpt-oss; see `foveate.nn.sinks` for these three.
+        kv_bias: one more key, value or "key-value" that all queries see, for each query head or,
+            as in "key-shared", one for all.
+        gate: a sigmoid of the layer's input on each "head"'s output, or on each "element" of it.
         layer: index of the layer, for methods that differ by layer.
 
     Raises:
@@ -72,6 +78,9 @@ class Attention(nn.Module):
         bias: bool = False,
         out_bias: bool = False,
         dropout: float = 0.0,
+        sink_logits: str | None = None,
+        kv_bias: str | None = None,
+        gate: str | None = None,
         layer: int = 0,
     ) -> None:
         super().__init__()
@@ -90,6 +99,9 @@ class Attention(nn.Module):
                 "transformers' caches, and this layer keeps its own; use it on a model of "
                 "transformers: foveate.use(model, ...)."
             )
+        self.sinks = sinks_of(
+            self.attention, self.projection, dim, sink_logits, kv_bias, gate
+        )  # fmt: skip
         position = position if self.attention.rotary else None
         self.rope = rope_for(position, self.projection, theta, interleaved)
 
@@ -164,11 +176,14 @@ class Attention(nn.Module):
             selection = p.select(x, raw_query, known.real, known.phase)
         if not absorbed:
             known.raw_query = raw_query
-        o = p.attend(self.attention, qkv, known, selection)
+        around = self.attention if self.sinks is None else self.sinks.around(self.attention)
+        o = p.attend(around, qkv, known, selection)
         if known.again is not None:
             known.again.fill(
-                self.attention, qkv, known, o, lambda part: p.output(part, x, absorbed=absorbed)
+                around, qkv, known, o, lambda part: p.output(part, x, absorbed=absorbed)
             )
+        if self.sinks is not None:
+            o = self.sinks.gated(o, x)
         aux = known.aux if selection is None else known.aux | selection.aux
         return LayerOutput(p.output(o, x, absorbed=absorbed), cache, aux)
 
@@ -200,6 +215,10 @@ class Attention(nn.Module):
             ctx.dropout = self.dropout
         if ctx.scale is None:
             ctx.scale = self.projection.scale
+        if self.sinks is not None and self.sinks.logits is not None:
+            if ctx.sink_logits is not None:
+                raise InputError("Attention: the layer has sink logits; leave ctx.sink_logits out.")
+            ctx.sink_logits = self.sinks.logits
         return ctx
 
     def _checked(self, x: Tensor, x_kv: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
 """The exact op, masks, layouts, merging and backends; knows nothing above it."""
 
-from foveate.ops.attention import attention, explain, with_sinks
+from foveate.ops.attention import attention, explain, with_key, with_sinks
 from foveate.ops.bias import RelativeBias, alibi, alibi_slopes
 from foveate.ops.dispatch import Explanation, available
 from foveate.ops.layout import Layout
@@ -51,5 +51,6 @@ __all__ = [
     "sinks",
     "strided",
     "window",
+    "with_key",
     "with_sinks",
 ]

@@ -128,6 +128,30 @@ def with_sinks(result: AttentionOutput, sink_logits: Tensor) -> AttentionOutput:
     return AttentionOutput(out, torch.where(empty, b, torch.logaddexp(lse, b)))
 
 
+def with_key(
+    result: AttentionOutput, score: Tensor, value: Tensor | None = None
+) -> AttentionOutput:
+    """Put one more key, which no mask hides, beside those of a result.
+
+    out' = (e^lse out + e^score value) / (e^lse + e^score), lse' = log(e^lse + e^score).
+
+    Args:
+        result: out (B, Hq, Lq, Dv) and lse (B, Hq, Lq).
+        score: (B, Hq, Lq), the key's score with each query, scale included.
+        value: broadcastable to out; None is 0, which makes the key a sink of its own per query.
+    """
+    empty = result.lse == -torch.inf
+    score = score.to(result.lse.dtype)
+    lse = result.lse.masked_fill(empty, 0.0)
+    share = torch.sigmoid(lse - score).masked_fill(empty, 0.0)[..., None]
+    out = result.out * share
+    if value is not None:
+        rest = torch.sigmoid(score - lse).masked_fill(empty, 1.0)[..., None]
+        out = out + rest * value.to(rest.dtype)
+    total = torch.where(empty, score, torch.logaddexp(lse, score))
+    return AttentionOutput(out.to(result.out.dtype), total)
+
+
 def explain(
     query: Tensor,
     key: Tensor,

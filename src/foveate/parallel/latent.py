@@ -72,6 +72,11 @@ class LatentPart(nn.Module):
                 f"LatentPart: the layer's projection is {type(p).__name__}; expected 'mla', or "
                 "'tpla' made by foveate.models.to_tpla."
             )
+        if layer.sinks is not None:
+            raise InputError(
+                "LatentPart: the layer has sink logits or a gate of all heads, which aren't split "
+                "over ranks; build it without them."
+            )
         rank, ranks = distributed.get_rank(group), distributed.get_world_size(group)
         if rank < 0:
             raise InputError("LatentPart: this rank isn't in the group.")

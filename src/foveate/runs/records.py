@@ -49,7 +49,7 @@ class Records:
         self.path = folder / FILE
         self.notes: list[str] = []
         self._found: dict[str, dict[str, Any]] = {}
-        self._lock = _locked(folder)
+        self._lock = locked(folder)
         try:
             if fresh and self.path.exists():
                 kept = self._aside("old")
@@ -174,7 +174,12 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _locked(folder: Path) -> Any:
+def locked(folder: Path) -> Any:
+    """Keep other processes from writing into a folder until what this returns is closed.
+
+    Raises:
+        InputError: the folder can't be written, or another process holds it.
+    """
     writable_folder(folder)
     lock = (folder / ".lock").open("w")
     if fcntl is None:

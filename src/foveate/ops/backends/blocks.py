@@ -31,13 +31,13 @@ class Blocks(Backend):
 
     @override
     def forward(self, inputs: Inputs) -> AttentionOutput:
-        layout = _layout(inputs)
+        layout = resolved(inputs)
         batch, heads, q_len, _ = inputs.query.shape
         work = lse_dtype(inputs.query.dtype)
         rows = layout.q_tiles * layout.q_tile
         out = inputs.query.new_zeros(batch, heads, rows, inputs.value.shape[-1], dtype=work)
         lse = inputs.query.new_full((batch, heads, rows), -torch.inf, dtype=work)
-        for chunk in _chunks(inputs, layout, work):
+        for chunk in chunks(inputs, layout, work):
             scores, _ = chunk.scores(inputs)
             top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(work).min)
             weights = scores.sub_(top).exp_()
@@ -59,7 +59,7 @@ class Blocks(Backend):
         grad_out: Tensor | None,
         grad_lse: Tensor | None,
     ) -> Gradients:
-        layout = _layout(inputs)
+        layout = resolved(inputs)
         work = lse_dtype(inputs.query.dtype)
         out, lse = output.out.to(work), output.lse
         do = torch.zeros_like(out) if grad_out is None else grad_out.to(work)
@@ -71,7 +71,7 @@ class Blocks(Backend):
         )
         dbias = None if inputs.bias is None else torch.zeros_like(inputs.bias, dtype=work)
         finite = lse.masked_fill(lse == -torch.inf, 0.0)
-        for chunk in _chunks(inputs, layout, work):
+        for chunk in chunks(inputs, layout, work):
             scores, slope = chunk.scores(inputs)
             row = chunk.rows(finite[..., None])
             weights = scores.sub_(row).exp_()
@@ -93,10 +93,11 @@ class Blocks(Backend):
         )
 
 
-def _layout(inputs: Inputs) -> Layout:
+def resolved(inputs: Inputs, *, gathers: bool = True) -> Layout:
+    """The layout of a call; without `gathers` its queries stay in their order."""
     everything = window(-1, -1) if inputs.mask is None and inputs.layout is None else inputs.mask
     call = Inputs(inputs.query, inputs.key, inputs.value, everything, inputs.layout)
-    call = call.resolved(128, gathers=True)
+    call = call.resolved(128, gathers=gathers)
     assert call.layout is not None
     return call.layout
 
@@ -207,7 +208,8 @@ class _Chunk:
         dk.index_put_((b, n, self.k_index[None, None]), part, accumulate=True)
 
 
-def _chunks(inputs: Inputs, layout: Layout, work: torch.dtype) -> Iterator[_Chunk]:
+def chunks(inputs: Inputs, layout: Layout, work: torch.dtype) -> Iterator[_Chunk]:
+    """The layout's query tiles, a few at a time, each with all the keys of its list."""
     batch, q_heads = inputs.query.shape[:2]
     group = q_heads // inputs.key.shape[1]
     layout_batches, layout_heads = layout.groups

@@ -12,7 +12,8 @@ import foveate
 from foveate.runs.machine import machine, source_digest
 
 # What the figures of a miniature depend on, beside its own file.
-_JUDGED = ("ops", "catalog", "parts", "methods", "nn", "models", "papers/tasks", "papers/training")
+_JUDGED = ("ops", "catalog", "parts", "methods", "nn", "models", "lens", "papers/tasks",
+           "papers/training")  # fmt: skip
 _FILES = ("runs/timing.py",)
 
 

@@ -72,12 +72,17 @@ def markdown(papers: Iterable[Paper], kept: dict[str, dict[str, Any]]) -> str:
         verdict = kept.get(paper.key)
         word = "not run yet" if verdict is None else f"**{verdict['verdict']}**"
         summary.append(f"| [{paper.key}](#{paper.key}) | {word} | {_cell(paper.claim)} |")
-        sections.append(_section(paper, verdict))
+        sections.append(f"## {paper.key}\n\n{section(paper, verdict)}")
     return "\n".join([*summary, "", *sections])
 
 
-def _section(paper: Paper, verdict: dict[str, Any] | None) -> str:
-    lines = [f"## {paper.key}", "", paper.claim, "", f"Measured: {paper.metric}.", ""]
+def section(paper: Paper, verdict: dict[str, Any] | None) -> str:
+    """What one paper claims, its conditions, and the figures of its kept verdict, if there is one.
+
+    Raises:
+        InputError: the kept verdict doesn't fit the miniature.
+    """
+    lines = [paper.claim, "", f"Measured: {paper.metric}.", ""]
     if verdict is None:
         lines += ["Holds if:", ""]
         lines += [f"- {check.text}" for check in paper.checks]

@@ -8,11 +8,13 @@ from foveate.papers.tasks.classification import Classification
 from foveate.papers.tasks.copying import Copying
 from foveate.papers.tasks.filler import FillerRecall
 from foveate.papers.tasks.labelled import Labelled, load
+from foveate.papers.tasks.laundry import Laundry
 from foveate.papers.tasks.needle import Needle
 from foveate.papers.tasks.recall import Recall
+from foveate.papers.tasks.repeated import Repeated
 from foveate.papers.tasks.text import ByteText, standard_library, text_file
 
 __all__ = [
     "IGNORED", "Batch", "ByteText", "Classification", "Copying", "FillerRecall", "Labelled",
-    "Needle", "Recall", "Task", "load", "standard_library", "text_file",
+    "Laundry", "Needle", "Recall", "Repeated", "Task", "load", "standard_library", "text_file",
 ]  # fmt: skip

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class Job:
             the sizes its layers, length and vocabulary are taken.
         segment: tokens of the segments in which a sequence is read; None reads it whole.
         experts: how many experts each layer has in the place of a dense feed-forward; None is none.
+        options: further fields of `foveate.models.FoveateConfig`: sink_logits, kv_bias, gate,
+            registers.
         data: a text file; None is the text that is shipped (WikiText-2).
         sizes: of the model.
         regime: of the training.
@@ -58,6 +60,7 @@ class Job:
     like: str | None = None
     segment: int | None = None
     experts: Experts | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]) -> dict[str, Any]:
@@ -109,7 +112,7 @@ def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]
 
 def _model(job: Job) -> Any:
     """The model with fresh weights."""
-    ids = {"pad_token_id": 0, "eos_token_id": 1}
+    ids = {"pad_token_id": 0, "eos_token_id": 1} | dict(job.options)
     if job.like is None:
         mixer = list(job.mixer) if isinstance(job.mixer, tuple) else job.mixer
         more = {} if job.experts is None else job.experts.fields(job.sizes.layers, job.sizes.dim)

@@ -95,6 +95,11 @@ class Use:
                     "router looks at all tokens of a sequence, and a rank holds some of them; use "
                     "FoveateConfig(router='top-k')."
                 )
+            if getattr(getattr(module, "config", None), "registers", 0):
+                raise InputError(
+                    "Context parallelism can't run a model with register tokens: every rank would "
+                    "put them before its own part of the sequence."
+                )
             if getattr(module, "embed_positions", None) is not None:
                 raise InputError(
                     "Context parallelism needs positions that travel with the tokens (rotary ones, "

@@ -38,13 +38,18 @@ def check_model(model: FoveateForCausalLM) -> None:
     """Refuse models whose layers can't be taken apart.
 
     Raises:
-        InputError: a mixer, a reference stream, a cache that isn't made of tokens, a feed-forward
-            layer that can't be split, or a model in training mode.
+        InputError: a mixer, a reference stream, register tokens, a cache that isn't made of tokens,
+            a feed-forward layer that can't be split, or a model in training mode.
     """
     if model.training:
         raise InputError("disaggregate: the model is in training mode; call model.eval() before.")
     if model.model.reference is not None:
         raise InputError("disaggregate: a model with a reference stream can't be taken apart.")
+    if model.model.registers is not None:
+        raise InputError(
+            "disaggregate: the model has register tokens, which its ranks don't put before a "
+            "request; take a model without."
+        )
     for i, block in enumerate(model.model.blocks):
         if not isinstance(block.attention, Attention) or block.attention_norm is None:
             raise InputError(

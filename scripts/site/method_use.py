@@ -1,0 +1,110 @@
+"""How a method is used: Python that runs as it stands, and the commands that take it.
+
+Which line of Python shows a method best depends on what it is; the candidates are tried in turn,
+and the first that runs is shown. So a page never shows a line that fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+
+from foveate.catalog import Row
+from foveate.ops.errors import FoveateError
+
+LAYER = """
+import torch
+import foveate
+
+layer = foveate.Attention(64, 4, {part}="{spec}")
+y, _, _ = layer(torch.randn(2, 128, 64){mask})
+"""
+MODEL = """
+from foveate.models import FoveateConfig, FoveateForCausalLM
+
+config = FoveateConfig(hidden_size=64, num_hidden_layers=2, mixer="{spec}")
+model = FoveateForCausalLM(config)
+"""
+ENCODER = """
+from foveate.models import FoveateEncoder, FoveateEncoderConfig
+
+config = FoveateEncoderConfig(hidden_size=64, num_hidden_layers=2, pooling="{spec}")
+model = FoveateEncoder(config)
+"""
+ALONE = """
+from foveate.methods import make
+
+method = make("{spec}")
+"""
+ADOPT = """
+used = foveate.use(model, "{spec}")
+"""
+
+
+def use(row: Row) -> Iterator[str]:
+    """The parts of a page's "Use it", as Markdown."""
+    key = row.key
+    if "use" in row.jobs:
+        yield "In a transformers model, until it is undone:"
+        yield fence("python", ADOPT.format(spec=key))
+        if "fit" in row.jobs:
+            yield "What it learns or searches on a model is made once, before:"
+            yield fence("sh", f"foveate fit MODEL --method {key}")
+    if "compare" in row.jobs:
+        yield "Measured on a model, beside dense attention:"
+        yield fence("sh", f"foveate compare MODEL --methods {key}")
+    yield "In Python:"
+    yield fence("python", snippet(row))
+    if "train" in row.jobs:
+        part = row.kind if row.kind in ("projection", "mixer") else "attention"
+        yield "In a small language model that is trained from scratch:"
+        yield fence("sh", f"foveate train --{part} {key} --data book.txt")
+    others = [job for job in row.jobs if job in ("bench", "cost", "compress", "models")]
+    if others:
+        yield f"It is also reached from {', '.join(f'`{job}`' for job in others)}."
+
+
+def fence(language: str, code: str) -> str:
+    """A block of code."""
+    return f"```{language}\n{code.strip()}\n```"
+
+
+@cache
+def snippet(row: Row) -> str:
+    """The first of the candidates that runs.
+
+    Raises:
+        FoveateError: none does, not even making it by its key.
+    """
+    *better, last = candidates(row)
+    for code in better:
+        try:
+            run(code)
+        except FoveateError:  # this use isn't for it
+            continue
+        return code
+    run(last)
+    return last
+
+
+def run(code: str) -> None:
+    """Run it, and leave no trace."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        exec(code, {})
+
+
+def candidates(row: Row) -> Iterator[str]:
+    """Python that builds it, what shows the most first."""
+    spec = row.key
+    if row.kind == "mixer":
+        yield MODEL.format(spec=spec)
+    elif row.kind == "pooler":
+        yield ENCODER.format(spec=spec)
+    else:
+        part = "projection" if row.kind == "projection" else "attention"
+        yield LAYER.format(part=part, spec=spec, mask=", mask=foveate.causal()")
+        yield LAYER.format(part=part, spec=spec, mask="")
+        yield LAYER.format(part=part, spec=f"{spec}(shape=(2, 8, 8))", mask="")
+    yield ALONE.format(spec=spec)

@@ -1,0 +1,1 @@
+"""Retrieval: collections, a retriever and its training, its index on disk, search, measures."""

@@ -1,0 +1,107 @@
+"""A pattern for each head, from a file."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from foveate import Context, causal
+from foveate.compare.plan import entries_of
+from foveate.methods import make, spec
+from foveate.ops.errors import InputError, UnknownMethodError
+
+WINDOW = "sink-window(sinks=1, window=5)"
+
+
+def written(tmp_path, layers, default="full", name="plan.json"):
+    path = tmp_path / name
+    path.write_text(json.dumps({"foveate": 1, "default": default, "layers": layers}))
+    return f"by-head(file={str(path)!r})"
+
+
+def qkv(length=40):
+    shapes = (2, 4, length, 8), (2, 2, length, 8), (2, 2, length, 8)
+    return tuple(torch.randn(s, dtype=torch.float64) for s in shapes)
+
+
+def test_each_head_runs_its_own_pattern(tmp_path):
+    method = make(
+        written(tmp_path, {"1": {"3,0": WINDOW, "1": "full", "2": "a-shape"}, "2": WINDOW})
+    )
+    q, k, v = qkv()
+    b = torch.randn(4, dtype=torch.float64)
+    bias = torch.randn(1, 4, 40, 40, dtype=torch.float64)
+    ctx = Context(mask=causal(), layer=1, sink_logits=b, bias=bias)
+    got = method(q, k, v, ctx)
+    for heads, text in (((0, 3), WINDOW), ((1,), "full"), ((2,), "a-shape")):
+        for h in heads:
+            kv = slice(h // 2, h // 2 + 1)
+            own = Context(mask=causal(), sink_logits=b[h : h + 1], bias=bias[:, h : h + 1])
+            one = make(text)(q[:, h : h + 1], k[:, kv], v[:, kv], own)
+            torch.testing.assert_close(got.out[:, h : h + 1], one.out)
+            torch.testing.assert_close(got.lse[:, h : h + 1], one.lse)
+    layer = method(q, k, v, Context(mask=causal(), layer=2)).out
+    torch.testing.assert_close(layer, make(WINDOW)(q, k, v, Context(mask=causal())).out)
+    assert spec(method).startswith("by-head(file=")
+
+
+def test_a_model_runs_it_as_the_assignment_of_the_same_file(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    import foveate
+
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    layers = {"0": {"0-1": WINDOW, "2,3": "full"}}
+    text = written(tmp_path, layers, WINDOW.replace("5", "9"))
+    ids = torch.randint(64, (2, 30))
+    with torch.no_grad():
+        with foveate.use(model, text):
+            ours = model(ids).logits
+        with foveate.use(model, tmp_path / "plan.json"):
+            theirs = model(ids).logits
+        dense = model(ids).logits
+    torch.testing.assert_close(ours, theirs)
+    assert not torch.allclose(ours, dense, atol=1e-3)
+
+
+def test_compare_knows_a_changed_file_from_the_one_before(tmp_path):
+    text = written(tmp_path, {"0": WINDOW})
+    (before,) = entries_of([text])
+    written(tmp_path, {"0": "full"})
+    (after,) = entries_of([text])
+    assert before.name == after.name
+    assert before.parameters["digest"] != after.parameters["digest"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ({"0": {"0,1-0": WINDOW}}, "backwards"),
+        ({"0": {"x": WINDOW}}, "can't read the heads"),
+        ({"0": {"0-2": WINDOW, "2": "full"}}, "twice"),
+        ({"model.layers.0": WINDOW}, "foveate.use"),
+        ({"0": {}}, "names no pattern"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, layers, words):
+    with pytest.raises(InputError, match=words):
+        make(written(tmp_path, layers))
+
+
+def test_files_that_are_none_are_refused(tmp_path):
+    with pytest.raises(InputError, match="foveate inspect"):
+        make("by-head(file='nowhere.json')")
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(InputError, match="no assignment"):
+        make(f"by-head(file={str(tmp_path / 'other.json')!r})")
+    with pytest.raises(UnknownMethodError):
+        make(written(tmp_path, {"0": "sink-windw"}))
+    for heads in ("0-2", "0-4"):
+        method = make(written(tmp_path, {"0": {heads: WINDOW}}))
+        with pytest.raises(InputError, match="heads 0 to 3"):
+            method(*qkv(), Context(mask=causal()))
