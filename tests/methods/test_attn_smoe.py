@@ -384,21 +384,28 @@ def test_refusals_name_what_would_work():
 def test_the_weights_are_those_of_the_op():
     """`Again` against the op's own output: on the layer's values it gives the layer's heads."""
     q, k, v = torch.randn(3, B, H, L, 4, dtype=F64).unbind(0)
-    again, ctx = Again(), Context(mask=causal(), scale=0.3)
+    again = Again()
+    ctx = Context(mask=causal(), scale=0.3, again=again)
+    with pytest.raises(InputError, match="wasn't called"):
+        again.fill(make("full"), (q, k[:, :2], v[:, :2]), ctx, v, lambda o: o)
+    make("full")(q, k[:, :2], v[:, :2], ctx)
     again.fill(make("full"), (q, k[:, :2], v[:, :2]), ctx, v, lambda o: o)
     shared = v[:, 0]
     wanted = attention(q, k[:, :2], shared[:, None].expand(-1, 2, -1, -1), causal(), scale=0.3).out
     torch.testing.assert_close(again(shared), wanted)
 
 
+@pytest.mark.parametrize("new", [150, 1])  # prefill; decoding, where some patterns are dense
 @pytest.mark.parametrize("key", [row.key for row in catalog.rows() if row.kind == "pattern"])
-def test_every_pattern_s_weights_are_applied_again_or_refused(key):
+def test_every_pattern_s_weights_are_applied_again_or_refused(key, new):
     from test_matrix import method as small
 
-    method, ctx = small(key), Context(mask=causal() & padding([150, 130]))
-    q, k = (torch.randn(B, heads, 150, 8, dtype=F64) for heads in (4, 2))
+    method, again = small(key), Again()
+    phase = "decode" if new == 1 else "prefill"
+    ctx = Context(mask=causal() & padding([150, 130]), phase=phase, again=again)
+    q = torch.randn(B, 4, new, 8, dtype=F64)
+    k = torch.randn(B, 2, 150, 8, dtype=F64)
     v = torch.randn(B, 1, 150, E, dtype=F64).expand(-1, 2, -1, -1)
-    again = Again()
     if not repeatable(method):
         with pytest.raises(InputError, match="sink-window"):
             again.fill(method, (q, k, v), ctx, v, lambda o: o)

@@ -183,6 +183,26 @@ def test_the_kernel_s_function():
     assert arc_cosine(rho)[2].item() == pytest.approx(1 / (2 * math.pi))
 
 
+def test_features_in_fp32_are_fitted_in_float64():
+    query, keys = on_sphere(300, 8, 8)
+    f = RandomFeatureAttention(8, 60, dtype=torch.float32)
+    y, penalty = torch.randn(300, 1), 1e-7
+    phi = f.features(query, keys)
+    assert phi.dtype == torch.float32
+    v = ridge(phi, y, penalty)
+    exact = phi.double()
+    assert (exact.T @ (exact @ v - y) + penalty * 300 * v).abs().max() < 1e-8
+    path = RidgePath(exact @ exact.T, y)
+    torch.testing.assert_close(path.predict(exact @ exact.T, penalty), exact @ v)
+    f.fit(query, keys, y, penalty)
+    torch.testing.assert_close(f.values.data, v.float())
+
+
+def test_no_examples_have_no_features():
+    query, keys = on_sphere(3, N, D)
+    assert model_of().features(query[:0], keys[:0]).shape == (0, M * (D + 1))
+
+
 def test_the_best_ridge_is_chosen_for_each_output_alone():
     phi, other = torch.randn(60, 30, dtype=F64), torch.randn(200, 30, dtype=F64)
     v = torch.randn(30, 1, dtype=F64)

@@ -255,9 +255,9 @@ def test_what_a_block_kept_of_its_attention_goes_with_it():
     kept = []
     attention = model.model.layers[0].attention.attention
     object.__setattr__(
-        attention, "layout", lambda q, *a: kept.append(weakref.ref(q)) or whole(q, *a)
+        attention, "is_dense", lambda q, *a: kept.append(weakref.ref(q)) or whole(q, *a)
     )
-    whole = type(attention).layout.__get__(attention)
+    whole = type(attention).is_dense.__get__(attention)
     gc.disable()
     try:
         with torch.no_grad():

@@ -30,6 +30,9 @@ def test_every_cell_of_attn_smoe_gives_what_its_checks_read(tmp_path):
         assert math.isfinite(check.figure(found))
     wanted = {"loss", "attacked", "entropy", "load unevenness", "changed 50%", "curve"}
     assert wanted <= set(found["attention, bytes"])
+    more = {a: found[a]["cache"] - found["SMoE, bytes"]["cache"] for a in attn_smoe.BYTES}
+    # What a router keeps of a token is told too: E, and D by similarity.
+    assert list(more.values()) == [0, 8 + 96, 8]
     for arm in attn_smoe.ARMS:
         assert 0 <= found[arm]["changed 80%"] <= 1
         assert 0 < found[arm]["entropy"] <= math.log(8) + 1e-6

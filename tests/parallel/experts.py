@@ -86,6 +86,7 @@ def on_ranks(place):
         }
     found["padded"] = balance_of(expert_part(model_of("top-k", False), group), mine)
     found["idle"] = idle(group)
+    found["frozen"] = idle(group, frozen=True)
     found["encoder"] = encoded(expert_part(encoder(), group), mine)
     found["refused"] = refused()
     return found
@@ -100,11 +101,19 @@ def balance_of(model, mine):
     return aux["expert_balance_loss"].item(), grad, aux["layers.0.expert_load"]
 
 
-def idle(group):
-    """Every token to the first two experts: ranks without tokens take part in the backward."""
+def idle(group, frozen=False):
+    """Every token to the first two experts: ranks without tokens take part in the backward.
+
+    Frozen: only experts are trained, so that no row that travels has a gradient of its own.
+    """
     model = expert_part(model_of("top-k"), group).train()
+    if frozen:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith((".gate", ".up", ".down")))
     for block in model.model.layers:
         block.feedforward.router.bias.copy_(torch.tensor([9.0, 8, 0, 0, 0]))
+        if frozen:
+            block.feedforward.balance = 0.0
     model(tokens()[:2], labels=tokens()[:2]).loss.backward()
     share_gradients(model, group)
     grads = [block.feedforward.gate.grad for block in model.model.layers]

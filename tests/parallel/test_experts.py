@@ -78,7 +78,8 @@ def test_balance_counts_the_real_tokens_of_all_ranks(ranks):
 
 
 def test_ranks_without_tokens_do_not_hang(ranks):
-    assert [rank["idle"] for rank in ranks] == [[True, True], [True, True], [False, False]]
+    for case in ("idle", "frozen"):
+        assert [rank[case] for rank in ranks] == [[True, True], [True, True], [False, False]]
 
 
 def test_encoders_too(ranks):

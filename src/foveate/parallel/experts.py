@@ -101,13 +101,11 @@ class ExpertPart(MoE):
 
     def _computed(self, rows: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of this rank's experts for rows (n, dim) of any rank."""
-        if not len(rows):  # connected all the same: the backward's exchanges need every rank
-            return (rows * weights.sum(1, keepdim=True)).to(rows.dtype)
         out = torch.zeros_like(rows)
         for i in range(len(self.experts)):
+            # Without rows too: the backward's exchanges need every rank, so what comes out is
+            # always connected with this rank's weights.
             at = (weights[:, i] != 0).nonzero()[:, 0]
-            if not len(at):
-                continue
             mine, weight = rows[at], weights[at, i, None]
             inner = functional.silu(mine @ self.gate[i].T) * (mine @ self.up[i].T)
             out = out.index_add(0, at, ((inner @ self.down[i].T) * weight).to(out.dtype))

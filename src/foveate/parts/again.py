@@ -6,17 +6,19 @@
 
 P is the layer's own matrix of weights: the same queries, keys, mask, pattern and scale, without
 dropout. It is never held: the core op runs over the same layout with the values in the place of v.
+The layout isn't made anew: a pattern may choose otherwise when it is asked twice, or keep state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from foveate.ops import attention
+from foveate.ops import Layout, Mask, attention
 from foveate.ops.errors import InputError
 from foveate.parts.attention import Attention, Pattern
 from foveate.parts.context import Context
@@ -30,13 +32,13 @@ def repeatable(method: Attention) -> bool:
 
 @dataclass
 class _Call:
-    """What a layer ran: its attention, q, k and v, and its heads' outputs with their map to y."""
+    """What a layer ran: over what, q and k, and its heads' outputs with their map to y."""
 
-    method: Pattern
+    mask: Mask | None
+    layout: Layout | None
     q: Tensor
     k: Tensor
-    v: Tensor
-    ctx: Context
+    options: dict[str, Any]
     heads: Tensor
     output: Callable[[Tensor], Tensor]
 
@@ -45,7 +47,12 @@ class Again:
     """An empty holder for a layer to fill; see the module's text."""
 
     def __init__(self) -> None:
+        self._over: tuple[Mask | None, Layout | None] | None = None
         self._call: _Call | None = None
+
+    def ran(self, mask: Mask | None, layout: Layout | None) -> None:
+        """Hear from a pattern what its call runs over: a layout, or else a mask."""
+        self._over = mask, layout
 
     def fill(
         self,
@@ -58,14 +65,14 @@ class Again:
         """Keep a call.
 
         Args:
-            method: an attention that is `repeatable`.
+            method: an attention that is `repeatable`, and was called with this as `ctx.again`.
             qkv: as it was called with.
             ctx: likewise.
             heads: (B, Hq, Lq, Dv), what it returned.
             output: from head outputs to the layer's y (B, Lq, dim), an affine map.
 
         Raises:
-            InputError: the attention isn't repeatable.
+            InputError: the attention isn't repeatable, or wasn't called.
         """
         if not repeatable(method):
             raise InputError(
@@ -73,9 +80,14 @@ class Again:
                 "layout doesn't tell them whole. Expected a pattern, such as 'full' or "
                 "'sink-window'."
             )
-        assert isinstance(method, Pattern)
-        # Without a way back from the context to this object, all of it goes when the block is done.
-        self._call = _Call(method, *qkv, replace(ctx, again=None), heads, output)
+        if self._over is None:
+            raise InputError(
+                f"Again: {type(method).__name__} wasn't called with it; expected a call with "
+                "Context(again=...) before."
+            )
+        options = {name: x for name, x in ctx.options.items() if name != "dropout"}
+        # No context is kept, which holds this object: all of it goes when the block is done.
+        self._call = _Call(*self._over, *qkv[:2], options, heads, output)
 
     def __call__(self, values: Tensor) -> Tensor:
         """P @ values for each head.
@@ -90,19 +102,16 @@ class Again:
             InputError: nothing was kept, or there are more or fewer values than keys.
         """
         call = self._kept()
+        work = torch.promote_types(values.dtype, torch.float32)
         if values.shape[:2] != (len(call.k), call.k.shape[2]):
             raise InputError(
                 f"Again: expected values for {len(call.k)} rows of {call.k.shape[2]} keys, got "
                 f"{tuple(values.shape)}."
             )
-        ctx, work = call.ctx, torch.promote_types(values.dtype, torch.float32)
-        with torch.no_grad():
-            layout = call.method.layout(call.q, call.k, call.v, ctx)
-        options = {name: x for name, x in ctx.options.items() if name != "dropout"}
         shared = values.to(work)[:, None].expand(-1, call.k.shape[1], -1, -1)
         q, k = call.q.to(work), call.k.to(work)
         with uncast(q):
-            return attention(q, k, shared, layout=layout, **options).out
+            return attention(q, k, shared, call.mask, layout=call.layout, **call.options).out
 
     def projected(self) -> Iterator[Tensor]:
         """Each head's own part of the layer's y, (B, Lq, dim); with biases 0 they sum to it."""

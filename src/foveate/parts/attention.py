@@ -138,12 +138,14 @@ class Pattern(Attention):
         """
         ctx = Context() if ctx is None else ctx
         if not q.shape[0]:  # nothing to choose for; the op checks the rest
+            _tell(ctx, ctx.mask, None)
             return attention(q, k, v, **ctx.options)
         plain = ctx.q_positions is None and ctx.kv_positions is None
         dense = self.is_dense(q, k, ctx)
         if torch.compiler.is_compiling() and plain and not dense:
             rule = self.rule(ctx)
             if rule is not None:
+                _tell(ctx, rule, None)
                 return attention(q, k, v, rule, **ctx.options)
         start = clock(q, ctx)
         layout = None
@@ -154,6 +156,7 @@ class Pattern(Attention):
             layout = mask_layout(ctx.mask, q, k, ctx)
         built = clock(q, ctx)
         mask = ctx.mask if layout is None else None
+        _tell(ctx, mask, layout)
         result = attention(q, k, v, mask, layout=layout, **ctx.options)
         if ctx.stats is not None and not torch.compiler.is_compiling():
             done = clock(q, ctx)
@@ -164,6 +167,11 @@ class Pattern(Attention):
                 attend_seconds=done - built,
             )
         return result
+
+
+def _tell(ctx: Context, mask: Mask | None, layout: Layout | None) -> None:
+    if ctx.again is not None:
+        ctx.again.ran(mask, layout)
 
 
 def mask_layout(

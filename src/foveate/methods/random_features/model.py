@@ -72,7 +72,7 @@ class _Linear(nn.Module):
             InputError: shapes don't fit, or the penalty isn't above 0.
         """
         wanted = y[:, None] if y.dim() == 1 else y
-        found = ridge(self.features(query, keys, real), wanted.to(self.values.dtype), penalty)
+        found = ridge(self.features(query, keys, real), wanted, penalty)
         if found.shape != self.values.shape:
             raise InputError(
                 f"fit: y is {tuple(y.shape)}; expected {self.values.shape[1]} outputs for each of "
@@ -253,5 +253,5 @@ def _check_examples(query: Tensor, keys: Tensor, real: Tensor | None, dim: int) 
 
 def _parts(real: Tensor | None, count: int) -> Sequence[Tensor | None]:
     if real is None:
-        return [None] * -(-count // _EXAMPLES)
+        return [None] * max(1, -(-count // _EXAMPLES))
     return real.split(_EXAMPLES)

@@ -3,7 +3,8 @@
     primal    v = (Phi^T Phi + lambda n I)^-1 Phi^T y            K x K
     dual      v = Phi^T (Phi Phi^T + lambda n I)^-1 y            n x n, where n < K
 
-Both are the same v; in float64, since a ridge of 1e-7 n is at the edge of what float32 resolves.
+Both are the same v; in float64 whatever the features are in, since a ridge of 1e-7 n is at the edge
+of what float32 resolves.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def ridge(
         form: "auto" takes the smaller system.
 
     Returns:
-        v (K, outputs).
+        v (K, outputs), in float64.
 
     Raises:
         InputError: shapes don't fit, the penalty isn't above 0, or an unknown form.
@@ -38,6 +39,7 @@ def ridge(
     _check(phi, y)
     positive("ridge", penalty=penalty)
     n, k = phi.shape
+    phi, y = phi.double(), y.double()
     if form not in ("auto", "primal", "dual"):
         raise InputError(f"ridge(form={form!r}): expected 'auto', 'primal' or 'dual'.")
     if form == "auto":
@@ -62,8 +64,8 @@ class RidgePath:
         _check(gram, y)
         if gram.shape[0] != gram.shape[1]:
             raise InputError(f"RidgePath: expected a square Gram matrix, got {tuple(gram.shape)}.")
-        self.values, self.vectors = torch.linalg.eigh(gram)
-        self.turned = self.vectors.T @ y
+        self.values, self.vectors = torch.linalg.eigh(gram.double())
+        self.turned = self.vectors.T @ y.double()
 
     def weights(self, penalty: float) -> Tensor:
         """(Gram + penalty n I)^-1 y: (n, outputs)."""
@@ -73,7 +75,7 @@ class RidgePath:
 
     def predict(self, cross: Tensor, penalty: float) -> Tensor:
         """Of other examples: cross (n', n), their features' products -> (n', outputs)."""
-        return cross @ self.weights(penalty)
+        return cross.double() @ self.weights(penalty)
 
     def best(self, cross: Tensor, y: Tensor, penalties: Sequence[float]) -> list[float]:
         """By output the ridge with the least squared error on other examples.
@@ -88,7 +90,8 @@ class RidgePath:
 
 
 def _factor(gram: Tensor, ridge: float) -> Tensor:
-    return torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype))
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.linalg.cholesky(gram + ridge * eye)
 
 
 def _check(rows: Tensor, y: Tensor) -> None:

@@ -119,7 +119,7 @@ def trained_on_bytes(
     model = make().to(trial.device)
     more: dict[str, Any] = {} if watch is None else {"watch": watch}
     done = train(model, task, chosen, folder=trial.folder, tell=trial.tell, **more)
-    caches = [layer.attention.new_cache().elements_per_token for layer in model.model.layers]
+    caches = [layer.new_cache().elements_per_token for layer in model.model.layers]
     return model, {
         "loss": evaluate(model, task, "test", chosen.batch)["loss"],
         "validation": done.history[-1]["validation"],
