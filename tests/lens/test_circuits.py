@@ -307,6 +307,26 @@ def test_models_that_have_no_circuits_are_refused():
         Reading()(transformers.GraniteForCausalLM(transformers.GraniteConfig(
             vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
             num_attention_heads=4, residual_multiplier=0.5)))  # fmt: skip
+    sizes = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    }  # fmt: skip
+    for name, said in (
+        ("BitNet", "attn_sub_norm"),  # a norm between the mixed values and W_O
+        ("DiffLlama", "groupnorm"),
+        ("HunYuanDenseV1", "no QK circuit"),
+    ):
+        made = getattr(transformers, f"{name}Config")(**sizes, head_dim=8)
+        with pytest.raises(InputError, match=said):
+            Reading()(getattr(transformers, f"{name}ForCausalLM")(made))
+    scaled = transformers.FalconH1Config(**sizes, attention_out_multiplier=0.5)
+    with pytest.raises(InputError, match="residual stream"):
+        Reading()(transformers.FalconH1ForCausalLM(scaled))
+    shared = transformers.GPTBigCodeConfig(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64
+    )
+    with pytest.raises(InputError, match="unknown order"):
+        Reading()(transformers.GPTBigCodeForCausalLM(shared))
     with pytest.raises(InputError, match="no attention that can be read"):
         Reading()(torch.nn.Linear(3, 3))
     from foveate.models import FoveateConfig, FoveateForCausalLM

@@ -179,6 +179,82 @@ def test_paths_into_the_same_map_add_up():
     torch.testing.assert_close(both, want, atol=1e-9, rtol=0)
 
 
+def gpt2_by_hand(made, delta_of, kind):
+    """GPT-2 written out; head 2.3 reads x + delta with one of its maps, through the norm."""
+    body, causal = made.transformer, torch.ones(9, 9).tril().bool()
+    x, delta = body.wte(IDS) + body.wpe(torch.arange(9)), None
+    for n, block in enumerate(body.h):
+        weight, bias = block.attn.c_attn.weight, block.attn.c_attn.bias
+        maps = list((block.ln_1(x) @ weight + bias).split(32, -1))
+        if n == 2 and kind:
+            at = "qkv".index(kind)
+            other = (block.ln_1(x + delta) @ weight + bias).split(32, -1)[at]
+            maps[at] = torch.cat((maps[at][..., :24], other[..., 24:]), -1)
+        q, k, v = (one.view(2, 9, 4, 8).transpose(1, 2) for one in maps)
+        a = (q @ k.mT / 8**0.5).masked_fill(~causal, -torch.inf).softmax(-1)
+        z = (a @ v).transpose(1, 2).reshape(2, 9, 32)
+        delta = delta_of(z[..., 8:16] @ block.attn.c_proj.weight[8:16]) if n == 0 else delta
+        x = x + z @ block.attn.c_proj.weight + block.attn.c_proj.bias
+        x = x + block.mlp(block.ln_2(x))
+    return made.lm_head(body.ln_f(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", "qkv")
+def test_a_path_goes_through_the_norm(kind):
+    """With biases, LayerNorms, feed-forward layers, and one module for q, k and v."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=23, n_embd=32, n_layer=3, n_head=4, n_positions=16, initializer_range=0.3
+    )
+    made = transformers.GPT2LMHeadModel(config).double().eval()
+    for name, p in made.named_parameters():
+        if name.endswith("bias") or "ln_" in name:
+            torch.nn.init.uniform_(p, 0.5, 1.5)
+    heads = Reading()(made)
+    v = heads.ov().svd().v[heads.at(0, 1)][:, :1]
+    plain = made(IDS).logits
+    torch.testing.assert_close(gpt2_by_hand(made, lambda y: y, None), plain)
+    want = gpt2_by_hand(made, lambda y: -(y @ v) @ v.mT, kind)
+    with edited(made, Path(Edit(0, 1, v), 2, 3, kind)):
+        got = made(IDS).logits
+    torch.testing.assert_close(got, want, atol=1e-9, rtol=0)
+    assert (got - plain).abs().max() > 1e-3
+    edit = Edit(1, 2, heads.ov().svd().v[heads.at(1, 2)][:, :2], factor=[0.0, 2.0])
+    with edited(made, edit):
+        got = made(IDS).logits
+    with rescaled(made, edit):
+        torch.testing.assert_close(made(IDS).logits, got, atol=1e-9, rtol=0)
+
+
+@torch.no_grad()
+def test_what_is_removed_in_bf16_is_gone():
+    made = model().bfloat16()
+    heads = Reading()(made)
+    place, v = places(made)[1], heads.ov().svd().v[heads.at(1, 2)]
+    z = torch.randn(2, 9, 32).bfloat16()
+    wrote = z.float()[..., 16:24] @ place.out.weight_of(2).float()
+    left = wrote + Edit(1, 2, v).changes(z, place).float()
+    assert float(left.norm()) <= 1e-5 * float(wrote.norm())
+    assert logits(made, Edit(1, 2, v)).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_layers_that_dont_know_their_number_are_watched_apart():
+    import foveate
+
+    layers = torch.nn.ModuleList(foveate.Attention(32, 4) for _ in range(2))
+    x = torch.randn(1, 9, 32)
+    with watched(layers) as watch:
+        for layer in layers:
+            layer(x, mask=foveate.causal())
+    for number, layer in enumerate(layers):
+        with watched(layer) as alone:
+            layer(x, mask=foveate.causal())
+        torch.testing.assert_close(watch.weights(number), alone.weights(0), atol=0, rtol=0)
+    assert not torch.allclose(watch.weights(0), watch.weights(1), atol=1e-3)
+
+
 @torch.no_grad()
 def test_positions_and_steps():
     made = model()

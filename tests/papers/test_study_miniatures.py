@@ -56,6 +56,16 @@ def test_lists_lack_one_the_second_time():
     assert task.of(4).batch(0, 0, 4).inputs.shape == (4, 9)
 
 
+def test_a_list_that_is_judged_was_never_trained_on():
+    """Of 84 lists of 2 out of 7 symbols most are drawn, alone and among longer ones."""
+    task = Laundry(2, 4, symbols=7, held=16)
+    trained = {tuple(ids[:5]) for ids in task.batch(0, 0, 600).inputs.tolist() if ids[2] == 0}
+    judged = {tuple(ids) for b in task.of(2).held_out("test", 16) for ids in b.inputs.tolist()}
+    assert len(trained) >= 40
+    assert judged
+    assert not trained & judged
+
+
 def test_rank_correlation_shares_ranks():
     from foveate.papers.talking_heads import spearman
 

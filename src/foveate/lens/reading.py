@@ -27,7 +27,10 @@ from foveate.parts.rope import Rope
 
 _NORMS = ("input_layernorm", "ln_1", "self_attn_layer_norm")
 _BEHIND = ("pre_feedforward_layernorm", "post_self_attn_layernorm")  # Gemma 2, GLM-4 and their kin
-_BETWEEN = ("q_norm", "k_norm", "q_layernorm", "k_layernorm")
+_BETWEEN = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm")
+_SCALES = (
+    "residual_multiplier", "attention_in_multiplier", "attention_out_multiplier", "key_multiplier",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -224,10 +227,10 @@ def _transformers(model: nn.Module) -> Iterator[Place]:
 
     given: Any = model.config
     config = given.get_text_config(decoder=True)
-    if getattr(config, "residual_multiplier", 1.0) != 1.0:
+    if any(getattr(config, name, 1.0) != 1.0 for name in _SCALES):
         raise InputError(
-            f"{type(model).__name__} scales what its layers add to the residual stream, so what is "
-            "written isn't W_O's output; such models can't be read."
+            f"{type(model).__name__} scales what its layers read or add to the residual stream, so "
+            "it isn't what its maps read and write; such models can't be read."
         )
     if not getattr(config, "do_layer_norm_before", True):
         raise InputError(f"{type(model).__name__} normalises behind its layers, not before them.")
@@ -256,7 +259,22 @@ def _transformers(model: nn.Module) -> Iterator[Place]:
                 "two matrices and have no QK circuit."
             )
         slots = _slots(module, heads, kv_heads)
+        if (odd := _unknown(module, slots)) is not None:
+            raise InputError(
+                f"{site.name} has {odd} beside its four maps, so what its heads read or write may "
+                "be no product of two matrices; such models can't be read."
+            )
         yield Place(site.layer, norm, *slots, turning.get(site.layer), module)
+
+
+def _unknown(module: nn.Module, slots: tuple[Slot, ...]) -> str | None:
+    """The name of a part that does something to heads, such as a norm before W_O or a gate."""
+    maps = {id(slot.module) for slot in slots}
+    for name, part in module.named_children():
+        harmless = isinstance(part, nn.Dropout | nn.Identity) or "rotary" in name
+        if id(part) not in maps and not harmless:
+            return name
+    return None
 
 
 def _slots(module: Any, heads: int, kv_heads: int) -> tuple[Slot, Slot, Slot, Slot]:
@@ -266,6 +284,8 @@ def _slots(module: Any, heads: int, kv_heads: int) -> tuple[Slot, Slot, Slot, Sl
         maps = (module.q_proj, module.k_proj, module.v_proj, getattr(module, out))
         return _parted(*maps, heads, kv_heads, width)
     if out is not None and hasattr(module, "c_attn"):  # [q | k | v], each head by head
+        if type(module.c_attn).__name__ != "Conv1D":  # GPTBigCode's: other orders, shared keys
+            raise InputError(f"{type(module).__name__}: its heads stand in an unknown order.")
         width = module.c_attn.weight.shape[1] // (3 * heads)
         parts = [Slot(module.c_attn, _counted(heads, width, first=n * heads * width)) for n in
                  range(3)]  # fmt: skip

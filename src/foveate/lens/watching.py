@@ -27,10 +27,14 @@ class Watch(Attention):
     ) -> AttentionOutput:
         """Shapes as in `Attention`."""
         ctx = Context() if ctx is None else ctx
+        return self.run(q, k, v, ctx, ctx.layer)
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, layer: int) -> AttentionOutput:
+        """Attend, and keep what is needed under this layer's number."""
         if ctx.q_positions is not None and ctx.q_positions.dim() == 2:
             raise InputError("Attention is watched on sequences of one length, without padding.")
         result = attention(q, k, v, layout=mask_layout(ctx.mask, q, k, ctx), **ctx.options)
-        self.seen[ctx.layer] = (q.detach(), k.detach(), result.lse.detach(), ctx)
+        self.seen[layer] = (q.detach(), k.detach(), result.lse.detach(), ctx)
         return result
 
     @torch.no_grad()
@@ -45,9 +49,24 @@ class Watch(Attention):
         return probs(q, k, lse, rows, ctx.mask, scale=ctx.scale, softcap=ctx.softcap, bias=ctx.bias)
 
 
+class _Numbered(Attention):
+    """A watch at one of foveate's layers, which needn't know its own number."""
+
+    def __init__(self, watch: Watch, layer: int) -> None:
+        self.watch, self.at = watch, layer
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, ctx: Context | None = None
+    ) -> AttentionOutput:
+        """Shapes as in `Attention`."""
+        return self.watch.run(q, k, v, Context() if ctx is None else ctx, self.at)
+
+
 @contextmanager
 def watched(model: nn.Module) -> Iterator[Watch]:
     """Watch a model's attention: foveate's layers, or a model of transformers.
+
+    Layers of foveate are numbered in the order in which they stand in the model, as in `places`.
 
         with watched(model) as watch:
             model(ids)
@@ -72,8 +91,8 @@ def watched(model: nn.Module) -> Iterator[Watch]:
             )
     before = [layer.attention for layer in layers]
     try:
-        for layer in layers:
-            layer.attention = watch
+        for number, layer in enumerate(layers):
+            layer.attention = _Numbered(watch, number)
         yield watch
     finally:
         for layer, one in zip(layers, before):

@@ -205,7 +205,7 @@ def lists(model: nn.Module, task: Laundry, seed: int) -> Found:
                     return _right(model, shown)
 
             factor, scores = best_factor(score, FACTORS)
-            best = max(best, (scores[factor], count, factor))
+            best = max(best, (scores[factor], count, factor), key=lambda one: one[0])
         gain, count, factor = best
         with edited(model, *_edits(spectrum, chosen[:count], factor)):
             after = evaluate(model, longest, "test", 64)["accuracy"]
@@ -278,6 +278,8 @@ PAPER = Paper(
         at_least("accuracy: N=3 - N=8", _falls, 0.05, refuted=0.0),
         at_least("held-out gain at N=8, best components rescaled", _figure(RESCALED, "gain"), 0.01,
                  refuted=0.0),
+        at_least("held-out gain at N=8: components of highest z - of lowest",
+                 lambda at: at[RESCALED]["gain"] - at[CONTROL]["gain"], 0.0, refuted=-math.inf),
     ),
     needs=(
         at_most("loss: model", _figure(MODEL, "loss"), 0.4),

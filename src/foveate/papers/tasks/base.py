@@ -120,6 +120,10 @@ class Generated(ABC):
         """The task and its parameters."""
         return repr(self)
 
+    def told(self, inputs: Tensor) -> Tensor:
+        """What of the inputs decides which split a sequence is of: (n, L) int64."""
+        return inputs
+
     def drawn(self, wanted: int, size: int, random: torch.Generator) -> Batch:
         """(size, L) sequences of the split that `split_of` numbers so.
 
@@ -130,7 +134,7 @@ class Generated(ABC):
         missing = size
         for _ in range(50):
             drawn = self.draw(max(8, missing * (2 if wanted == 0 else 12)), random)
-            at = (split_of(drawn.inputs) == wanted).nonzero()[:missing, 0]
+            at = (split_of(self.told(drawn.inputs)) == wanted).nonzero()[:missing, 0]
             found.append(Batch(drawn.inputs[at], drawn.targets[at]))
             missing -= len(at)
             if not missing:

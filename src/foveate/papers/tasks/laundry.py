@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from foveate.ops.errors import InputError
 from foveate.papers.tasks.base import IGNORED, Batch, Generated, distinct
@@ -73,3 +74,7 @@ class Laundry(Generated):
             inputs[at, 2 * items] = 1
             targets[at, 2 * items] = mixed[:, 0]
         return Batch(inputs, targets)
+
+    def told(self, inputs: Tensor) -> Tensor:
+        """The inputs at one length for every `most`: a list that `of` asks was never trained on."""
+        return torch.nn.functional.pad(inputs, (0, 2 * self.symbols + 1 - inputs.shape[1]))
