@@ -253,6 +253,26 @@ def test_redistribution_under_positions_of_left_padding():
     assert out[0].isfinite().all()
 
 
+@pytest.mark.parametrize("q_len", [50, 17])
+def test_redistribution_under_a_relative_bias(q_len):
+    """A bias by distance counts from where the chosen keys stand, not from their place in S."""
+    q, k, v = peaked(50)
+    q, slopes = q[:, :, -q_len:], alibi_slopes(4).to(q.dtype) / 8
+    far = torch.arange(50 - q_len, 50)[:, None] - torch.arange(50)
+    plain = (-slopes[:, None, None] * far)[None].requires_grad_()
+    slopes.requires_grad_()
+    one, two = (
+        make("act(a=3.0)")(q, k, v, Context(mask=causal(), bias=bias)).out
+        for bias in (alibi(slopes, 49), plain)
+    )
+    torch.testing.assert_close(one, two)
+    assert not torch.allclose(two, attention(q, k, v, causal(), bias=plain).out)
+    weight = torch.randn_like(one)
+    (ours,) = torch.autograd.grad((one * weight).sum(), slopes)
+    (table,) = torch.autograd.grad((two * weight).sum(), plain)
+    torch.testing.assert_close(ours, -(table * far).sum((0, 2, 3)))
+
+
 def test_redistribution_where_a_row_sees_sinks_only():
     q = torch.ones(1, 1, 1, 4, dtype=torch.float64)
     k, v = torch.randn(2, 1, 1, 3, 4, dtype=torch.float64).unbind(0)

@@ -93,14 +93,19 @@ def entries(first: int, count: int, queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def spread_bias(
-    bias: Tensor, first: int, q_len: int, kv_len: int, rows: Tensor | None = None
+    bias: Tensor,
+    first: int,
+    q_len: int,
+    kv_len: int,
+    rows: Tensor | None = None,
+    keys: Tensor | None = None,
 ) -> Tensor:
-    """A relative bias (.., .., 1 or Lq, R) as the plain one that it stands for: (.., .., n, Lkv).
+    """A relative bias (.., .., 1 or Lq, R) as the plain one that it stands for: (.., .., n, m).
 
-    `rows` (n,) are indices of queries; None is all of them.
+    `rows` (n,) are indices of queries, `keys` (m,) of keys; None is all of them.
     """
     rows = torch.arange(q_len, device=bias.device) if rows is None else rows
-    keys = torch.arange(kv_len, device=bias.device)
+    keys = torch.arange(kv_len, device=bias.device) if keys is None else keys
     at = entries(first, bias.shape[-1], (rows + kv_len - q_len)[:, None], keys)
     full = bias[:, :, rows] if bias.shape[2] > 1 else bias.expand(-1, -1, len(rows), -1)
     return full.gather(-1, at.expand(*full.shape[:2], -1, -1))

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from foveate.ops import AttentionOutput, Mask, attention, blocks, column_sums, with_sinks
+from foveate.ops.bias import spread_bias
+from foveate.ops.check import check_bias
 from foveate.ops.errors import InputError
 from foveate.ops.masks.checks import whole
 from foveate.parts.attention import EVERYTHING, Attention, clock, mask_layout
@@ -112,9 +114,13 @@ class Redistribution(Attention):
         parts = torch.arange(q.shape[2], device=q.device).split(_ROWS)
         allowed = torch.cat([rows_of(mask, q, k, rows)[..., some] for rows in parts], 2)
         allowed = (allowed & chosen[:, :, None, some]).expand(*q.shape[:3], -1)
-        bias = options["bias"]
-        if isinstance(bias, Tensor) and bias.shape[-1] > 1:
-            options = options | {"bias": bias[..., some]}
+        if options["bias"] is not None:  # by distance or not, of the chosen keys where they stand
+            bias, first = check_bias(options["bias"], q, k)
+            if first is not None:
+                bias = spread_bias(bias, first, q.shape[2], k.shape[2], keys=some)
+            elif bias.shape[-1] > 1:
+                bias = bias[..., some]
+            options = options | {"bias": bias}
         part = attention(q, k[:, :, some], v[:, :, some], blocks(allowed, 1), **options)
         work = part.lse.dtype
         blind = (part.lse == -torch.inf) | (dense.lse == -torch.inf)
