@@ -10,6 +10,7 @@ import foveate
 from foveate import Context, causal, padding
 from foveate.ops import attention, blocks, with_sinks
 from foveate.ops.errors import InputError
+from foveate.parts.again import Again
 from foveate.parts.projection import split_heads
 
 OPTIONS = (
@@ -175,6 +176,26 @@ def test_a_row_that_sees_nothing_gives_the_extra_key_alone():
     assert (sunk.lse[:, :, 2] == 0).all()
     grads = torch.autograd.grad(result.out.sum() + result.lse.sum(), (q, k, v))
     assert all(g.isfinite().all() for g in grads)
+
+
+@EACH
+def test_a_router_reads_weights_and_heads_with_the_options(options):
+    """`Again` tells the weights that the layer used, and parts that sum to the layer's y."""
+    made, x = layer(options), tokens()
+    again = Again()
+    y = made(x, ctx=Context(mask=causal(), again=again)).y
+    torch.testing.assert_close(sum(again.projected()), y, atol=1e-12, rtol=1e-12)
+    v = made.projection.entries(x)["v"].repeat_interleave(HEADS // 2, 1)
+    for head in range(HEADS):
+        # Other values for the text alone: those of this head, so that its output must come out.
+        got = again(v[:, head])[:, head]
+        s = made.sinks
+        if s.value is not None:
+            lost = 1.0 if s.key is None else 1.0 - again(torch.ones_like(v[:, 0, :, :1]))[:, head]
+            if s.logits is not None:  # the mass that is lost is of two, k' and the logit
+                continue
+            got = got + lost * s.value.expand(HEADS, -1)[head]
+        torch.testing.assert_close(got, again._call.heads[:, head], atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -179,13 +180,15 @@ class Attention(nn.Module):
         around = self.attention if self.sinks is None else self.sinks.around(self.attention)
         o = p.attend(around, qkv, known, selection)
         if known.again is not None:
-            known.again.fill(
-                around, qkv, known, o, lambda part: p.output(part, x, absorbed=absorbed)
-            )
-        if self.sinks is not None:
-            o = self.sinks.gated(o, x)
+            beside = None if self.sinks is None else self.sinks.weighed(known)
+            output = partial(self._output, x, absorbed)
+            known.again.fill(self.attention, qkv, known, o, output, beside)
         aux = known.aux if selection is None else known.aux | selection.aux
-        return LayerOutput(p.output(o, x, absorbed=absorbed), cache, aux)
+        return LayerOutput(self._output(x, absorbed, o), cache, aux)
+
+    def _output(self, x: Tensor, absorbed: bool, heads: Tensor) -> Tensor:
+        gated = heads if self.sinks is None else self.sinks.gated(heads, x)
+        return self.projection.output(gated, x, absorbed=absorbed)
 
     def rotated(
         self, q: Tensor, entries: dict[str, Tensor], at: Positions, ctx: Context

@@ -14,12 +14,15 @@ whatever pattern the layer runs, and no cache holds it.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from foveate.nn.stateful import heads_of
 from foveate.ops import AttentionOutput, with_key
 from foveate.ops.errors import InputError, nearest
+from foveate.parts.again import Beside
 from foveate.parts.attention import Attention, Heads, Pattern
 from foveate.parts.context import Context
 from foveate.parts.projection import Projection
@@ -88,6 +91,13 @@ class Sinks(nn.Module):
             return attention
         return Extra(attention, self.key, self.value)
 
+    def weighed(self, ctx: Context) -> Beside | None:
+        """From a result of the real keys to the one in which k' has its part; None without k'.
+
+        For whoever applies the layer's weights to other values, which v' isn't among.
+        """
+        return None if self.key is None else partial(put, self.key, None, ctx.scale, ctx.softcap)
+
     def gated(self, o: Tensor, x: Tensor) -> Tensor:
         """Heads' outputs (B, Hq, Lq, Dv) times their gates from x (B, Lq, dim)."""
         if self.gate is None:
@@ -117,12 +127,24 @@ class Extra(Attention):
         if self.key is None:
             assert self.value is not None
             return AttentionOutput(result.out + self.value[:, None].to(v.dtype), result.lse)
-        scale = q.shape[3] ** -0.5 if ctx.scale is None else ctx.scale
-        work = result.lse.dtype
-        score = (q.to(work) * self.key[:, None].to(work)).sum(-1) * scale
-        if ctx.softcap is not None:
-            score = ctx.softcap * torch.tanh(score / ctx.softcap)
-        return with_key(result, score, None if self.value is None else self.value[:, None])
+        return put(self.key, self.value, ctx.scale, ctx.softcap, q, result)
+
+
+def put(
+    key: Tensor,
+    value: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    q: Tensor,
+    result: AttentionOutput,
+) -> AttentionOutput:
+    """Put k' and v' (Hq or 1, width) beside the keys of a result for q; v' None is 0."""
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    work = result.lse.dtype
+    score = (q.to(work) * key[:, None].to(work)).sum(-1) * scale
+    if softcap is not None:
+        score = softcap * torch.tanh(score / softcap)
+    return with_key(result, score, None if value is None else value[:, None])
 
 
 def sinks_of(

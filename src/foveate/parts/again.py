@@ -18,11 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.ops import Layout, Mask, attention
+from foveate.ops import AttentionOutput, Layout, Mask, attention
 from foveate.ops.errors import InputError
 from foveate.parts.attention import Attention, Pattern
 from foveate.parts.context import Context
 from foveate.parts.precision import uncast
+
+Beside = Callable[[Tensor, AttentionOutput], AttentionOutput]
+"""From queries and the result of their keys to the result with one more key that all see."""
 
 
 def repeatable(method: Attention) -> bool:
@@ -41,6 +44,7 @@ class _Call:
     options: dict[str, Any]
     heads: Tensor
     output: Callable[[Tensor], Tensor]
+    beside: Beside | None
 
 
 class Again:
@@ -61,6 +65,7 @@ class Again:
         ctx: Context,
         heads: Tensor,
         output: Callable[[Tensor], Tensor],
+        beside: Beside | None = None,
     ) -> None:
         """Keep a call.
 
@@ -68,8 +73,9 @@ class Again:
             method: an attention that is `repeatable`, and was called with this as `ctx.again`.
             qkv: as it was called with.
             ctx: likewise.
-            heads: (B, Hq, Lq, Dv), what it returned.
+            heads: (B, Hq, Lq, Dv), what it returned; with what the layer then put beside it.
             output: from head outputs to the layer's y (B, Lq, dim), an affine map.
+            beside: what the layer puts beside the keys of every call, without a value here.
 
         Raises:
             InputError: the attention isn't repeatable, or wasn't called.
@@ -87,7 +93,7 @@ class Again:
             )
         options = {name: x for name, x in ctx.options.items() if name != "dropout"}
         # No context is kept, which holds this object: all of it goes when the block is done.
-        self._call = _Call(*self._over, *qkv[:2], options, heads, output)
+        self._call = _Call(*self._over, *qkv[:2], options, heads, output, beside)
 
     def __call__(self, values: Tensor) -> Tensor:
         """P @ values for each head.
@@ -111,7 +117,8 @@ class Again:
         shared = values.to(work)[:, None].expand(-1, call.k.shape[1], -1, -1)
         q, k = call.q.to(work), call.k.to(work)
         with uncast(q):
-            return attention(q, k, shared, call.mask, layout=call.layout, **call.options).out
+            result = attention(q, k, shared, call.mask, layout=call.layout, **call.options)
+            return (result if call.beside is None else call.beside(q, result)).out
 
     def projected(self) -> Iterator[Tensor]:
         """Each head's own part of the layer's y, (B, Lq, dim); with biases 0 they sum to it."""
