@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from foveate import Context, causal, padding
+from foveate import Context, causal, padding, window
 from foveate.ops.errors import InputError
 from foveate.runs.activations import activations, quantised_error
 from foveate.runs.heads import (
@@ -53,7 +53,7 @@ def test_oracle_4_importance_of_one_key_and_of_uniform_attention():
     assert float(first.density[0.99]) == pytest.approx(one_of_each)
 
 
-@pytest.mark.parametrize("mask", [causal(), causal() & padding(torch.tensor([150, 101]))], ids=repr)
+@pytest.mark.parametrize("mask", [causal(), causal() & window(40, 0), window(-1, -1)], ids=repr)
 def test_figures_are_those_of_the_whole_matrix(mask):
     q, k, v = qkv()
     wanted = Wanted(sinks=2, near=9, rows=150, cells=10)
@@ -127,8 +127,12 @@ def test_layers_that_share_a_sink_look_alike_until_it_is_left_out():
     assert float(apart[0, 1]) == 0.0
 
 
-def test_padding_in_front_is_refused():
+def test_padding_is_refused():
     q, k, v = qkv(20, 20)
+    with pytest.raises(InputError, match="no padding"):
+        head_figures(q, k, v, Context(mask=causal() & padding(torch.tensor([20, 13]))))
+    whole_rows = Context(mask=causal() & padding(torch.tensor([20, 20])))
+    assert head_figures(q, k, v, whole_rows).importance.isfinite().all()
     at = torch.arange(20)[None] - torch.tensor([[0], [3]])
     with pytest.raises(InputError, match="first key"):
         head_figures(q, k, v, Context(mask=causal(), q_positions=at, kv_positions=at))

@@ -26,6 +26,7 @@ from foveate.ops.errors import InputError
 from foveate.ops.masks.checks import whole
 from foveate.parts.attention import EVERYTHING
 from foveate.parts.context import Context
+from foveate.parts.tokens import queries_that_are, tokens_of
 
 EPS = 0.3  # the sink rate's usual threshold, at sequences of 64 tokens
 MASSES = (0.9, 0.95, 0.99)
@@ -128,16 +129,20 @@ def head_figures(
         q: (B, Hq, Lq, D), as attention takes it.
         k: (B, Hkv, Lkv, D).
         v: (B, Hkv, Lkv, Dv).
-        ctx: mask, scale, softcap, bias, sink logits of the call; the sequence starts at key 0 (so
-            no padding in front).
+        ctx: mask, scale, softcap, bias, sink logits of the call; the sequence starts at key 0.
         wanted: what is measured.
 
     Raises:
-        InputError: padding in front of a sequence.
+        InputError: padding.
     """
     wanted = Wanted() if wanted is None else wanted
     if ctx.kv_positions is not None and bool((ctx.kv_positions[..., 0] != 0).any()):
         raise InputError("head_figures: expected sequences that begin at their first key.")
+    if not bool(queries_that_are(tokens_of(q, k, ctx)).all()):
+        raise InputError(
+            "head_figures: expected no padding, whose queries would count as the text's; measure "
+            "sequences of one length together."
+        )
     result = attention(q, k, v, ctx.mask, **ctx.options)
     lse = result.lse
     work = lse.dtype
