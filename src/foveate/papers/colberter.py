@@ -204,11 +204,11 @@ def _collection(quick: bool) -> tuple[list[Any], Judged, Judged]:
 def _apart(train: Judged, test: Judged) -> Judged:
     """Train claims that no answer of a test claim answers, and that no test claim repeats."""
     answers = {key for gains in test.gains for key in gains}
-    kept = [
-        i for i, (text, gains) in enumerate(zip(train.texts, train.gains))
-        if not answers & gains.keys() and text not in test.texts
-    ]  # fmt: skip
-    return Judged(*(tuple(x[i] for i in kept) for x in (train.keys, train.texts, train.gains)))
+    keys, texts, gains = zip(*(
+        one for one in zip(train.keys, train.texts, train.gains)
+        if one[1] not in test.texts and not answers & one[2].keys()
+    ))  # fmt: skip
+    return Judged(keys, texts, gains)
 
 
 def _untrained(texts: list[str], asked: Judged, data: Data) -> dict[str, dict[str, float]]:
