@@ -105,6 +105,14 @@ def test_words_hold_their_sub_words_and_repeat_none():
     assert (cut.ids, cut.word_map) == ((1, 2), [0, 1, 1, 2])  # what was cut off isn't in the bag
 
 
+def test_sub_words_may_begin_with_blanks():
+    # "a word ," as SentencePiece cuts it; of the blanks alone nothing is kept.
+    words = [("a", (0, 1)), ("word", (2, 6)), (",", (8, 9))]
+    found = whole_words([(0, 1), (1, 4), (4, 6), (6, 7), (7, 9), (9, 10)], words)
+    assert found.texts == ("a", "word", ",")
+    assert found.place == (0, 1, 1, -1, 2, -1)
+
+
 def test_sub_words_are_words_of_their_own():
     found = sub_words([101, 7, 9, 7, 102], [True, False, False, False, True])
     assert (found.ids, found.place) == ((7, 9, 7), (-1, 0, 1, 2, -1))

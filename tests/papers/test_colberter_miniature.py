@@ -49,6 +49,58 @@ def test_the_path_is_whole(small, tmp_path):
     assert again == found
 
 
+def test_no_answer_of_a_test_claim_is_trained_on():
+    _, test, train = colberter._collection(quick=False)
+    answers = {key for gains in test.gains for key in gains}
+    assert len(test) == 300
+    assert 400 < len(train) < 809
+    assert all(not answers & gains.keys() for gains in train.gains)
+    assert not set(test.texts) & set(train.texts)
+
+
+def test_pca_has_no_gates_that_nobody_trained(small, monkeypatch):
+    seen = []
+    before = colberter._measured
+    monkeypatch.setattr(colberter, "_KEPT", {})
+    monkeypatch.setattr(
+        colberter, "_measured", lambda head, *more: seen.append(head) or before(head, *more)
+    )
+    data = colberter._data(Trial("retrieval", 0, quick=True))
+    assert [head.stopwords for head in seen] == [None]
+    words = sum(len(t.words.ids) for t in data.lessons.passages.tokens)
+    assert data.untrained[colberter.PCA]["vectors"] == words / len(data.lessons.passages)
+
+
+def test_arms_that_are_compared_are_trained_alike(small, tmp_path, monkeypatch):
+    steps: dict[int, tuple[int, ...]] = {}
+    train, follow = colberter.fit.train, colberter.fit.follow
+
+    def counted(head, lessons, plan, *more, **named):
+        steps[id(head)] = (*steps.get(id(head), ()), plan.steps)
+        heads.append(head)
+        return train(head, lessons, plan, *more, **named)
+
+    def followed(head, before, lessons):
+        steps[id(head)] = steps[id(before)]
+        follow(head, before, lessons)
+
+    heads: list[torch.nn.Module] = []  # kept alive, so that no id is given twice
+    monkeypatch.setattr(colberter.fit, "train", counted)
+    monkeypatch.setattr(colberter.fit, "follow", followed)
+    measured = {}
+    before = colberter._measured
+
+    def figures(head, data, encode):
+        found = before(head, data, encode)
+        measured[id(head)] = steps.get(id(head))
+        return found
+
+    monkeypatch.setattr(colberter, "_measured", figures)
+    colberter.run(Trial("retrieval", 0, quick=True))
+    made = [many for many in measured.values() if many is not None]
+    assert made == [(3, 2)] * 6 + [(3, 2, 2)]
+
+
 def test_frequent_words_go_first(small):
     data = colberter._data(Trial("retrieval", 0, quick=True))
     bank = data.lessons.passages

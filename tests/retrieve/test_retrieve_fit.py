@@ -109,6 +109,29 @@ def test_judged_questions_are_lessons_too(untrained, passages, lessons):
     assert not {3, 7} & set(more.negatives[-1].tolist())
 
 
+def test_what_answers_is_no_negative_in_a_small_folder(untrained):
+    """Parts of a file share its title; few others are left to be negatives."""
+    parts = [Passage(f"a#{i}", "Stars", f"stars burn {w}. They fade.") for i, w in enumerate("xyz")]
+    others = [
+        Passage(f"b{i}", w, f"{w} infects lung tissue.") for i, w in enumerate(("virus", "mud"))
+    ]
+    found = Lessons.of(untrained.model, [*parts, *others])
+    for (_, answer), near, lexical in zip(found.pairs, found.negatives.tolist(), found.lexical):
+        right = {0, 1, 2} if answer < 3 else {answer}
+        assert set(near) == set(range(5)) - right
+        assert len(near) == 4
+        assert (lexical >= 0).all()
+    # One file alone: its title asks nothing, the first sentence of each part does.
+    one = Lessons.of(untrained.model, parts)
+    assert len(one.questions) == 3
+    for answer, (skip, near) in enumerate(zip(one.skip, one.negatives.tolist())):
+        assert parts[answer].text[skip:] == "They fade."
+        assert set(near) == {0, 1, 2} - {answer}
+    same = [Passage(f"a{i}", "", "Stars burn. They fade.") for i in range(3)]
+    with pytest.raises(InputError, match="ask too little"):
+        Lessons.of(untrained.model, same)
+
+
 def test_stages_lead_to_the_recipe():
     uni = Colberter(second=1, exact=True)
     assert fit.stages(uni) == [

@@ -284,6 +284,49 @@ def test_a_reader_that_a_fresh_index_overtakes_reads_the_new_one(made, tmp_path,
     assert other.is_dir()
 
 
+def test_a_reader_that_meets_half_a_removed_model_reads_the_new_index(made, tmp_path, monkeypatch):
+    index = tmp_path / "index"
+    shutil.copytree(made / "index", index)
+    new = read_index(index)
+    half = shutil.copytree(index / new["settings"]["model"], index / "model-old")
+    (half / "head.safetensors").unlink()  # as a writer does it, file by file
+    old = new | {"settings": new["settings"] | {"model": "model-old"}}
+    answers = [old, new, new]
+    monkeypatch.setattr("foveate.retrieve.index.read_index", lambda folder: answers.pop(0))
+    assert len(Index(index)) == 24
+    answers[:] = [old, old]
+    with pytest.raises(DamagedError, match="model-old is damaged"):
+        Index(index)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_the_same_head_with_other_facts_is_another_model(made, tmp_path, half):
+    """--fresh with a plan that trains the same weights, and over what a kill left of a model."""
+    index = tmp_path / "index"
+    shutil.copytree(made / "index", index)
+    own = index / read_index(index)["settings"]["model"]
+    given = Path(shutil.copytree(own, tmp_path / "given"))
+    config = json.loads((given / "colberter.json").read_text())
+    config["facts"]["note"] = "other"
+    (given / "colberter.json").write_text(json.dumps(config))
+    job = replace(
+        tiny.job(made), out=index, recipe=None, encoder=None, length=None, retriever=given,
+        fresh=True,
+    )  # fmt: skip
+    build.run(job, silent)
+    new = index / read_index(index)["settings"]["model"]
+    if half:
+        shutil.copytree(new, tmp_path / "kept")
+        shutil.rmtree(index)
+        shutil.copytree(made / "index", index)
+        shutil.copytree(tmp_path / "kept", new)
+        (new / "head.safetensors").unlink()
+        build.run(job, silent)
+    opened = Index(index)
+    assert len(opened) == 24
+    assert opened.retriever.facts["note"] == "other"
+
+
 def test_oracle_8_the_formula_is_the_bytes_of_the_files(made, tmp_path):
     for recipe in (None, Colberter(single=6, tokens=4, second=1, exact=True, pool="mean")):
         index = made / "index"

@@ -14,7 +14,11 @@ from foveate.methods.colberter.score import Encoding
 from foveate.models.whole_words import porter
 from foveate.ops.errors import InputError
 from foveate.retrieve import build
+from foveate.retrieve import evaluate as evaluation
+from foveate.retrieve.bm25 import BM25
+from foveate.retrieve.collection import Judged
 from foveate.retrieve.index import WORKFLOWS, Index
+from foveate.retrieve.measure import judge
 
 QUESTION = "virus burns sands, and stars cells"
 
@@ -172,3 +176,20 @@ def test_a_passage_cut_off_by_its_length_is_told(plain):
     assert tokens.cut
     assert len(tokens.ids) == 32
     assert tokens.words.place[-1] == -1
+
+
+def test_bm25_counts_no_text_that_was_replaced(exact):
+    index, judged = exact, Judged(("q",), (QUESTION,), ({"d7": 1.0, "d9": 1.0},))
+    seen = {}
+
+    def kept(scores, gains):
+        seen["rows"] = scores[0]
+        return judge(scores, gains)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "judge", kept)
+        evaluation.evaluate(index, judged)  # BM25 is the last one that is judged
+    rows = index.alive.nonzero()[:, 0].tolist()
+    expected = BM25.of([index.passage(row).text for row in rows]).scores(QUESTION)
+    torch.testing.assert_close(seen["rows"][rows], expected)
+    assert (seen["rows"][~index.alive] == -torch.inf).all()

@@ -10,6 +10,7 @@ encodes these alone. The index is `foveate.retrieve.writer`'s.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from foveate.retrieve.model import Retriever
 from foveate.retrieve.segment import Row
 from foveate.retrieve.storage import facts_of, storage
 from foveate.retrieve.writer import Writer
+from foveate.runs.records import digest
 
 Tell = Callable[[float, str], None]
 
@@ -163,9 +165,12 @@ def _retriever(
         )  # fmt: skip
     work = job.out / "model-new"
     files = retrievers.save(work, found)
-    name = f"model-{files[retrievers.HEAD][:16]}"
-    if not (job.out / name).exists():
-        work.rename(job.out / name)
+    name = f"model-{digest(files)[:16]}"  # of all files: one head may stand on two encoders
+    there = job.out / name
+    if there.exists() and retrievers.sums(there) != files:  # half removed when one was killed
+        shutil.rmtree(there)
+    if not there.exists():
+        work.rename(there)
     recipe = found.model.recipe
     settings = {
         "model": name, "files": files, "single": recipe.single, "width": recipe.width,

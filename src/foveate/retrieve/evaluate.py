@@ -47,12 +47,14 @@ def evaluate(
         )
     workflows = [w for w in WORKFLOWS if w != "words-first" or index.exact]
     scores: dict[str, list[torch.Tensor]] = {name: [] for name in [*workflows, "BM25"]}
-    bm25 = BM25.of([index.passage(row).text for row in range(len(index.alive))])
+    alive = index.alive.nonzero()[:, 0]  # BM25 counts no text that was replaced
+    bm25 = BM25.of([index.passage(row).text for row in alive.tolist()])
     for number, (text, _) in enumerate(kept):
         query = index.ask(text)
         for name in workflows:
             scores[name].append(index.scores(query, name, candidates)[0])
-        scores["BM25"].append(bm25.scores(text).masked_fill(~index.alive, -torch.inf))
+        nothing = torch.full((len(index.alive),), -torch.inf)
+        scores["BM25"].append(nothing.index_put((alive,), bm25.scores(text)))
         tell((number + 1) / len(kept))
     gains = [gains for _, gains in kept]
     return {

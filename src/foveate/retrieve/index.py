@@ -85,13 +85,16 @@ class Index:
                 self.segments = self._open(check)
                 self.retriever = self._retriever(device)
                 break
-            except FileNotFoundError as error:
+            except (FileNotFoundError, DamagedError) as error:
                 # A writer may have put a new index in this one's place: then the list is another.
-                if last or read_index(self.folder) == self.entry:
-                    raise DamagedError(
-                        f"{error.filename} is gone. Restore it from a copy, or build the index "
-                        "anew with --fresh."
-                    ) from error
+                if not last and read_index(self.folder) != self.entry:
+                    continue
+                if isinstance(error, DamagedError):
+                    raise
+                raise DamagedError(
+                    f"{error.filename} is gone. Restore it from a copy, or build the index anew "
+                    "with --fresh."
+                ) from error
         firsts = [0]
         for one in self.segments:
             firsts.append(firsts[-1] + len(one))

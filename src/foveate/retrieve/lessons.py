@@ -1,9 +1,10 @@
 """Triples that a retriever learns from, made of the documents themselves, and their teacher.
 
 A question is a document's title, or its first sentence; what answers it is the rest of the same
-document, and what doesn't are documents that BM25 ranks high. Judged questions are taken too, where
-there are any, with the documents that were judged to answer them. The teacher scores both by the
-encoder's own states, before any reduction:
+document, and what doesn't are documents that BM25 ranks high. Parts of one file share its title,
+and all of them answer it; a title that all documents share asks nothing. Judged questions are taken
+too, where there are any, with the documents that were judged to answer them. The teacher scores
+both by the encoder's own states, before any reduction:
 
     T = MaxSim over whole words, by cosine, in full width        + lexical * BM25
 
@@ -36,7 +37,12 @@ def question_of(passage: Passage) -> tuple[str, int]:
     """
     if passage.title.strip() and passage.body.strip():
         return passage.title, len(passage.text) - len(passage.body)
-    first, rest = [*_SENTENCE.split(passage.text, maxsplit=1), ""][:2]
+    return _sentence_of(passage)
+
+
+def _sentence_of(passage: Passage) -> tuple[str, int]:
+    """Likewise, the first of the body's sentences, with the title before it."""
+    first, rest = [*_SENTENCE.split(passage.body, maxsplit=1), ""][:2]
     return (first, len(passage.text) - len(rest)) if first.strip() and rest.strip() else ("", 0)
 
 
@@ -145,12 +151,19 @@ class Lessons:
         """
         if len(passages) < 2:
             raise InputError("Training needs two documents or more; give a trained retriever.")
-        found = [question_of(p) for p in passages]
+        if len({p.title for p in passages}) == 1:
+            found = [_sentence_of(p) for p in passages]
+        else:
+            found = [question_of(p) for p in passages]
         asked = [(text, i, True) for i, (text, _) in enumerate(found) if text]
         place = {p.key: i for i, p in enumerate(passages)}
         if judged is not None:
             for text, gains in zip(judged.texts, judged.gains):
                 asked += [(text, place[key], False) for key in gains if key in place]
+        answers: dict[str, set[int]] = {}
+        for text, answer, _ in asked:
+            answers.setdefault(text, set()).add(answer)
+        asked = [one for one in asked if len(answers[one[0]]) < len(passages)]
         if len(asked) < 2:
             raise InputError(
                 "The documents ask too little to train on: expected titles, or several sentences "
@@ -160,10 +173,8 @@ class Lessons:
         number = {text: i for i, text in enumerate(texts)}
         bodies = [p.text[skip:] for p, (_, skip) in zip(passages, found)]
         k = min(negatives, len(passages) - 1)
-        answers: dict[int, set[int]] = {}
-        for text, answer, _ in asked:
-            answers.setdefault(number[text], set()).add(answer)
-        near, lexical = _negatives(BM25.of(bodies), texts, asked, number, answers, k)
+        theirs = [answers[text] for text in texts]
+        near, lexical = _negatives(BM25.of(bodies), texts, asked, number, theirs, k)
         lessons = Lessons(
             Bank.of(model, texts, lambda share: tell(0.3 * share)),
             bank or Bank.of(model, [p.text for p in passages], lambda s: tell(0.3 + 0.7 * s)),
@@ -192,18 +203,22 @@ def _negatives(
     texts: Sequence[str],
     asked: Sequence[tuple[str, int, bool]],
     number: dict[str, int],
-    answers: dict[int, set[int]],
+    answers: Sequence[set[int]],
     k: int,
 ) -> tuple[Tensor, Tensor]:
-    """For each pair the passages that BM25 ranks highest but don't answer, and their scores."""
+    """For each pair the passages that BM25 ranks highest but don't answer, and their scores.
+
+    Where fewer than k don't answer, these are repeated.
+    """
     near: list[Tensor] = []
     own: list[dict[int, float]] = []
     for i, text in enumerate(texts):
         scores = bm25.scores(text)
         own.append({at: float(scores[at]) for at in answers[i]})
         scores[list(answers[i])] = -1.0
-        best = scores.topk(k)
-        near.append(torch.stack([best.indices.float(), best.values]))
+        count = min(k, len(scores) - len(answers[i]))
+        best, again = scores.topk(count), torch.arange(k) % count
+        near.append(torch.stack([best.indices[again].float(), best.values[again]]))
     ids = torch.stack([near[number[text]][0] for text, _, _ in asked]).long()
     scores_of = torch.stack([near[number[text]][1] for text, _, _ in asked])
     mine = torch.tensor([own[number[text]][answer] for text, answer, _ in asked])

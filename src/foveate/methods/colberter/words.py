@@ -59,7 +59,8 @@ def whole_words(
 
     Args:
         tokens: for each sub-word where it stands in the text, (first character, one past the last);
-            None for a special token. In ascending order.
+            None for a special token. In ascending order. A sub-word may begin with the blanks
+            before its word, as SentencePiece has it.
         words: the text's words and where they stand, in ascending order.
         normalise: makes words equal that count as one.
         numbered: number the words 1, 2, ... by first appearance instead of hashing them; for
@@ -79,7 +80,7 @@ def whole_words(
             continue
         while at < len(words) and words[at][1][1] <= span[0]:
             at += 1
-        if at == len(words) or words[at][1][0] > span[0]:
+        if at == len(words) or words[at][1][0] >= span[1]:
             place.append(-1)
             continue
         text = normalise(words[at][0])
