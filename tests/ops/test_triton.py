@@ -110,6 +110,18 @@ def test_blocks_of_16() -> None:
         compare(q, k, v, mask.layout(40, 60, (16, 48)), mask.dense(40, 60))
 
 
+@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 40), (40, 1), (1, 1)])
+def test_a_bias_of_one_row_or_column_has_a_gradient(q_len: int, kv_len: int) -> None:
+    q, k, v = (x.requires_grad_() for x in make((1, 2, 1, q_len, kv_len, 32, 16), torch.float32))
+    found = []
+    for backend in ("triton", "reference"):
+        bias = torch.linspace(-1, 1, 2 * q_len * kv_len, device=q.device)
+        bias = bias.view(1, 2, q_len, kv_len).requires_grad_()
+        attention(q, k, v, bias=bias, backend=backend).out.square().sum().backward()
+        found.append(bias.grad)
+    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-3)
+
+
 @given(data=st.data())
 @FUZZ
 def test_fuzz_of_shapes_strides_masks_and_tiles(data: st.DataObject) -> None:

@@ -90,6 +90,7 @@ def keep_bias_gradient(
     """
     at = bias_offsets(head, row, key, g_q, g_k, first, count, shift, MODE == 3, ROW, COL)
     if MODE == 1:
+        at += row * 0 + key * 0  # one query or one key: its axis of the table has no stride
         tl.store(DB + at, ds, mask=seen)
     elif MODE == 3 or (ROW and COL):
         tl.atomic_add(DB + at, (ds * unit).to(tl.int64), mask=seen, sem="relaxed")
