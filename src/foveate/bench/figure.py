@@ -5,24 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from foveate.ops.errors import MissingPackageError
+from foveate.models import canvas
 
 Found = dict[str, Any]
 _COLOURS = {"cpu": "#0b6e4f", "sdpa": "#c44900", "blocks": "#3d5a98", "flex": "#8f2d8c"}
 _OTHER = "#555555"
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise MissingPackageError(
-            "The figure needs matplotlib: pip install 'foveate[report]'"
-        ) from error
-    return pyplot
 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
@@ -31,7 +18,7 @@ def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any,
     Raises:
         MissingPackageError: matplotlib isn't there.
     """
-    found: tuple[Any, Any] = _pyplot().subplots(
+    found: tuple[Any, Any] = canvas.pyplot().subplots(
         rows, columns, figsize=size, squeeze=False, layout="constrained"
     )
     return found
@@ -39,7 +26,7 @@ def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any,
 
 def save(figure: Any, path: Path) -> None:
     """Write a figure and close it."""
-    _save(figure, _pyplot(), path)
+    canvas.save(canvas.pyplot(), figure, path)
 
 
 def kernel_figure(found: list[Found], path: Path) -> Path:
@@ -51,7 +38,7 @@ def kernel_figure(found: list[Found], path: Path) -> Path:
     Raises:
         MissingPackageError: matplotlib isn't there.
     """
-    pyplot = _pyplot()
+    pyplot = canvas.pyplot()
     columns = sorted({(_of(one, "dtype"), _of(one, "direction")) for one in found}, reverse=True)
     figure, axes = pyplot.subplots(
         2, len(columns), figsize=(4.2 * len(columns), 7), squeeze=False, layout="constrained"
@@ -62,7 +49,7 @@ def kernel_figure(found: list[Found], path: Path) -> Path:
         above.set_title(f"{dtype} {direction}")
         _densities(above, mine)
         _lengths(below, mine)
-    _save(figure, pyplot, path)
+    canvas.save(pyplot, figure, path)
     return path
 
 
@@ -118,7 +105,7 @@ def decode_figure(found: list[Found], path: Path) -> Path:
     Raises:
         MissingPackageError: matplotlib isn't there.
     """
-    pyplot = _pyplot()
+    pyplot = canvas.pyplot()
     columns = sorted({(_of(one, "dtype"), _of(one, "threads")) for one in found}, key=str)
     figure, axes = pyplot.subplots(
         1, len(columns), figsize=(4.6 * len(columns), 4.2), squeeze=False, layout="constrained"
@@ -146,15 +133,9 @@ def decode_figure(found: list[Found], path: Path) -> Path:
             axis.legend(fontsize=7)
         axis.set(xlabel="keys in the cache", ylabel="share of the lower roof", ylim=(0, None))
         axis.set_title(f"{dtype}, {threads} thread(s)")
-    _save(figure, pyplot, path)
+    canvas.save(pyplot, figure, path)
     return path
 
 
 def _of(one: Found, name: str) -> Any:
     return one["cell"][name]
-
-
-def _save(figure: Any, pyplot: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)

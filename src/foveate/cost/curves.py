@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from foveate.cost.canvas import pyplot_for, save
 from foveate.cost.hardware import Chip
 from foveate.cost.pipeline import NAMES, Played
+from foveate.models.canvas import pyplot_for, save
 
 _STAGES = ("#3d5a98", "#9db4dd", "#a4161a", "#e5989b")
 

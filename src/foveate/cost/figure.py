@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from foveate.cost.canvas import pyplot_for, save
+from foveate.models.canvas import pyplot_for, save
 
 _WORST, _MEAN, _FLOPS = "#3d5a98", "#9db4dd", "#a4161a"
 

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from foveate.methods.gaam import GaussianGate, Importance
+from foveate.models.canvas import pyplot, save
 from foveate.nn import Attention
-from foveate.ops.errors import InputError, MissingPackageError
+from foveate.ops.errors import InputError
 
 
 class GAT(nn.Module):
@@ -172,18 +173,10 @@ def draw_importance(factor: Tensor, path: str | Path, title: str = "Importance F
             f"draw_importance: expected (layers, features), got {tuple(factor.shape)}; average "
             "over other axes first."
         )
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise MissingPackageError(
-            "The figure needs matplotlib: pip install 'foveate[report]'"
-        ) from error
+    plot = pyplot()
     path = Path(path)
     values = factor.detach().cpu().float()
-    figure, (map_, bars) = pyplot.subplots(
+    figure, (map_, bars) = plot.subplots(
         1, 2, figsize=(9, 1.2 + 0.25 * len(values)), width_ratios=(4, 1), sharey=True,
         layout="constrained",
     )  # fmt: skip
@@ -195,7 +188,4 @@ def draw_importance(factor: Tensor, path: str | Path, title: str = "Importance F
     bars.barh(range(len(values)), values.mean(1).tolist(), color="#3d5a98")
     bars.set(xlabel="mean of the layer", xlim=(0, 1))
     figure.colorbar(shown, ax=bars)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-    return path
+    return save(plot, figure, path)

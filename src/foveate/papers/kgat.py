@@ -35,7 +35,6 @@ from foveate.methods.kgat import KGAT
 from foveate.models.recommender import BPRMF, KGATRecommender
 from foveate.papers.harness import Check, Found, Grid, Paper, Trial, at_least
 from foveate.papers.tasks.base import generator
-from foveate.papers.training.errors import DivergedError
 from foveate.recommend import loop
 from foveate.recommend.dataset import Dataset
 from foveate.recommend.pairwise import Pairwise, Setting, pretraining
@@ -155,12 +154,9 @@ def _train(
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
     low, high = told
-    try:
-        return loop.train(
-            trainee, plan, path, lambda share, doing: trial.tell(low + (high - low) * share, doing)
-        )
-    except loop.DivergedError as error:
-        raise DivergedError(str(error)) from error
+    return loop.train(
+        trainee, plan, path, lambda share, doing: trial.tell(low + (high - low) * share, doing)
+    )
 
 
 def masses(model: KGATRecommender) -> dict[str, float]:

@@ -28,7 +28,6 @@ import torch
 from foveate.methods.mqsa_ted import MQSATED
 from foveate.papers.harness import Check, Found, Grid, Paper, Trial, at_least
 from foveate.papers.tasks.base import generator
-from foveate.papers.training.errors import DivergedError
 from foveate.recommend import loop
 from foveate.recommend.sequences import SequenceData, read
 from foveate.recommend.sequential import Sequential, Setting
@@ -108,10 +107,7 @@ def run(trial: Trial) -> Found:
     path = None if trial.folder is None else trial.folder / "training.safetensors"
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        done = loop.train(trainee, plan, path, trial.tell)
-    except loop.DivergedError as error:
-        raise DivergedError(str(error)) from error
+    done = loop.train(trainee, plan, path, trial.tell)
     found: dict[str, Any] = {"validation": -done.best, "epochs": done.best_epoch}
     return {trial.cell: found if trial.tuning else found | trainee.figures("test", (10, 20))}
 

@@ -17,15 +17,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from foveate.ops.errors import FoveateError, InputError
+from foveate.ops.errors import InputError
 from foveate.ops.masks.checks import whole
 from foveate.parts.weights import moments, put_moments, put_weights, weights
+from foveate.runs.errors import DivergedError
 
 KEY = "recommend"
-
-
-class DivergedError(FoveateError, ArithmeticError):
-    """A training's loss or figure is no finite number any more."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from foveate.ops.errors import MissingPackageError
+from foveate.models.canvas import pyplot, save
 from foveate.papers.harness.run import Result
 from foveate.papers.harness.verdict import Outcome
 
@@ -21,15 +21,7 @@ def draw(result: Result, path: Path) -> Path:
     Raises:
         MissingPackageError: matplotlib isn't there.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise MissingPackageError(
-            "The figure needs matplotlib: pip install 'foveate[report]'"
-        ) from error
+    plot = pyplot()
     verdict = result.verdict
     arms = verdict["baseline"] | verdict["ours"]
     metrics = list(dict.fromkeys(metric for found in arms.values() for metric in found))
@@ -41,7 +33,7 @@ def draw(result: Result, path: Path) -> Path:
     rows = -(-panels // columns)
     sampled = sum(not one.check.exact for one in result.outcomes)
     heights = [0.8 + 0.3 * len(arms)] * rows + [0.8 + 0.25 * sampled] * bool(sampled)
-    figure = pyplot.figure(figsize=(5.2 * columns, sum(heights) + 0.6), layout="constrained")
+    figure = plot.figure(figsize=(5.2 * columns, sum(heights) + 0.6), layout="constrained")
     grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
     axes = [figure.add_subplot(grid[divmod(at, columns)]) for at in range(panels)]
     for axis, metric in zip(axes, metrics):
@@ -51,10 +43,7 @@ def draw(result: Result, path: Path) -> Path:
     if sampled:  # over the whole width: its rows have long names
         _checks(figure.add_subplot(grid[rows, :]), result)
     figure.suptitle(f"{verdict['key']}: {verdict['verdict']}", x=0.01, ha="left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-    return path
+    return save(plot, figure, path)
 
 
 def _arms(axis: Any, metric: str, verdict: dict[str, Any]) -> None:

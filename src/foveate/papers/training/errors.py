@@ -1,12 +1,11 @@
-"""What can go wrong in a training."""
+"""What can go wrong in a training of the one loop."""
 
 from __future__ import annotations
 
 from foveate.ops.errors import FoveateError
+from foveate.runs.errors import DivergedError
 
-
-class DivergedError(FoveateError, ArithmeticError):
-    """A training's loss is no finite number any more."""
+__all__ = ["CheckpointError", "DivergedError"]
 
 
 class CheckpointError(FoveateError, RuntimeError):

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate.models.canvas import pyplot, save
 from foveate.nn import Router
 from foveate.ops.errors import InputError, MissingPackageError
 from foveate.papers.tasks.base import Task
@@ -194,16 +195,8 @@ def draw(history: list[dict[str, float]], end: dict[int, Fluctuation], path: Pat
     Raises:
         MissingPackageError: matplotlib isn't there.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise MissingPackageError(
-            "The figure needs matplotlib: pip install 'foveate[report]'"
-        ) from error
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    plot = pyplot()
+    figure, axes = plot.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
     steps = [entry["step"] for entry in history]
     axes[0].plot(steps, [e["routing_entropy_share"] for e in history], marker="o", markersize=3)
     axes[0].set(xlabel="step", ylabel="routing entropy / ln E")
@@ -218,7 +211,4 @@ def draw(history: list[dict[str, float]], end: dict[int, Fluctuation], path: Pat
     for axis in axes:
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-    return path
+    return save(plot, figure, path)

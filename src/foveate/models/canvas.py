@@ -1,4 +1,4 @@
-"""What the figures of `foveate cost` share: matplotlib, and a file of a kind that it writes."""
+"""What all figures share: matplotlib, if it's there, and a file of a kind that it writes."""
 
 from __future__ import annotations
 
@@ -8,27 +8,38 @@ from typing import Any
 from foveate.ops.errors import InputError, MissingPackageError
 
 
-def pyplot_for(path: Path) -> Any:
-    """Matplotlib's pyplot, once the file's kind is one that it writes.
+def pyplot() -> Any:
+    """Matplotlib's pyplot, drawing into files.
 
     Raises:
-        InputError: a suffix that matplotlib doesn't write.
         MissingPackageError: matplotlib isn't there.
     """
     try:
         import matplotlib
 
         matplotlib.use("Agg")
-        from matplotlib import pyplot
-        from matplotlib.backend_bases import FigureCanvasBase
+        from matplotlib import pyplot as found
     except ImportError as error:
         raise MissingPackageError(
             "The figure needs matplotlib: pip install 'foveate[report]'"
         ) from error
+    return found
+
+
+def pyplot_for(path: Path) -> Any:
+    """Pyplot, once the file's kind is one that it writes.
+
+    Raises:
+        InputError: a suffix that matplotlib doesn't write.
+        MissingPackageError: matplotlib isn't there.
+    """
+    found = pyplot()
+    from matplotlib.backend_bases import FigureCanvasBase
+
     kinds = FigureCanvasBase.get_supported_filetypes()
     if path.suffix[1:].lower() not in kinds:
         raise InputError(f"{path}: expected a name that ends in one of .{', .'.join(kinds)}.")
-    return pyplot
+    return found
 
 
 def save(pyplot: Any, figure: Any, path: Path) -> Path:
