@@ -14,6 +14,7 @@ from foveate.methods.attn_smoe import (
     CosineScores,
     FrozenScores,
     SimilarityRelation,
+    StableScores,
 )
 from foveate.nn import MoE, Router
 from foveate.ops.errors import InputError
@@ -413,3 +414,61 @@ def test_every_pattern_s_weights_are_applied_again_or_refused(key, new):
     wanted = method(q, k, v, ctx).out
     again.fill(method, (q, k, v), ctx, wanted, lambda o: o)
     torch.testing.assert_close(again(v[:, 0]), wanted)
+
+
+def test_stable_moe_learns_its_own_choice_and_then_keeps_to_it():
+    vocab = 9
+    scores = StableScores(D, E, vocab, width=7, first=0.25).double()
+    router = Router(D, E, 2, renormalize=True, scores=scores)
+    u, ids = tokens(), torch.randint(-1, vocab, (B, L))
+    real = torch.rand(B, L) > 0.3
+    around = Around(Context(ids=ids), real=real)
+    own = torch.zeros(B, L, E).bool().scatter(-1, (u @ scores.weight.T).topk(2).indices, True)
+    x = scores.words.weight[torch.where(ids < 0, vocab, ids)]
+    light = (x @ scores.light.T).log_softmax(-1)
+    learnt = torch.zeros(B, L, E).bool().scatter(-1, light.topk(2).indices, True)
+    assert not torch.equal(own, learnt)
+
+    routed = router(u, around)  # first it chooses by u, and another learns to
+    assert torch.equal(routed.chosen, own)
+    torch.testing.assert_close(
+        routed.choice_loss, -light[own & real[..., None]].sum() / 2 / real.sum()
+    )
+    grads = torch.autograd.grad(routed.choice_loss, list(scores.parameters()), allow_unused=True)
+    assert [name for (name, _), g in zip(scores.named_parameters(), grads) if g is not None] == [
+        "light", "words.weight",
+    ]  # fmt: skip
+
+    for moved in ("stage", "eval"):
+        advance(router, 0.25 if moved == "stage" else 0.0)
+        router.train(moved == "stage")
+        routed = router(u, around)
+        assert torch.equal(routed.chosen, learnt)
+        assert routed.choice_loss is None
+        assert not routed.spread.requires_grad
+        weights = (u @ scores.weight.T).softmax(-1) * learnt  # which still weighs, and is trained
+        torch.testing.assert_close(routed.weights, weights / weights.sum(-1, keepdim=True))
+        routed.weights.square().sum().backward()
+        assert scores.weight.grad.abs().sum() > 0
+        assert scores.light.grad is None
+        assert scores.words.weight.grad is None
+    with pytest.raises(InputError, match="ids"):
+        router(u)
+    with pytest.raises(InputError, match="share"):
+        make("stable-moe(first=2.0)")
+
+
+def test_stable_moe_s_light_router_comes_to_choose_as_the_other_does():
+    torch.manual_seed(0)
+    router = Router(D, E, 1, scores=StableScores(D, E, 30, first=1.0)).double()
+    words = tokens(30, D)
+    optimizer = torch.optim.Adam(router.scores.parameters(), lr=0.02)
+    for _ in range(200):
+        ids = torch.randint(0, 30, (4, L))
+        loss = router(words[ids], Around(Context(ids=ids))).choice_loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    ids = torch.arange(30)[None]
+    around = Around(Context(ids=ids))
+    assert torch.equal(router(words[ids], around).chosen, router.eval()(words[ids], around).chosen)

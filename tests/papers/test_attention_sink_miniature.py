@@ -85,7 +85,8 @@ def test_arms_train_and_are_measured(arm, tmp_path):
     assert all(
         0 <= figures[name] < float("inf")
         for name in ("loss", "loss, long", "loss, 8 bits", "sink 1", "largest / median",
-                     "error, 8 bits", "error, 4 bits", "kurtosis", "first share")
+                     "error, 8 bits", "error, 4 bits", "kurtosis", "first share", "copies",
+                     "value norm")
     )  # fmt: skip
     assert figures["error, 4 bits"] > figures["error, 8 bits"]
 

@@ -1,5 +1,6 @@
 """`foveate reproduce` from the outside, and the page of claims."""
 
+import io
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from toys import paper
 import foveate
 from foveate import papers
 from foveate.cli import main
+from foveate.cli.reproduce import arms
 from foveate.ops.errors import InputError
 from foveate.papers.harness.run import Run
 from foveate.papers.harness.table import kept_verdicts, markdown
@@ -226,3 +228,33 @@ def test_what_is_no_kept_verdict_is_refused(kept, change, said):
     kept.write_text(change(json.loads(kept.read_text())))
     with pytest.raises(InputError, match=said):
         kept_verdicts(kept.parent)
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_every_figure_is_read_on_every_screen(width):
+    rich = pytest.importorskip("rich.console")
+
+    def figures(*names):
+        return {
+            name: {"mean": 1000 + i, "values": [1, 2], "sd": 0.5} for i, name in enumerate(names)
+        }
+
+    verdict = {
+        "baseline": {"dense": figures("loss", "time"), "counts": figures("operations")},
+        "ours": {"sparse": figures("loss", "time", *(f"metric number {i}" for i in range(9)))},
+    }
+    screen = rich.Console(width=width, record=True, file=io.StringIO())
+    tables = 0
+    for table in arms(verdict, width):
+        screen.print(table)
+        tables += 1
+    text = screen.export_text()
+    for i in range(9):
+        assert f"metric number {i}" in text
+        assert f"{1002 + i} ± 0.5" in text
+    assert max(map(len, text.splitlines())) <= width
+    assert text.count("loss") == 2
+    assert text.count("operations") == 1
+    assert text.split().count("dense") == 1
+    assert text.split().count("sparse") == tables - 2
+    assert {40: tables > 5, 80: 3 < tables < 9, 200: tables == 3}[width]

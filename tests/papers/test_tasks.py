@@ -6,6 +6,7 @@ import torch
 from foveate.ops.errors import InputError
 from foveate.papers.tasks import (
     IGNORED,
+    Backcopy,
     ByteText,
     Copying,
     FillerRecall,
@@ -14,9 +15,11 @@ from foveate.papers.tasks import (
     standard_library,
     text_file,
 )
+from foveate.papers.tasks.backcopy import pairs
 from foveate.papers.tasks.base import generator, split_of
 
 TASKS = [
+    Backcopy(length=12, symbols=9, held=40),
     Recall(tokens=64, length=32, pairs=4, held=40),
     Copying(string=8, symbols=7, held=40),
     Needle(length=32, needles=2, held=40),
@@ -24,7 +27,7 @@ TASKS = [
     FillerRecall(length=32, pairs=2, spread=20, blended=True, held=40),
     ByteText(bytes(range(256)) * 40, length=16, held=40),
 ]
-GENERATED = TASKS[:4]
+GENERATED = TASKS[:5]
 IDS = [type(task).__name__ for task in TASKS]
 
 
@@ -55,7 +58,7 @@ def test_held_out_sequences_are_the_same_in_any_batch_size(task, split):
     assert [len(batch.inputs) for batch in parts] == [7, 7, 7, 7, 7, 5]
 
 
-@pytest.mark.parametrize("task", GENERATED, ids=IDS[:4])
+@pytest.mark.parametrize("task", GENERATED, ids=IDS[:5])
 def test_no_sequence_is_in_two_splits(task):
     train = torch.cat([task.batch(seed, n, 50).inputs for seed in range(3) for n in range(4)])
     assert split_of(train).eq(0).all()
@@ -163,6 +166,8 @@ def test_needle_by_hand():
         (lambda: Recall(tokens=64, length=15, pairs=3), "must be even and hold 3 pairs"),
         (lambda: Recall(tokens=64, length=12, pairs=4), "16 tokens or more"),
         (lambda: Recall(tokens=32, length=32, pairs=4), "must exceed the length, 32"),
+        (lambda: Backcopy(symbols=5), "5 symbols are too few; expected 6"),
+        (lambda: Backcopy(length=2), "length must be 3 or more, got 2"),
         (lambda: Copying(string=0), "string must be 1 or more, got 0"),
         (lambda: Needle(length=8, needles=3), "length of 11 or more, got 8"),
         (lambda: Needle(needles=9, keys=8), "9 facts need as many keys, there are 8"),
@@ -271,3 +276,23 @@ def test_filler_recall_trains_on_chains_too_but_never_tests_on_them():
 def test_filler_recall_refuses_sizes_that_do_not_fit(sizes, said):
     with pytest.raises(InputError, match=said):
         FillerRecall(**sizes)
+
+
+def test_after_a_trigger_comes_what_was_before_it_and_else_a_pair_of_the_table():
+    task = Backcopy(length=60, symbols=12, triggers=2, held=400)
+    inputs, targets = rows_of(task)
+    assert (inputs[:, 0] == 0).all()
+    assert (targets > 0).all()
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])  # all is scored
+    copied = task.is_trigger(inputs)
+    assert 0.05 < copied.float().mean() < 0.5
+    assert not copied[:, :2].any()
+    assert torch.equal(targets[:, 2:][copied[:, 2:]], inputs[:, 1:-1][copied[:, 2:]])
+    table, counts = pairs(12), torch.zeros(12, 12)
+    plain = ~copied & (inputs > 0)
+    counts.index_put_((inputs[plain], targets[plain]), torch.ones(1), accumulate=True)
+    rows = counts.sum(1) > 500
+    assert rows.sum() > 3
+    torch.testing.assert_close(
+        (counts / counts.sum(1, keepdim=True))[rows], table[rows], atol=0.06, rtol=0
+    )

@@ -115,6 +115,23 @@ def test_an_epoch_alternates_between_two_optimisers(data):
     assert set(alone.graph.relation.tolist()) == {0, 3}
 
 
+def test_pairs_and_triples_have_a_weight_decay_each(data):
+    trainee, seen = Pairwise(setting(decay=0.25, triple_decay=0.5), data), set()
+    model = trainee.model
+    for name in ("pair_loss", "triple_loss"):
+        loss = getattr(model, name)
+
+        def told(*given, loss=loss, name=name):
+            seen.add((name, given[-1]))
+            return loss(*given)
+
+        setattr(model, name, told)
+    trainee.epoch(0, torch.Generator().manual_seed(0))
+    assert seen == {("pair_loss", 0.25), ("triple_loss", 0.5)}
+    with pytest.raises(InputError, match="triple_decay"):
+        setting(triple_decay=-1.0)
+
+
 def test_draws_are_negatives_and_every_pair_comes_once(data):
     trainee = Pairwise(setting("bpr-mf"), data)
     drawn = torch.cat([*trainee._pairs(torch.Generator().manual_seed(1))])

@@ -22,6 +22,9 @@ CHEN = Paper(
     "Chen et al., 2023",
     "2303.01610",
 )
+DAI = Paper(
+    "StableMoE: Stable Routing Strategy for Mixture of Experts", "Dai et al., 2022", "2204.08396"
+)
 
 HEADS = Support(True, "has no heads of its own")
 MODELS = ("FoveateConfig(router=...)", "train")
@@ -87,6 +90,17 @@ ROWS: tuple[Row, ...] = (
         title="SMoE-Dropout",
         summary="A random router that isn't trained; more experts run as training goes on.",
         papers=(CHEN,),
+        sheet="attn-smoe",
+        capabilities=Capabilities(gqa=HEADS),
+        jobs=MODELS,
+    ),
+    Row(
+        key="stable-moe",
+        kind="router",
+        path="foveate.methods.attn_smoe.StableMoE",
+        title="StableMoE",
+        summary="Learns to choose experts by a token's id alone, and keeps to it from then on.",
+        papers=(DAI,),
         sheet="attn-smoe",
         capabilities=Capabilities(gqa=HEADS),
         jobs=MODELS,

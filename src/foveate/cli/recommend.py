@@ -54,6 +54,9 @@ def train(
     decay: Annotated[
         float | None, typer.Option(help="Weight decay; 1e-5, or 1e-4 for the next item.")
     ] = None,
+    triple_decay: Annotated[
+        float, typer.Option(help="kgat: weight decay of TransR's steps.")
+    ] = 1e-5,
     dropout: Annotated[
         float | None, typer.Option(help="0.1 for kgat, 0.5 for the next item.")
     ] = None,
@@ -116,7 +119,8 @@ def train(
             dropout=0.1 if dropout is None else dropout, attention=attention,
         )  # fmt: skip
         setting = pairwise.Setting(
-            model, dim, lr, batch or 1024, decay=1e-5 if decay is None else decay, recipe=network,
+            model, dim, lr, batch or 1024, decay=1e-5 if decay is None else decay,
+            triple_decay=triple_decay, recipe=network,
             knowledge=knowledge, translation=translation, field=field,
         )  # fmt: skip
     made = job.Job(

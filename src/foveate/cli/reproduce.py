@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -146,15 +147,8 @@ def show(result: Result, screen: Console) -> None:
     verdict = result.verdict
     screen.print(Text.assemble((verdict["key"], "bold"), f"  {verdict['claim']}"), soft_wrap=True)
     screen.print(Text(f"{verdict['metric']}; seeds {_list(verdict['seeds'])}", style="dim"))
-    arms = Table(box=None, pad_edge=False)
-    metrics = list(dict.fromkeys(m for kind in ("baseline", "ours") for a in verdict[kind].values()
-                                 for m in a))  # fmt: skip
-    for name in ("", *metrics):
-        arms.add_column(name, justify="left" if not name else "right")
-    for kind in ("baseline", "ours"):
-        for arm, found in verdict[kind].items():
-            arms.add_row(Text(arm), *(_figure(found.get(metric)) for metric in metrics))
-    screen.print(arms)
+    for table in arms(verdict, screen.width):
+        screen.print(table)
     checks = Table(box=None, pad_edge=False)
     for name in ("holds if", "mean", "90% interval", ""):
         checks.add_column(name, overflow="fold")
@@ -177,11 +171,42 @@ def show(result: Result, screen: Console) -> None:
     screen.print()
 
 
-def _figure(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return ""
+def arms(verdict: dict[str, Any], width: int) -> Iterator[Table]:
+    """The figures of all arms: a table for those with the same metrics, or several side by side.
+
+    Args:
+        verdict: as it is stored.
+        width: of the screen; columns that don't fit come in a further table with the same arms.
+    """
+    alike: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for kind in ("baseline", "ours"):
+        for arm, found in verdict[kind].items():
+            alike.setdefault(tuple(found), {})[arm] = [_figure(one) for one in found.values()]
+    for metrics, rows in alike.items():
+        names = max(map(len, rows))
+        widths = [
+            max(len(metric), *(len(row[i]) for row in rows.values()))
+            for i, metric in enumerate(metrics)
+        ]
+        start = 0
+        while start < len(metrics):
+            stop, used = start + 1, names + 2 + widths[start]
+            while stop < len(metrics) and used + 2 + widths[stop] <= width:
+                used += 2 + widths[stop]
+                stop += 1
+            table = Table(box=None, pad_edge=False)
+            table.add_column("")
+            for metric in metrics[start:stop]:
+                table.add_column(metric, justify="right")
+            for arm, row in rows.items():
+                table.add_row(Text(arm), *row[start:stop])
+            yield table
+            start = stop
+
+
+def _figure(found: dict[str, Any]) -> str:
     spread = f" ± {found['sd']:.2g}" if len(found["values"]) > 1 else ""
-    return f"{found['mean']:.5g}{spread}"
+    return f"{found['mean']:.4g}{spread}"
 
 
 def _list(values: list[int]) -> str:

@@ -105,7 +105,8 @@ def router_of(config: FoveateConfig, layer: int, mixing: Attention | MixerLayer)
             '"similarity-smoe" (see foveate methods).'
         )
     heads = mixing.projection.heads if isinstance(mixing, Attention) else 0
-    return recipe.build(RouterSizes(config.hidden_size, config.num_experts, heads))
+    sizes = RouterSizes(config.hidden_size, config.num_experts, heads, config.vocab_size)
+    return recipe.build(sizes)
 
 
 def _shared_rope(

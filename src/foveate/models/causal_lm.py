@@ -21,7 +21,7 @@ from foveate.models.config import FoveateConfig
 from foveate.models.masking import Seen, seen_by
 from foveate.models.position import last_norm, positioned, positions_of
 from foveate.models.reference import stream_of
-from foveate.models.registers import fronted, registers_of
+from foveate.models.registers import fronted, ids_behind, registers_of
 from foveate.nn import Block
 from foveate.ops import causal
 from foveate.ops.errors import InputError
@@ -167,6 +167,7 @@ class FoveateModel(FoveatePreTrained):
             q_positions=seen.q_positions,
             kv_positions=seen.kv_positions,
             phase="decode" if past and x.shape[1] == 1 else "train" if self.training else "prefill",
+            ids=ids_behind(front, input_ids),
             embeddings=tokens,
         )
         if self.reference is not None:

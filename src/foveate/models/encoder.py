@@ -25,7 +25,7 @@ from foveate.models.masking import seen_by
 from foveate.models.position import last_norm, positioned, positions_of
 from foveate.models.recurrent import BiGRU
 from foveate.models.reference import stream_of
-from foveate.models.registers import fronted, registers_of
+from foveate.models.registers import fronted, ids_behind, registers_of
 from foveate.nn import Block
 from foveate.ops.errors import InputError
 from foveate.parts.context import Context
@@ -185,6 +185,7 @@ class FoveateEncoder(FoveatePreTrained):
             kv_positions=seen.kv_positions,
             phase="train" if self.training else "prefill",
             tree=tree,
+            ids=ids_behind(front, input_ids),
             embeddings=tokens,
         )
         states = [x]

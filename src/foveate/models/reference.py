@@ -127,12 +127,14 @@ class ReferenceStream(nn.Module):
                     "This model takes queries and keys from a fixed sequence of tokens, which it "
                     "hasn't been given; call model.set_reference(ids)."
                 )
-            tokens, x = model.embedded(start[None])
+            ids = start[None]
+            tokens, x = model.embedded(ids)
         else:
+            ids = start.new_full((1, length), -1, dtype=torch.int64)
             tokens = x = start[None].to(next(model.parameters()).dtype)
         maps = Maps()
         phase = "prefill" if phase == "decode" else phase
-        ctx = Context(mask=causal(), phase=phase, embeddings=tokens, reference=maps)
+        ctx = Context(mask=causal(), phase=phase, ids=ids, embeddings=tokens, reference=maps)
         blocks = model.blocks
         last = max(i for i, block in enumerate(blocks) if reference_of(block) is not None)
         for i, block in enumerate(blocks[: last + 1]):

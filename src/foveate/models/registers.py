@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from foveate.ops.errors import InputError
 
@@ -84,3 +85,8 @@ def fronted(
         return Fronted(x, attention_mask, position_ids, past + count, 0)
     front = registers.weight.to(x.dtype).expand(rows, -1, -1)
     return Fronted(torch.cat((front, x), 1), attention_mask, position_ids, 0, count)
+
+
+def ids_behind(front: int, ids: Tensor | None) -> Tensor | None:
+    """Ids (B, L) with -1 for each of `front` registers before them; None stays None."""
+    return None if ids is None else functional.pad(ids, (front, 0), value=-1)

@@ -12,6 +12,7 @@ see `foveate.parts.routing`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from foveate.nn.feedforward import SwiGLU
 from foveate.ops.errors import InputError
 from foveate.parts.balance import Balance, load_balance
 from foveate.parts.precision import uncast
-from foveate.parts.routing import Around, Relation, Scores
+from foveate.parts.routing import Around, Choice, Relation, Scores
 from foveate.parts.selection import topk_mask
 
 
@@ -30,13 +31,15 @@ class Routed(NamedTuple):
     """(..., E) each, of tokens (...).
 
     probs: probabilities (with a relation: averaged), or sigmoid scores; weights: of the chosen
-    experts, 0 elsewhere; chosen: bool; spread: what the load-balance loss is taken of.
+    experts, 0 elsewhere; chosen: bool; spread: what the load-balance loss is taken of. choice_loss:
+    a scalar that trains whoever chose, None where it is who weighs.
     """
 
     probs: Tensor
     weights: Tensor
     chosen: Tensor
     spread: Tensor
+    choice_loss: Tensor | None = None
 
 
 class Router(nn.Module):
@@ -120,17 +123,20 @@ class Router(nn.Module):
 
         Args:
             x: (..., dim); with a relation (B, L, dim).
-            around: what a relation may know of the tokens around one; None is that every token
-                sees every token.
+            around: what is known of the tokens besides x; None is nothing, and every token sees
+                every token.
 
         Raises:
             InputError: a relation, and no sequences.
         """
         work = torch.promote_types(x.dtype, torch.float32)
         rows = x.to(work)
+        around = Around() if around is None else around
+        choice: Choice | None = None
         with uncast(x):
             if self.scores is not None:
                 logits = self.scores(rows)
+                choice = self.scores.choose(logits, rows, self.active, around)
             else:
                 assert self.weight is not None
                 logits = functional.linear(rows, self.weight.to(work))
@@ -142,10 +148,12 @@ class Router(nn.Module):
                     f"Router: {type(self.relation).__name__} relates the tokens of sequences; "
                     f"expected x (B, L, {self.dim}), got {tuple(x.shape)}."
                 )
-            probs = spread = self.relation(rows, probs, Around() if around is None else around)
+            probs = spread = self.relation(rows, probs, around)
         elif self.scores is not None and self.scores.temperature != 1:
             spread = (logits / self.scores.temperature).softmax(-1)
-        ranks = probs.detach() + self.bias.to(work)
+        if choice is not None and choice.loss is None:
+            spread = spread.detach()  # the choice is frozen: no load to be balanced
+        ranks = (probs if choice is None else choice.ranks).detach() + self.bias.to(work)
         allowed = None
         if self.groups > 1:
             by_group = ranks.unflatten(-1, (self.groups, -1))
@@ -156,7 +164,8 @@ class Router(nn.Module):
         weights = probs * chosen
         if self.renormalize:
             weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
-        return Routed(probs, weights * self.scaling, chosen, spread)
+        loss = None if choice is None else choice.loss
+        return Routed(probs, weights * self.scaling, chosen, spread, loss)
 
     def extra_repr(self) -> str:
         """What torch prints of it."""
@@ -209,24 +218,29 @@ class MoE(nn.Module):
         Args:
             x: (B, L, dim).
             real: (B, L) bool, False on padding, which then doesn't count for the balance.
-            around: for a router with a relation; see `Router.forward`.
+            around: what the router may know; see `Router.forward`.
 
         Returns:
-            y (B, L, dim); "expert_load" (E,) and, in training, "expert_balance_loss".
+            y (B, L, dim); "expert_load" (E,) and, in training, "expert_balance_loss" and what a
+            router that learns to choose adds, "expert_choice_loss".
         """
         rows = x.reshape(-1, x.shape[-1])
+        around = replace(Around() if around is None else around, real=real)
         if self.router.relation is None:
-            routed = self.router(rows)
+            routed = self.router(rows, around)
         else:
-            routed = Routed(*(found.flatten(0, 1) for found in self.router(x, around)))
+            probs, weights, chosen, spread, loss = self.router(x, around)
+            flat = [one.flatten(0, 1) for one in (probs, weights, chosen, spread)]
+            routed = Routed(flat[0], flat[1], flat[2], flat[3], loss)
         out = self.run(rows, routed)
         if self.shared is not None:
             out = out + self.shared(rows)
-        flat = None if real is None else real.reshape(-1)
-        kept = self.balanced(routed, flat)
+        kept = self.balanced(routed, None if real is None else real.reshape(-1))
         aux = {"expert_load": kept.load}
         if self.training and self.balance:
             aux["expert_balance_loss"] = self.balance * kept.loss
+        if self.training and routed.choice_loss is not None:
+            aux["expert_choice_loss"] = routed.choice_loss
         return out.view_as(x), aux
 
     def balanced(self, routed: Routed, real: Tensor | None) -> Balance:

@@ -47,6 +47,7 @@ class Context:
         dropout: probability of dropping a weight.
         backend: backend of the core op, "auto" or a name.
         hidden: (B, L, dim), input of the layer; None where keys come from another one.
+        ids: integer (B, L), the new tokens' ids, -1 where one has none; None where none are known.
         embeddings: (B, L, dim), the tokens' embeddings, before any layer.
         weights: W_Q, W_K and W_V of the layer, where its projection has just these.
         input_norm: the norm that `hidden` has been through in its block.
@@ -85,6 +86,7 @@ class Context:
     dropout: float = 0.0
     backend: str = "auto"
     hidden: Tensor | None = None
+    ids: Tensor | None = None
     embeddings: Tensor | None = None
     weights: tuple[Tensor, ...] = ()
     input_norm: Callable[[Tensor], Tensor] | None = None

@@ -5,6 +5,7 @@
     rbar = relation(u, r, around)   with a relation: averages over related tokens
     the best K of rbar run, on the token's own u
 
+Scores may choose otherwise than by their logits (`Scores.choose`), which then weigh the chosen.
 `foveate.nn.Router` puts the parts together. A recipe names them in the catalog.
 """
 
@@ -25,17 +26,32 @@ from foveate.parts.kv_cache import TokenCache
 
 @dataclass
 class Around:
-    """What a router may know of the tokens around one.
+    """What a router may know of tokens, besides u.
 
     Attributes:
-        ctx: mask and positions, over all tokens, those in the cache included.
+        ctx: mask and positions, over all tokens, those in the cache included; ids of the new ones.
         again: the attention layer's weights; None where no relation asks for them.
         cache: what a relation keeps of earlier tokens; None without a past.
+        real: (B, L) bool, False on padding; None is that all are real.
     """
 
     ctx: Context = field(default_factory=Context)
     again: Again | None = None
     cache: TokenCache | None = None
+    real: Tensor | None = None
+
+
+class Choice(NamedTuple):
+    """By what experts are chosen, where it isn't by their probabilities.
+
+    Attributes:
+        ranks: (..., E), the highest are chosen.
+        loss: a scalar that trains whoever made them, already weighted; None where they are frozen,
+            and then the load isn't balanced either.
+    """
+
+    ranks: Tensor
+    loss: Tensor | None = None
 
 
 class Scores(nn.Module, ABC):
@@ -50,6 +66,20 @@ class Scores(nn.Module, ABC):
     @abstractmethod
     def forward(self, u: Tensor) -> Tensor:
         """From u (..., dim) in fp32 or wider to logits (..., E)."""
+
+    def choose(self, logits: Tensor, u: Tensor, top_k: int, around: Around) -> Choice | None:
+        """Choose by something else than the logits (..., E) that `forward` gave for u (..., dim).
+
+        Args:
+            logits: of `forward`.
+            u: what they are of.
+            top_k: how many will be chosen.
+            around: what else is known of the tokens.
+
+        Returns:
+            None where the logits decide, as mostly.
+        """
+        return None
 
     def count(self, top_k: int) -> int:
         """How many experts run for a token now, where top_k were asked for."""
@@ -101,6 +131,7 @@ class RouterSizes:
         dim: width of u.
         experts: E.
         heads: query heads of the attention layer before it, 0 where there is none.
+        vocab: how many ids tokens have, 0 where they have none.
 
     Raises:
         InputError: a size below 1.
@@ -109,11 +140,13 @@ class RouterSizes:
     dim: int
     experts: int
     heads: int = 0
+    vocab: int = 0
 
     def __post_init__(self) -> None:
         whole("RouterSizes", "dim", self.dim, least=1)
         whole("RouterSizes", "experts", self.experts, least=1)
         whole("RouterSizes", "heads", self.heads, least=0)
+        whole("RouterSizes", "vocab", self.vocab, least=0)
 
 
 class RouterRecipe(ABC):
@@ -131,8 +164,8 @@ class RouterRecipe(ABC):
 def advance(model: nn.Module, share: float) -> None:
     """Tell all routers of a model which share of the training is done, from 0 to 1.
 
-    For routers whose number of experts grows ("smoe-dropout"); a training loop calls it before
-    each step. It depends on nothing else, so a training that is resumed goes on alike.
+    For routers that change on the way ("smoe-dropout", "stable-moe"); a training loop calls it
+    before each step. It depends on nothing else, so a training that is resumed goes on alike.
     """
     for module in model.modules():
         if isinstance(module, Scores):

@@ -36,7 +36,8 @@ class Setting:
         batch: pairs of a step.
         triple_batch: triples of a step; None: as many as make the steps of both kinds equally
             many, which is what the published code does.
-        decay: weight of squared norms, for pairs and triples alike.
+        decay: weight of squared norms in the steps on pairs.
+        triple_decay: likewise on triples; the published code has one for each, too.
         recipe: of KGAT.
         knowledge: False leaves the knowledge graph out of KGAT's graph.
         translation: False leaves TransR's steps out ("w/o KGE").
@@ -53,6 +54,7 @@ class Setting:
     batch: int = 1024
     triple_batch: int | None = None
     decay: float = 1e-5
+    triple_decay: float = 1e-5
     recipe: KGAT = field(default_factory=KGAT)
     knowledge: bool = True
     translation: bool = True
@@ -69,8 +71,9 @@ class Setting:
                 whole("Setting", name, getattr(self, name), least=1)
         if not 0 < self.lr < float("inf"):
             raise InputError(f"Setting(lr={self.lr}): expected a number above 0.")
-        if not 0 <= self.decay < float("inf"):
-            raise InputError(f"Setting(decay={self.decay}): expected 0 or more.")
+        for name in ("decay", "triple_decay"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(f"Setting({name}={getattr(self, name)}): expected 0 or more.")
 
 
 def build(setting: Setting, data: Dataset, seed: int) -> Recommender:
@@ -140,8 +143,9 @@ class Pairwise:
         figures["pairs"] = sum(losses) / len(losses)
         if isinstance(self.model, KGATRecommender):
             if given.translation:
+                weight, loss_of = given.triple_decay, self.model.triple_loss
                 losses = [
-                    self._step(self.optimizers[1], self.model.triple_loss(*drawn, given.decay))
+                    self._step(self.optimizers[1], loss_of(*drawn, weight))
                     for drawn in self._triples(random)
                 ]
                 figures["triples"] = sum(losses) / len(losses)

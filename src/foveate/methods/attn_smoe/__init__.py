@@ -10,11 +10,12 @@ from foveate.methods.attn_smoe.recipes import (
     AttentionAware,
     DropoutRouter,
     Similarity,
+    StableMoE,
     TopK,
     XMoE,
 )
 from foveate.methods.attn_smoe.relations import AttentionRelation, SimilarityRelation
-from foveate.methods.attn_smoe.scores import CosineScores, FrozenScores
+from foveate.methods.attn_smoe.scores import CosineScores, FrozenScores, StableScores
 
 __all__ = [
     "AttentionAware",
@@ -24,6 +25,8 @@ __all__ = [
     "FrozenScores",
     "Similarity",
     "SimilarityRelation",
+    "StableMoE",
+    "StableScores",
     "TopK",
     "XMoE",
 ]

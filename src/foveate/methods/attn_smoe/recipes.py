@@ -9,7 +9,7 @@ from typing import Literal
 from typing_extensions import override
 
 from foveate.methods.attn_smoe.relations import HEADS, AttentionRelation, SimilarityRelation
-from foveate.methods.attn_smoe.scores import CosineScores, FrozenScores
+from foveate.methods.attn_smoe.scores import CosineScores, FrozenScores, StableScores
 from foveate.ops.errors import InputError, nearest
 from foveate.ops.masks.checks import whole
 from foveate.parts.projection import positive
@@ -131,3 +131,32 @@ class DropoutRouter(RouterRecipe):
     @override
     def build(self, sizes: RouterSizes) -> RouterParts:
         return RouterParts(scores=FrozenScores(sizes.dim, sizes.experts))
+
+
+@dataclass(frozen=True)
+class StableMoE(RouterRecipe):
+    """Learns whom to choose in the first part of the training, and keeps to it afterwards.
+
+    The choice then follows from a token's id alone. A training loop tells how far it is by
+    `foveate.nn.advance(model, share)`.
+
+    Attributes:
+        first: share of the training in which the choice is learnt.
+        width: of the embedding that chooses.
+
+    Raises:
+        InputError: first isn't a share, or width below 1.
+    """
+
+    first: float = 0.1
+    width: int = 50
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first <= 1:
+            raise InputError(f"stable-moe(first={self.first!r}): expected a share from 0 to 1.")
+        whole("stable-moe", "width", self.width, least=1)
+
+    @override
+    def build(self, sizes: RouterSizes) -> RouterParts:
+        made = StableScores(sizes.dim, sizes.experts, sizes.vocab, self.width, self.first)
+        return RouterParts(scores=made)

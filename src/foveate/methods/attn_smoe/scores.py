@@ -1,12 +1,18 @@
-"""The scores of the routers that the paper compares with: XMoE's and SMoE-Dropout's.
+"""The scores of the routers that the paper compares with: XMoE's, SMoE-Dropout's and StableMoE's.
 
 XMoE            l_e = (P u) . e_e / ||e_e||, P from D to a few dimensions
 SMoE-Dropout    l = W u with a random W that stays as it was drawn; the number of experts that run
                 for a token grows linearly over the training, from K to all of them
+StableMoE       l = W u; meanwhile a light router lhat = What x, x of the token's id alone, learns
+                which experts that chooses (cross entropy), and from a tenth of the training on it
+                chooses itself, frozen, while l goes on weighing; in evaluation it always chooses
 
 Chi et al. 2022, arXiv 2204.09179, and Chen et al. 2023, arXiv 2303.01610, as in the code base that
 the paper's language models match: u isn't normalised, P has 8 dimensions, the embeddings e have
 norm 1.5 (which the product doesn't see), and 0.3 is the temperature in the balance loss alone.
+Dai et al. 2022, arXiv 2204.08396: x is an embedding of 50 dimensions of its own, and both W start
+orthogonal with gain 0.1. There one expert runs, weighed by a sigmoid; here K do, weighed as by all
+routers, and the light one learns all K alike.
 """
 
 from __future__ import annotations
@@ -16,7 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
-from foveate.parts.routing import Scores
+from foveate.ops.errors import InputError
+from foveate.parts.routing import Around, Choice, Scores
+from foveate.parts.selection import topk_mask
 
 MILLION = 1_000_000
 
@@ -54,7 +62,22 @@ class CosineScores(Scores):
         return small @ functional.normalize(self.embeddings.to(u.dtype), dim=-1).T
 
 
-class FrozenScores(Scores):
+class Staged(Scores):
+    """Scores that change as training goes on; how far it is, is saved with them."""
+
+    done: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # In millionths: an integer stays what it is when the model's dtype changes.
+        self.register_buffer("done", torch.zeros((), dtype=torch.int64))
+
+    @override
+    def advance(self, share: float) -> None:
+        self.done.fill_(round(MILLION * min(1.0, max(0.0, share))))
+
+
+class FrozenScores(Staged):
     """SMoE-Dropout's: see the module's text. In evaluation as many run as training has reached.
 
     Args:
@@ -63,13 +86,10 @@ class FrozenScores(Scores):
     """
 
     weight: Tensor
-    done: Tensor
 
     def __init__(self, dim: int, experts: int) -> None:
         super().__init__()
         self.register_buffer("weight", torch.zeros(experts, dim))
-        # In millionths: an integer stays what it is when the model's dtype changes.
-        self.register_buffer("done", torch.zeros((), dtype=torch.int64))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -87,6 +107,68 @@ class FrozenScores(Scores):
         more = int(self.done) * (experts - top_k + 1) // MILLION
         return min(experts, top_k + more)
 
+
+class StableScores(Staged):
+    """StableMoE's: see the module's text.
+
+    Args:
+        dim: D.
+        experts: E.
+        vocab: of the tokens' ids; 0 where they have none, and x is u, as fits where u comes from
+            outside of what is trained.
+        width: dimensions of x.
+        first: share of the training after which the light router chooses.
+    """
+
+    def __init__(
+        self, dim: int, experts: int, vocab: int = 0, width: int = 50, first: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.first = first
+        self.weight = nn.Parameter(torch.zeros(experts, dim))
+        # One more for what has no id, as register tokens.
+        self.words = nn.Embedding(vocab + 1, width) if vocab else None
+        self.light = nn.Parameter(torch.zeros(experts, width if vocab else dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """See the module's text."""
+        for weight in (self.weight, self.light):
+            nn.init.orthogonal_(weight, gain=0.1)
+
     @override
-    def advance(self, share: float) -> None:
-        self.done.fill_(round(MILLION * min(1.0, max(0.0, share))))
+    def forward(self, u: Tensor) -> Tensor:
+        return functional.linear(u, self.weight.to(u.dtype))
+
+    @override
+    def choose(self, logits: Tensor, u: Tensor, top_k: int, around: Around) -> Choice:
+        light = functional.linear(self._features(u, around), self.light.to(u.dtype))
+        if not self.training or int(self.done) >= self.first * MILLION:
+            return Choice(light.detach().softmax(-1))
+        wanted = topk_mask(logits.detach(), top_k)
+        loss = -(light.log_softmax(-1) * wanted).sum(-1) / top_k
+        if around.real is None:
+            mean = loss.mean()
+        else:
+            real = around.real.reshape(loss.shape)
+            mean = (loss * real).sum() / real.sum().clamp_min(1)
+        return Choice(logits.softmax(-1), mean)
+
+    def _features(self, u: Tensor, around: Around) -> Tensor:
+        if self.words is None:
+            return u.detach()
+        ids = around.ctx.ids
+        if ids is None or ids.numel() != u[..., 0].numel():
+            raise InputError(
+                "stable-moe routes by the tokens' ids: expected ctx.ids with one for each of "
+                f"{u[..., 0].numel()} tokens, got {None if ids is None else tuple(ids.shape)}; "
+                "give the model input_ids, not inputs_embeds."
+            )
+        ids = ids.reshape(u.shape[:-1])
+        last = self.words.num_embeddings - 1
+        return self.words(torch.where(ids < 0, last, ids)).to(u.dtype)
+
+    @override
+    def extra_repr(self) -> str:
+        """What torch prints of it."""
+        return f"{self.weight.shape[1]}, experts={len(self.weight)}, first={self.first:g}"

@@ -3,6 +3,7 @@
 Recall, copying and needle are drawn; text is learnt byte by byte; texts are told by their labels.
 """
 
+from foveate.papers.tasks.backcopy import Backcopy
 from foveate.papers.tasks.base import IGNORED, Batch, Task
 from foveate.papers.tasks.classification import Classification
 from foveate.papers.tasks.copying import Copying
@@ -15,6 +16,7 @@ from foveate.papers.tasks.repeated import Repeated
 from foveate.papers.tasks.text import ByteText, standard_library, text_file
 
 __all__ = [
-    "IGNORED", "Batch", "ByteText", "Classification", "Copying", "FillerRecall", "Labelled",
-    "Laundry", "Needle", "Recall", "Repeated", "Task", "load", "standard_library", "text_file",
+    "IGNORED", "Backcopy", "Batch", "ByteText", "Classification", "Copying", "FillerRecall",
+    "Labelled", "Laundry", "Needle", "Recall", "Repeated", "Task", "load", "standard_library",
+    "text_file",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ from torch import nn
 
 from foveate.ops.errors import InputError
 from foveate.papers.harness.paper import Check, Trial, at_most
+from foveate.papers.tasks.base import Task
 from foveate.papers.tasks.text import standard_library
 from foveate.papers.training.loop import Watch, train
 from foveate.papers.training.objective import evaluate
@@ -80,33 +81,32 @@ def language_model(
     return model
 
 
-def trained_on_bytes(
+def trained_on(
     trial: Trial,
+    task: Task,
     make: Callable[[], Any],
     *,
     steps: int,
     lr: float | None = None,
-    length: int = 128,
     watch: Watch | None = None,
     **regime: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """Train a miniature's arm on the standard library's source and take its figures.
+    """Train a miniature's arm on a task and take its figures.
 
     Args:
         trial: whose checkpoints are kept while it runs.
+        task: of next tokens.
         make: builds the model, from torch's random state as the trial's seed has set it.
         steps: of a whole run; two fifths of them where a learning rate is tried, four where all
             is quick.
         lr: the learning rate; None is the trial's tuned point.
-        length: of the windows.
         watch: as in `train`.
         regime: further fields of `Regime`.
 
     Returns:
-        The model, and by metric: loss (test split, nats for each byte), validation (at the end),
+        The model, and by metric: loss (test split, nats for each token), validation (at the end),
         parameters, cache (numbers kept for each token, mean of the layers), curve.
     """
-    task = standard_library(length, held=16 if trial.quick else 512)
     if trial.tuning:
         steps = steps * 2 // 5
     chosen = Regime(
@@ -127,6 +127,14 @@ def trained_on_bytes(
         "cache": sum(caches) / len(caches),
         "curve": done.curve,
     }
+
+
+def trained_on_bytes(
+    trial: Trial, make: Callable[[], Any], *, steps: int, length: int = 128, **more: Any
+) -> tuple[Any, dict[str, Any]]:
+    """As `trained_on`, on windows of so many bytes of the standard library's source."""
+    task = standard_library(length, held=16 if trial.quick else 512)
+    return trained_on(trial, task, make, steps=steps, **more)
 
 
 def learnt(arm: str) -> Check:

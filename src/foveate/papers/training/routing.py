@@ -94,6 +94,7 @@ class RoutingWatch:
                 hook.remove()
         probs = [seen[r].probs.flatten(0, -2).double().cpu()[self.real] for r in routers]
         chosen = [seen[r].chosen.flatten(0, -2).cpu()[self.real] for r in routers]
+        weights = [seen[r].weights.flatten(0, -2).cpu()[self.real] for r in routers]
         own = [entropy(p).mean().item() for p in probs]
         figures = {
             "routing_entropy": fmean(own),
@@ -102,7 +103,7 @@ class RoutingWatch:
             ),
             "load_unevenness": fmean(unevenness(c) for c in chosen),
         }
-        best = torch.stack([p.argmax(-1) for p in probs])
+        best = torch.stack([w.argmax(-1) for w in weights])
         return figures, {"best": best, "chosen": torch.stack(chosen)}
 
     def to_the_end(self) -> dict[int, Fluctuation]:
