@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from foveate import attention, blocks, causal, documents, sinks, window
+from foveate import Layout, attention, blocks, causal, documents, sinks, window
 from foveate.ops.errors import InputError
 
 BACKENDS = ("auto", "reference", "blocks", "cpu")
@@ -120,3 +120,35 @@ def test_packed_documents_of_many_lengths_are_their_own_sequences():
     for low, high in itertools.pairwise(ends.tolist()):
         part = [x[:, :, low:high] for x in (q, k, v)]
         torch.testing.assert_close(got[:, :, low:high], attention(*part, causal()).out)
+
+
+@pytest.mark.parametrize("q_len", [1, 40])
+@pytest.mark.parametrize("backend", ["cpu", "blocks"])
+def test_offsets_beyond_32_bits(backend, q_len):
+    """Few tiles of a cache of 2^31 numbers; its other pages are never touched, so never had."""
+    length, dim, tile = 2**25, 72, 64
+    try:
+        k, v = (torch.empty(1, 1, length, dim, dtype=torch.bfloat16) for _ in range(2))
+    except RuntimeError:
+        pytest.skip("2 x 5 GB can't be reserved here")
+    seen = [0, length // tile // 2, length // tile - 1]
+    rows = torch.cat([torch.arange(t * tile, (t + 1) * tile) for t in seen])
+    for x in (k, v):
+        x[:, :, rows] = torch.randn(1, 1, len(rows), dim).to(x.dtype)
+    q = torch.randn(1, 2, q_len, dim).to(k.dtype)
+    layout = Layout(
+        q_len, length, tile, tile, torch.tensor([[[0, 3]]]),
+        torch.tensor(seen, dtype=torch.int32), torch.zeros(3, dtype=torch.int32),
+        torch.zeros(0, tile, tile // 8, dtype=torch.uint8),
+    )  # fmt: skip
+    found = attention(q, k, v, layout=layout, backend=backend)
+    want = attention(q, k[:, :, rows], v[:, :, rows], backend=backend)
+    torch.testing.assert_close(found.out, want.out)
+    torch.testing.assert_close(found.lse, want.lse)
+
+
+def test_pairs_are_counted_at_any_length():
+    n = 2**17 + 5
+    assert causal().pairs(n, n) == n * (n + 1) // 2
+    assert (causal() & window(99, 0)).pairs(n, n) == 100 * n - 99 * 100 // 2
+    assert causal().pairs(3, 2**20 + 5) == 3 * (2**20 + 4)

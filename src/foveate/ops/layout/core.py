@@ -253,7 +253,8 @@ class Layout:
                 table = torch.cat((pairs.new_tensor([size]), bitset.count(self.bits)))
                 pairs.index_add_(0, group[fast], table[self.kinds[fast].long()])
                 area.index_add_(0, group[fast], torch.full_like(group[fast], size))
-            for part in every[~fast].split(4096):
+            some = max(1, 2**24 // (self.q_tile * self.kv_tile))
+            for part in every[~fast].split(some):
                 pairs.index_add_(0, group[part], self.entry_mask(part).sum((1, 2)))
                 real = (self.entry_queries(part) >= 0).sum(1) * (self.entry_keys(part) >= 0).sum(1)
                 area.index_add_(0, group[part], real)

@@ -173,7 +173,9 @@ class Mask:
         """
         from foveate.ops.layout.build import layout_of_mask
 
-        layout = layout_of_mask(self, q_len, kv_len, 64, None, None, None)
+        # (length / tile) ** 2 tiles are looked at, and length * tile pairs one by one.
+        tile = max(64, (1 << max(q_len, kv_len).bit_length()) // 8192)
+        layout = layout_of_mask(self, q_len, kv_len, tile, None, None, None)
         return int(layout.pairs_by_group().sum())
 
 
