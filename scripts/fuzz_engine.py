@@ -91,7 +91,13 @@ def build(given: argparse.Namespace) -> str:
         [*compiler, "-x", "c", "-O2", "-shared", "-fPIC", str(source), "-o", str(recorder)],
         check=True,
     )
-    made.compile_engine(given.folder / "engine.so", TRACE if given.plain else (*CHECKS, *TRACE))
+    flags = TRACE if given.plain else (*CHECKS, *TRACE)
+    sources = [path.read_bytes() for path in sorted((ROOT / made.SOURCES).iterdir())]
+    what = repr((compiler, flags, sorted(made.levels()))).encode() + b"".join(sources)
+    digest, known = hashlib.sha256(what).hexdigest(), given.folder / "engine.digest"
+    if not known.exists() or known.read_text() != digest:
+        made.compile_engine(given.folder / "engine.so", flags)
+        known.write_text(digest)
     if given.plain:
         return str(recorder)
     asan = subprocess.run(

@@ -1,4 +1,4 @@
-"""The coverage-guided fuzzer itself: it builds, finds its way into the engine, and tells failures."""
+"""The coverage-guided fuzzer itself: it builds, finds its way, and its inputs can be replayed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 
-def test_it_finds_its_way_and_keeps_what_fails(tmp_path: Path) -> None:
+def test_it_finds_its_way_and_replays_what_it_kept(tmp_path: Path) -> None:
     def run(*more: str) -> subprocess.CompletedProcess[str]:
         call = [sys.executable, str(SCRIPT), "--plain", "--isa", "portable"]
         call += ["--folder", str(tmp_path), *more]

@@ -122,6 +122,7 @@ def test_packed_documents_of_many_lengths_are_their_own_sequences():
         torch.testing.assert_close(got[:, :, low:high], attention(*part, causal()).out)
 
 
+@pytest.mark.plain_empty
 @pytest.mark.parametrize("q_len", [1, 40])
 @pytest.mark.parametrize("backend", ["cpu", "blocks"])
 def test_offsets_beyond_32_bits(backend, q_len):
