@@ -71,7 +71,7 @@ def index(
     length: Annotated[int | None, typer.Option(help="Most sub-words of a passage: 256.")] = None,
     words: Annotated[int, typer.Option(help="Most words of a passage of a text file.")] = 120,
     judged: Annotated[
-        str | None, typer.Option(help="Folder with judged questions to train on, too.")
+        str | None, typer.Option(help="Folder whose judged train questions are learnt from, too.")
     ] = None,
     steps: Annotated[int, typer.Option(help="Of each stage of the training.")] = 1000,
     batch: Annotated[int, typer.Option(help="Triples of a step.")] = 32,
@@ -97,6 +97,9 @@ def index(
     are the questions, the encoder's own word-by-word scores and BM25 the teacher), then all of them
     are encoded. Stopped at any moment, the same command goes on; later it adds what is new or was
     changed. Readers always see a whole index.
+
+    Don't measure what was learnt with --judged on questions like those: in SciFact, 196 of the 300
+    test claims ask for an abstract that a train claim asks for, often in the same words, negated.
     """
     from foveate.compare.options import parse_device
 
