@@ -7,7 +7,8 @@ Inputs are bytes that hypothesis reads as one call with its layout (`tests/ops/c
 checked against attention in float64, forward and backward (`tests/ops/test_cpu_engine_fuzz.py`), on
 an engine that is built with AddressSanitizer and UndefinedBehaviorSanitizer and tells which edges
 of its code ran. An input that reaches a new edge, or one more often than any before, is kept and
-mutated further. Kept inputs stay in --folder, so the next run goes on from them.
+mutated further. Kept inputs stay in --folder, so the next run goes on from them; failing ones stay
+in failures/ until they are taken away, and as long as there are any the exit status is 1.
 
 It takes g++ (any that knows -fsanitize-coverage=trace-pc) on Linux, and the test requirements.
 """
@@ -59,14 +60,15 @@ def main() -> int:
         return replay(given) if given.replay else fuzz(given)
     given.folder.mkdir(parents=True, exist_ok=True)
     preload = build(given)
-    began, code = time.monotonic(), 1
+    began, code, running = time.monotonic(), 1, given.folder / "running"
     while code and (left := given.minutes - (time.monotonic() - began) / 60) > 0:
+        running.unlink(missing_ok=True)
         call = [sys.executable, *sys.argv, "--inside", "--minutes", str(left)]
         code = subprocess.run(call, env=environment(given, preload)).returncode
-        if given.replay or code == 130:
+        if given.replay or code == 130 or (code and not running.exists()):
             return code
         if code:  # a sanitizer's report or a crash: kept, and on with other mutations
-            keep(given.folder / "failures", (given.folder / "running").read_bytes())
+            keep(given.folder / "failures", running.read_bytes())
             sys.argv += ["--seed", str(random.randrange(1 << 30))]
     failures = list((given.folder / "failures").glob("*"))
     print(f"{len(failures)} failing inputs in {given.folder / 'failures'}")
@@ -93,6 +95,7 @@ def build(given: argparse.Namespace) -> str:
     )
     flags = TRACE if given.plain else (*CHECKS, *TRACE)
     sources = [path.read_bytes() for path in sorted((ROOT / made.SOURCES).iterdir())]
+    sources.append((ROOT / "setup.py").read_bytes())
     what = repr((compiler, flags, sorted(made.levels()))).encode() + b"".join(sources)
     digest, known = hashlib.sha256(what).hexdigest(), given.folder / "engine.digest"
     if not known.exists() or known.read_text() != digest:
@@ -123,20 +126,17 @@ class Target:
     """The checked call, and the edges that it runs."""
 
     def __init__(self, isa: str | None) -> None:
-        import torch
         from calls import cases
         from hypothesis import given, settings
         from test_cpu_engine_fuzz import SETS, check
 
         from foveate.ops import cpu
 
-        torch.set_num_threads(1)
         self.sets, self.use = [isa] if isa else SETS, cpu.use
 
         @settings(database=None, deadline=None)
         @given(case=cases())
         def target(case: Any) -> None:
-            torch.manual_seed(0)
             check(case)
 
         self.run = target.hypothesis.fuzz_one_input
@@ -153,7 +153,7 @@ class Target:
 
 
 def fuzz(given: argparse.Namespace) -> int:
-    """Mutate kept inputs until time is up; 1 where one fails."""
+    """Mutate kept inputs until time is up, 0, or somebody stops it, 130."""
     target, dice = Target(given.isa), random.Random(given.seed)
     corpus, seen, runs, calls = [], set(), 0, 0
     folder, running = given.folder / "corpus", given.folder / "running"

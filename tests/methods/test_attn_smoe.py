@@ -421,20 +421,18 @@ def test_stable_moe_learns_its_own_choice_and_then_keeps_to_it():
     scores = StableScores(D, E, vocab, width=7, first=0.25).double()
     router = Router(D, E, 2, renormalize=True, scores=scores)
     u, ids = tokens(), torch.randint(-1, vocab, (B, L))
-    real = torch.rand(B, L) > 0.3
-    around = Around(Context(ids=ids), real=real)
+    around = Around(Context(ids=ids))
     own = torch.zeros(B, L, E).bool().scatter(-1, (u @ scores.weight.T).topk(2).indices, True)
-    x = scores.words.weight[torch.where(ids < 0, vocab, ids)]
+    x = scores.words.weight[ids + 1]
     light = (x @ scores.light.T).log_softmax(-1)
     learnt = torch.zeros(B, L, E).bool().scatter(-1, light.topk(2).indices, True)
     assert not torch.equal(own, learnt)
 
     routed = router(u, around)  # first it chooses by u, and another learns to
     assert torch.equal(routed.chosen, own)
-    torch.testing.assert_close(
-        routed.choice_loss, -light[own & real[..., None]].sum() / 2 / real.sum()
-    )
-    grads = torch.autograd.grad(routed.choice_loss, list(scores.parameters()), allow_unused=True)
+    torch.testing.assert_close(routed.choice_losses, -(light * own).sum(-1) / 2)
+    losses = routed.choice_losses.sum()
+    grads = torch.autograd.grad(losses, list(scores.parameters()), allow_unused=True)
     assert [name for (name, _), g in zip(scores.named_parameters(), grads) if g is not None] == [
         "light", "words.weight",
     ]  # fmt: skip
@@ -444,14 +442,17 @@ def test_stable_moe_learns_its_own_choice_and_then_keeps_to_it():
         router.train(moved == "stage")
         routed = router(u, around)
         assert torch.equal(routed.chosen, learnt)
-        assert routed.choice_loss is None
-        assert not routed.spread.requires_grad
+        assert routed.choice_losses is None
+        assert routed.frozen
         weights = (u @ scores.weight.T).softmax(-1) * learnt  # which still weighs, and is trained
         torch.testing.assert_close(routed.weights, weights / weights.sum(-1, keepdim=True))
+        scores.weight.grad = None
         routed.weights.square().sum().backward()
         assert scores.weight.grad.abs().sum() > 0
         assert scores.light.grad is None
         assert scores.words.weight.grad is None
+        trained = [p is scores.weight for p in scores.parameters() if p.requires_grad]
+        assert trained == ([True] if moved == "stage" else [True, False, False])
     with pytest.raises(InputError, match="ids"):
         router(u)
     with pytest.raises(InputError, match="share"):
@@ -465,10 +466,53 @@ def test_stable_moe_s_light_router_comes_to_choose_as_the_other_does():
     optimizer = torch.optim.Adam(router.scores.parameters(), lr=0.02)
     for _ in range(200):
         ids = torch.randint(0, 30, (4, L))
-        loss = router(words[ids], Around(Context(ids=ids))).choice_loss
+        loss = router(words[ids], Around(Context(ids=ids))).choice_losses.mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     ids = torch.arange(30)[None]
     around = Around(Context(ids=ids))
     assert torch.equal(router(words[ids], around).chosen, router.eval()(words[ids], around).chosen)
+
+
+@pytest.mark.parametrize("how", ["groups", "bias"])
+def test_stable_moe_learns_the_choice_that_is_made(how):
+    torch.manual_seed(0)
+    more = {"groups": 3, "top_groups": 2} if how == "groups" else {}
+    router = Router(D, E, 2, scores=StableScores(D, E, 30), **more).double()
+    if how == "bias":
+        router.bias[:2] = 0.3
+    u, ids = tokens(), torch.randint(0, 30, (B, L))
+    routed = router(u, Around(Context(ids=ids)))
+    plain = (u @ router.scores.weight.T).topk(2).indices
+    assert not torch.equal(routed.chosen, torch.zeros_like(routed.chosen).scatter(-1, plain, True))
+    light = (router.scores.words(ids + 1) @ router.scores.light.T).log_softmax(-1)
+    torch.testing.assert_close(routed.choice_losses, -(light * routed.chosen).sum(-1) / 2)
+
+
+def test_stable_moe_knows_the_ids_that_it_was_made_for_and_far_logits_too():
+    router = Router(D, E, 2, scores=StableScores(D, E, 9)).double().eval()
+    with pytest.raises(InputError, match="knows 9 ids, got 9"):
+        router(tokens(1, 1, D), Around(Context(ids=torch.tensor([[9]]))))
+    with torch.no_grad():
+        router.scores.light.mul_(1e5)  # a softmax of these has many zeros
+    ids = torch.arange(9)[None]
+    wanted = (router.scores.words(ids + 1) @ router.scores.light.T).topk(2).indices
+    found = router(tokens(1, 9, D), Around(Context(ids=ids))).chosen
+    assert torch.equal(found, torch.zeros_like(found).scatter(-1, wanted, True))
+
+
+def test_stable_moe_in_a_mixture_leaves_padding_out_and_balances_until_it_is_frozen():
+    made = Router(D, E, 2, scores=StableScores(D, E, 9)).double()
+    moe = MoE(made, 8, balance=0.1).double()
+    u, ids = tokens(), torch.randint(0, 9, (B, L))
+    real = torch.arange(L) < torch.tensor([[L], [4]])
+    around = Around(Context(ids=ids))
+    aux = moe(u, real, around)[1]
+    losses = made(u, around).choice_losses
+    torch.testing.assert_close(aux["expert_choice_loss"], losses[real].mean())
+    assert "expert_balance_loss" in aux
+    empty = moe(u[:, :0], None, Around(Context(ids=ids[:, :0])))[1]
+    assert empty["expert_choice_loss"] == 0
+    advance(moe, 0.5)
+    assert set(moe(u, real, around)[1]) == {"expert_load"}

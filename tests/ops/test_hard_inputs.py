@@ -148,8 +148,17 @@ def test_offsets_beyond_32_bits(backend, q_len):
     torch.testing.assert_close(found.lse, want.lse)
 
 
-def test_pairs_are_counted_at_any_length():
-    n = 2**17 + 5
-    assert causal().pairs(n, n) == n * (n + 1) // 2
-    assert (causal() & window(99, 0)).pairs(n, n) == 100 * n - 99 * 100 // 2
+def test_pairs_are_counted_at_any_length(monkeypatch):
+    from foveate.ops.layout import build
+
+    tiles, made = [], build.layout_of_mask
+
+    def watched(mask, q_len, kv_len, tile, *more):
+        tiles.append(tile)
+        return made(mask, q_len, kv_len, tile, *more)
+
+    monkeypatch.setattr(build, "layout_of_mask", watched)
+    for n in (77, 2**19 + 5, 2**20 + 5):
+        assert (causal() & window(99, 0)).pairs(n, n) == sum(min(i + 1, 100) for i in range(n))
     assert causal().pairs(3, 2**20 + 5) == 3 * (2**20 + 4)
+    assert tiles == [64, 128, 256, 256]

@@ -16,7 +16,11 @@ from foveate.ops.errors import InputError
 from foveate.parallel.experts import ExpertPart, expert_part, share_gradients, whole_state
 
 RANKS = 3
-ROUTERS = ("top-k", "similarity-smoe", "attention-smoe", "xmoe")
+ROUTERS = ("top-k", "similarity-smoe", "attention-smoe", "xmoe", "stable-moe")
+PADDED = {
+    "top-k": ("expert_balance_loss", "weight"),
+    "stable-moe": ("expert_choice_loss", "scores.words.weight"),
+}
 SIZES = {
     "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
     "moe_layers": [0, 1], "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
@@ -54,7 +58,7 @@ def trained(model, ids, group=None):
         out = model(ids)
         # In float64; the model's own loss is taken in float32.
         loss = functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-        loss = loss + out.aux["expert_balance_loss"]
+        loss = loss + sum(x for name, x in out.aux.items() if name.endswith("_loss"))
         loss.backward()
         if group is not None:
             share_gradients(model, group)
@@ -84,7 +88,10 @@ def on_ranks(place):
             "numbers": sum(p.numel() for p in part.parameters()),
             "state": whole_state(part, group),
         }
-    found["padded"] = balance_of(expert_part(model_of("top-k", False), group), mine)
+    found["padded"] = {
+        router: losses_of(expert_part(model_of(router, False), group), router, mine)
+        for router in PADDED
+    }
     found["idle"] = idle(group)
     found["frozen"] = idle(group, frozen=True)
     found["encoder"] = encoded(expert_part(encoder(), group), mine)
@@ -92,13 +99,14 @@ def on_ranks(place):
     return found
 
 
-def balance_of(model, mine):
-    """The load-balance loss alone, of a padded batch; its gradient on the router."""
+def losses_of(model, router, mine):
+    """A router's own loss alone, of a padded batch; its gradient on who learns from it."""
     ids, mask = padded()
     aux = model.train()(ids[mine], attention_mask=mask[mine]).aux
-    aux["expert_balance_loss"].backward()
-    grad = model.model.layers[0].feedforward.router.weight.grad
-    return aux["expert_balance_loss"].item(), grad, aux["layers.0.expert_load"]
+    name, weight = PADDED[router]
+    aux[name].backward()
+    grad = model.get_parameter(f"model.layers.0.feedforward.router.{weight}").grad
+    return aux[name].item(), grad, aux["layers.0.expert_load"]
 
 
 def idle(group, frozen=False):

@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from foveate.models import FoveateConfig, FoveateForCausalLM
+from foveate.nn import advance
 from foveate.ops import documents
 from foveate.ops.errors import InputError
 from foveate.parallel.context import ContextParallel, run_local, use
@@ -134,14 +135,19 @@ def test_refusals_name_what_cant_run():
 def test_losses_of_routers_are_refused():
     """A load-balance loss is no sum over tokens; without it experts run as on one rank."""
 
-    def made(balance):
+    def made(balance, router="top-k"):
         torch.manual_seed(3)
         config = FoveateConfig(
             vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
             intermediate_size=48, moe_layers=[1], num_experts=4, num_experts_per_tok=2,
-            moe_intermediate_size=16, router_balance=balance,
+            moe_intermediate_size=16, router_balance=balance, router=router,
         )  # fmt: skip
         return FoveateForCausalLM(config)
+
+    def frozen():
+        model = made(0.0, "stable-moe").train()
+        advance(model, 0.5)
+        return model
 
     def on_two(make, **call):
         models = [make() for _ in range(2)]
@@ -155,7 +161,9 @@ def test_losses_of_routers_are_refused():
 
     with pytest.raises(InputError, match="router_balance=0"):
         on_two(lambda: made(0.1).train())
-    for make in (lambda: made(0.1).eval(), lambda: made(0.0).train()):
+    with pytest.raises(InputError, match="learns to choose"):
+        on_two(lambda: made(0.0, "stable-moe").train())
+    for make in (lambda: made(0.1).eval(), lambda: made(0.0).train(), frozen):
         want = make()(input_ids=ids()).logits
         torch.testing.assert_close(on_two(make), want, rtol=1e-4, atol=1e-5)
     with pytest.raises(InputError, match="output_router_logits=False"):

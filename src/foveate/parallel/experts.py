@@ -130,6 +130,15 @@ class ExpertPart(MoE):
         mean = (probs * rows[:, None]).sum(0) * (self.ranks / total)
         return Balance(len(load) * (mean * share).sum(), load)
 
+    @override
+    def mean(self, losses: Tensor, real: Tensor | None) -> Tensor:
+        """Over all ranks' tokens: the mean over ranks of what each returns."""
+        if real is not None:
+            losses = losses[real]
+        count = torch.tensor(len(losses), device=losses.device)
+        distributed.all_reduce(count, group=self.group)
+        return losses.sum() * (self.ranks / max(1, int(count)))
+
 
 class _Exchange(Function):
     """Rows to the ranks that they are for; gradients travel the other way."""

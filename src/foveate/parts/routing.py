@@ -5,7 +5,7 @@
     rbar = relation(u, r, around)   with a relation: averages over related tokens
     the best K of rbar run, on the token's own u
 
-Scores may choose otherwise than by their logits (`Scores.choose`), which then weigh the chosen.
+Scores may choose by other logits (`Scores.choose`); the chosen are weighed by rbar all the same.
 `foveate.nn.Router` puts the parts together. A recipe names them in the catalog.
 """
 
@@ -32,26 +32,24 @@ class Around:
         ctx: mask and positions, over all tokens, those in the cache included; ids of the new ones.
         again: the attention layer's weights; None where no relation asks for them.
         cache: what a relation keeps of earlier tokens; None without a past.
-        real: (B, L) bool, False on padding; None is that all are real.
     """
 
     ctx: Context = field(default_factory=Context)
     again: Again | None = None
     cache: TokenCache | None = None
-    real: Tensor | None = None
 
 
 class Choice(NamedTuple):
-    """By what experts are chosen, where it isn't by their probabilities.
+    """Logits (..., E) of somebody else than who weighs.
 
     Attributes:
-        ranks: (..., E), the highest are chosen.
-        loss: a scalar that trains whoever made them, already weighted; None where they are frozen,
-            and then the load isn't balanced either.
+        logits: (..., E).
+        learning: True: they learn what the weights choose (cross entropy). False: they choose
+            themselves, and are frozen, so that the load can't be balanced any more.
     """
 
-    ranks: Tensor
-    loss: Tensor | None = None
+    logits: Tensor
+    learning: bool
 
 
 class Scores(nn.Module, ABC):
@@ -67,19 +65,19 @@ class Scores(nn.Module, ABC):
     def forward(self, u: Tensor) -> Tensor:
         """From u (..., dim) in fp32 or wider to logits (..., E)."""
 
-    def choose(self, logits: Tensor, u: Tensor, top_k: int, around: Around) -> Choice | None:
-        """Choose by something else than the logits (..., E) that `forward` gave for u (..., dim).
+    def choose(self, u: Tensor, around: Around) -> Choice | None:
+        """Other logits for u (..., dim) to choose by; None where those of `forward` do, as mostly.
 
         Args:
-            logits: of `forward`.
-            u: what they are of.
-            top_k: how many will be chosen.
+            u: as in `forward`.
             around: what else is known of the tokens.
-
-        Returns:
-            None where the logits decide, as mostly.
         """
         return None
+
+    @property
+    def learning(self) -> bool:
+        """Whether `choose` learns now, which adds a loss."""
+        return False
 
     def count(self, top_k: int) -> int:
         """How many experts run for a token now, where top_k were asked for."""

@@ -10,9 +10,9 @@ StableMoE       l = W u; meanwhile a light router lhat = What x, x of the token'
 Chi et al. 2022, arXiv 2204.09179, and Chen et al. 2023, arXiv 2303.01610, as in the code base that
 the paper's language models match: u isn't normalised, P has 8 dimensions, the embeddings e have
 norm 1.5 (which the product doesn't see), and 0.3 is the temperature in the balance loss alone.
-Dai et al. 2022, arXiv 2204.08396: x is an embedding of 50 dimensions of its own, and both W start
-orthogonal with gain 0.1. There one expert runs, weighed by a sigmoid; here K do, weighed as by all
-routers, and the light one learns all K alike.
+Dai et al. 2022, arXiv 2204.08396: x is an embedding of 50 dimensions of its own, normal with
+deviation 1 at first, and both W start orthogonal with gain 0.1. There one expert runs, weighed by a
+sigmoid; here K do, weighed as by all routers, and the light one learns all K alike.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from typing_extensions import override
 
 from foveate.ops.errors import InputError
 from foveate.parts.routing import Around, Choice, Scores
-from foveate.parts.selection import topk_mask
 
 MILLION = 1_000_000
 
@@ -126,7 +125,7 @@ class StableScores(Staged):
         super().__init__()
         self.first = first
         self.weight = nn.Parameter(torch.zeros(experts, dim))
-        # One more for what has no id, as register tokens.
+        # The first is of what has no id, as register tokens.
         self.words = nn.Embedding(vocab + 1, width) if vocab else None
         self.light = nn.Parameter(torch.zeros(experts, width if vocab else dim))
         self.reset_parameters()
@@ -135,38 +134,46 @@ class StableScores(Staged):
         """See the module's text."""
         for weight in (self.weight, self.light):
             nn.init.orthogonal_(weight, gain=0.1)
+        if self.words is not None:
+            nn.init.normal_(self.words.weight)
 
     @override
     def forward(self, u: Tensor) -> Tensor:
         return functional.linear(u, self.weight.to(u.dtype))
 
+    @property
     @override
-    def choose(self, logits: Tensor, u: Tensor, top_k: int, around: Around) -> Choice:
-        light = functional.linear(self._features(u, around), self.light.to(u.dtype))
-        if not self.training or int(self.done) >= self.first * MILLION:
-            return Choice(light.detach().softmax(-1))
-        wanted = topk_mask(logits.detach(), top_k)
-        loss = -(light.log_softmax(-1) * wanted).sum(-1) / top_k
-        if around.real is None:
-            mean = loss.mean()
-        else:
-            real = around.real.reshape(loss.shape)
-            mean = (loss * real).sum() / real.sum().clamp_min(1)
-        return Choice(logits.softmax(-1), mean)
+    def learning(self) -> bool:
+        return self.training and int(self.done) < self.first * MILLION
 
-    def _features(self, u: Tensor, around: Around) -> Tensor:
-        if self.words is None:
-            return u.detach()
-        ids = around.ctx.ids
-        if ids is None or ids.numel() != u[..., 0].numel():
+    @override
+    def advance(self, share: float) -> None:
+        super().advance(share)
+        # Frozen by more than a missing gradient, which code for many ranks fills with zeros.
+        for weight in (self.light, *(() if self.words is None else (self.words.weight,))):
+            weight.requires_grad_(share < self.first)
+
+    @override
+    def choose(self, u: Tensor, around: Around) -> Choice:
+        x = u.detach() if self.words is None else self._words(u, around)
+        return Choice(functional.linear(x, self.light.to(u.dtype)), self.learning)
+
+    def _words(self, u: Tensor, around: Around) -> Tensor:
+        assert self.words is not None
+        ids, count = around.ctx.ids, u[..., 0].numel()
+        if ids is None or ids.numel() != count:
             raise InputError(
-                "stable-moe routes by the tokens' ids: expected ctx.ids with one for each of "
-                f"{u[..., 0].numel()} tokens, got {None if ids is None else tuple(ids.shape)}; "
-                "give the model input_ids, not inputs_embeds."
+                f"stable-moe routes by the tokens' ids: expected ctx.ids with one for each of "
+                f"{count} tokens, got {None if ids is None else tuple(ids.shape)}; give the model "
+                "input_ids, not inputs_embeds."
             )
-        ids = ids.reshape(u.shape[:-1])
-        last = self.words.num_embeddings - 1
-        return self.words(torch.where(ids < 0, last, ids)).to(u.dtype)
+        known = self.words.num_embeddings - 1
+        if ids.device.type == "cpu" and ids.numel() and int(ids.max()) >= known:
+            raise InputError(
+                f"stable-moe knows {known} ids, got {int(ids.max())}; its router was made for the "
+                "vocabulary of the config, and isn't resized with the model's embeddings."
+            )
+        return self.words(ids.reshape(u.shape[:-1]).clamp_min(-1) + 1).to(u.dtype)
 
     @override
     def extra_repr(self) -> str:

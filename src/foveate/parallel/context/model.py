@@ -35,6 +35,7 @@ from foveate.ops import AttentionOutput, Mask, causal, documents
 from foveate.ops.errors import InputError
 from foveate.parallel.context.attend import ContextParallel, Sequence
 from foveate.parts import Attention, Context, Pattern
+from foveate.parts.routing import Scores
 
 # What a layer's own mask may be made of: rules of distance, which hold for any order of tokens.
 _BY_DISTANCE = re.compile(r"(causal\(\)|window\(-?\d+, -?\d+\)|[()&|~ ])*")
@@ -213,6 +214,12 @@ class Use:
                 "Context parallelism can't train a router's load-balance loss: it looks at all "
                 "tokens of a batch, and a rank holds some of them. Set "
                 f"{'router_balance=0' if balanced else 'output_router_logits=False'}."
+            )
+        if any(isinstance(m, Scores) and m.learning for m in model.modules()):
+            raise InputError(
+                "Context parallelism can't train a router that learns to choose (stable-moe in "
+                "its first stage): its loss is a mean over all tokens of a batch, and a rank holds "
+                "some of them. Begin with data parallelism, or use router='top-k'."
             )
 
     def _labelled(self, labels: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
