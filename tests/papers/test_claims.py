@@ -12,8 +12,9 @@ from foveate import papers
 from foveate.cli import claims, main
 from foveate.ops.errors import InputError
 from foveate.papers.harness import at_least
-from foveate.papers.harness.overview import NO_MINIATURE, NOT_RUN, met, place, rows, summary
+from foveate.papers.harness.overview import NO_MINIATURE, NOT_RUN, met, rows, summary, took
 from foveate.papers.harness.run import Run
+from foveate.papers.harness.table import duration, place
 
 ROOT = Path(foveate.__file__).resolve().parents[2]
 
@@ -53,8 +54,8 @@ def test_every_paper_has_a_row_with_claim_figures_and_place(made, kept, capsys):
     ]
     assert (met(toy), toy["seeds"]) == ("2 of 2", [0, 1, 2])
     assert toy["seconds"] >= 0
-    assert place(toy).endswith(f"torch {toy['environment']['torch']}")
-    assert (met(found["bare"]), place(found["bare"])) == ("", "")
+    assert took(toy).endswith(f"torch {toy['environment']['torch']}")
+    assert (met(found["bare"]), took(found["bare"])) == ("", "")
 
 
 def test_people_see_a_table_and_the_counts(made, kept, capsys):
@@ -62,6 +63,16 @@ def test_people_see_a_table_and_the_counts(made, kept, capsys):
     out = capsys.readouterr().out
     assert out.index("bare") < out.index("other") < out.index("toy")
     assert "Of 3 papers: 1 hold, 0 refuted, 0 inconclusive, 1 not run yet, 1 without" in out
+
+
+def test_times_and_places_are_told_in_words():
+    where = {"processor": "EPYC", "threads": 1, "torch": "2.13", "device": "cpu"}
+    assert place(where) == "EPYC, 1 thread, torch 2.13"
+    there = where | {"threads": 2, "device": "NVIDIA H200"}
+    assert place(there) == "NVIDIA H200, EPYC, 2 threads, torch 2.13"
+    assert [duration(s) for s in (0.2, 1, 28, 95, 3780)] == [
+        "0 seconds", "1 second", "28 seconds", "2 minutes", "63 minutes",
+    ]  # fmt: skip
 
 
 def test_a_miniature_that_changed_since_is_told(made, kept, capsys):

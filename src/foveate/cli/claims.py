@@ -68,23 +68,16 @@ def _kept(results: str | None) -> dict[str, dict[str, Any]]:
 
 def _print(found: list[dict[str, Any]]) -> None:
     table = Table(box=None, pad_edge=False)
-    for name in ("paper", "verdict", "conditions", "ours", "minutes", "environment", "claim"):
-        table.add_column(
-            name,
-            justify="right" if name == "minutes" else "left",
-            overflow="fold",
-            no_wrap=name == "paper",
-        )
+    for name in ("paper", "verdict", "conditions", "ours", "took", "claim"):
+        table.add_column(name, overflow="fold", no_wrap=name == "paper")
     for row in found:
         word = row["verdict"]
-        seconds = row["seconds"]
         table.add_row(
             Text(row["key"], style="bold"),
             Text(word, style=_STYLE.get(word, "dim")),
             overview.met(row),
             Text(row["ours"] or ""),
-            "" if seconds is None else f"{seconds / 60:.0f}",
-            overview.place(row),
+            overview.took(row),
             Text(row["claim"] or ""),
         )
     screen = console()

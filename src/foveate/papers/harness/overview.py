@@ -12,7 +12,7 @@ from typing import Any
 
 from foveate.papers.harness.paper import Paper
 from foveate.papers.harness.statistics import Verdict
-from foveate.papers.harness.table import judged_again
+from foveate.papers.harness.table import duration, judged_again, place
 from foveate.papers.harness.verdict import Outcome
 
 NOT_RUN = "not run yet"
@@ -94,15 +94,10 @@ def met(row: dict[str, Any]) -> str:
     return f"{held} of {len(checks)}" if checks else ""
 
 
-def place(row: dict[str, Any]) -> str:
-    """Where a row's figures come from, in a few words; empty if it wasn't run."""
+def took(row: dict[str, Any]) -> str:
+    """How long a row's run took and where, in a few words; empty if it wasn't run."""
     where = row["environment"]
-    if where is None:
-        return ""
-    threads = where["threads"]
-    plural = "thread" if threads == 1 else "threads"
-    device = "" if where.get("device", "cpu") == "cpu" else f"{where['device']}, "
-    return f"{device}{where['processor']}, {threads} {plural}, torch {where['torch']}"
+    return "" if where is None else f"{duration(row['seconds'])} on {place(where)}"
 
 
 def summary(found: list[dict[str, Any]]) -> str:

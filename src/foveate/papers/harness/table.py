@@ -115,15 +115,28 @@ def _arms(verdict: dict[str, Any]) -> list[str]:
 def _circumstances(verdict: dict[str, Any]) -> str:
     where = verdict["environment"]
     said = (
-        f"**{verdict['verdict']}**, seeds {', '.join(map(str, verdict['seeds']))}, "
-        f"{verdict['seconds'] / 60:.0f} minutes on {where['threads']} threads of "
-        f"{where['processor']}; torch {where['torch']}, Python {where['python']}; "
+        f"**{verdict['verdict']}**, seeds {', '.join(map(str, verdict['seeds']))}; "
+        f"{duration(verdict['seconds'])} on {place(where)}, Python {where['python']}; "
         f"data: {where['data']}."
     )
     for name, points in where.get("tuned", {}).items():
         tuned = ", ".join(f"{arm} {point}" for arm, point in points.items())
         said += f" Tuned {name}: {tuned}."
     return said
+
+
+def place(where: dict[str, Any]) -> str:
+    """An environment in a few words: device, processor, threads, torch."""
+    threads = where["threads"]
+    plural = "thread" if threads == 1 else "threads"
+    device = "" if where.get("device", "cpu") == "cpu" else f"{where['device']}, "
+    return f"{device}{where['processor']}, {threads} {plural}, torch {where['torch']}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words, such as "28 seconds" or "12 minutes"."""
+    count, unit = (seconds, "second") if seconds < 90 else (seconds / 60, "minute")
+    return f"{count:.0f} {unit}" + ("" if f"{count:.0f}" == "1" else "s")
 
 
 def _cell(text: str) -> str:
