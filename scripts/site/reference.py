@@ -27,7 +27,26 @@ MODULES = {
     "adopt": ("Models of transformers", ("foveate.hf",)),
     "models": ("Models", ("foveate.models",)),
     "contracts": ("Contracts", ("foveate.parts", "foveate.methods")),
-    "parallel": ("Many ranks", ("foveate.parallel.context", "foveate.parallel.disaggregate")),
+    "parallel": (
+        "Many ranks",
+        (
+            "foveate.parallel.context",
+            "foveate.parallel.disaggregate",
+            "foveate.parallel.latent",
+            "foveate.parallel.experts",
+            "foveate.parallel.spawn",
+        ),
+    ),
+    "lens": (
+        "Looking into models",
+        (
+            "foveate.lens.circuits_job",
+            "foveate.lens.reading",
+            "foveate.lens.interventions",
+            "foveate.lens.ocr",
+        ),
+    ),
+    "search": ("Searching", ("foveate.retrieve.index",)),
     "catalog": ("The catalog", ("foveate.catalog",)),
     "claims": ("Miniatures", ("foveate.papers.harness",)),
     "errors": ("Errors", ("foveate.ops.errors",)),
@@ -72,7 +91,7 @@ def documented(module: ModuleType, page: str) -> list[str]:
     found = []
     for name in names:
         value: Any = getattr(module, name)
-        if inspect.isclass(value) or inspect.isfunction(value):
+        if not name.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value)):
             found.append(f"{value.__module__}.{value.__qualname__}")
     return found
 
