@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -22,9 +24,16 @@ import method_use  # noqa: E402
 import pictures  # noqa: E402
 import reference  # noqa: E402
 import shared  # noqa: E402
+import typer  # noqa: E402
+
+from foveate.cli import main  # noqa: E402
+from foveate.cli.app import build  # noqa: E402
+from foveate.ops.errors import InputError  # noqa: E402
 
 sys.path.pop(0)
 KEPT = kept_verdicts(ROOT / "benchmarks" / "results" / "claims")
+FLAGS = re.MULTILINE | re.DOTALL
+TRAINED = [row for row in catalog.rows() if "train" in row.jobs]
 ROWS = pytest.mark.parametrize("row", catalog.rows(), ids=catalog.keys())
 
 
@@ -32,15 +41,18 @@ ROWS = pytest.mark.parametrize("row", catalog.rows(), ids=catalog.keys())
 def test_page_of_a_method_is_whole(row):
     text = method_pages.page(row, KEPT, None)
     headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
-    for heading in ("Definition", "Use it", "What it can do", "What its paper claims"):
+    for heading in ("Definition", "Use it", "What it can do", "What is claimed"):
         assert heading in headings
     for field, label in method_pages.CAPABILITIES.items():
         can = getattr(row.capabilities, field)
         assert f"| {label} | {'yes' if can.works else '**no**'} |" in text
     for paper in row.papers:
         assert paper.url in text
+    assert "see the module's text" not in text
     if row.sheet in KEPT:
         assert f"**{KEPT[row.sheet]['verdict']}**, seeds" in text
+        borrowed = f"the claim of the paper `{row.sheet}`, among whose methods" in text
+        assert borrowed == (row.key != row.sheet)
     elif row.sheet in papers.available():
         assert f"Not run yet: `foveate reproduce {row.sheet}`" in text
 
@@ -50,14 +62,40 @@ def test_hyper_parameters_are_explained(row):
     lines = method_pages.hyper_parameters(row.load()).splitlines()[2:]
     unexplained = [line for line in lines if line.endswith("|  |")]
     assert not unexplained
+    assert not re.search(r"\| see `[A-Z]\w+`\. \|$", "\n".join(lines), re.MULTILINE)
 
 
 @ROWS
 def test_python_of_a_page_runs_and_shows_a_use(row):
     code = method_use.snippet(row)
-    if row.kind in ("mixer", "pooler", "projection"):
+    if row.kind in ("mixer", "pooler", "router") or "train" in row.jobs:
         assert "make(" not in code
     assert f'"{row.key}' in code
+
+
+@ROWS
+def test_commands_of_a_page_are_known(row):
+    app = typer.main.get_command(build())
+    for block in re.findall(r"^```sh\n(.*?)^```", "\n\n".join(method_use.use(row)), FLAGS):
+        _, name, *args = shlex.split(block)
+        assert app.commands[name].make_context(name, args)
+    for command in re.findall(r"reached from .*`foveate (\w+)`", "\n".join(method_use.use(row))):
+        assert command in app.commands
+
+
+@pytest.mark.parametrize("row", TRAINED, ids=[row.key for row in TRAINED])
+def test_train_command_of_a_page_makes_a_model_with_it(row, monkeypatch):
+    job = pytest.importorskip("foveate.papers.training.job")
+    built = []
+
+    def stop(made, tell, say):
+        built.append(job._model(made).config)
+        raise InputError("enough")
+
+    monkeypatch.setattr(job, "run", stop)
+    options = shlex.split(method_use.composition(row))
+    main(["train", *options, "--layers", "2", "--dim", "64", "--heads", "4"])
+    assert row.key in str(built[0].to_dict())
 
 
 def test_patterns_have_pictures():
@@ -118,6 +156,29 @@ def test_shared_texts_are_found_and_their_links_moved():
     assert set(shown) <= set(shared.PICTURES)
     guide = shared.filled("--8<-- README.md: Check a claim", "guides/reader.md")
     assert "[docs/claims.md](../claims.md)" in guide
+
+
+def test_every_part_of_the_readme_is_in_the_site():
+    told = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").rglob("*.md"))
+    headings = re.findall(
+        r"^## (.*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    shown = [name for name in headings if f"--8<-- README.md: {name}\n" in told + "\n"]
+    assert [name for name in headings if name not in shown] == ["Methods", "Read on", "Develop"]
+
+
+def test_names_in_the_readme_are_in_the_reference():
+    text = "\n".join(reference.pages().values())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = []
+    for path in set(re.findall(r"`(foveate(?:\.\w+)+)", readme)):
+        module, _, name = path.rpartition(".")
+        value = getattr(importlib.import_module(module), name)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            missing += [path] * (
+                f"::: {value.__module__}.{value.__qualname__}\n" not in text + "\n"
+            )
+    assert not missing
 
 
 def test_shared_texts_that_are_not_there_are_refused():

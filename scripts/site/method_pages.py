@@ -69,7 +69,7 @@ def page(row: Row, kept: dict[str, dict[str, Any]], caption: str | None) -> str:
     if fields:
         parts += ["## Hyper-parameters", fields]
     parts += ["## What it can do", _capabilities(row)]
-    parts += ["## What its paper claims", *_claim(row, kept)]
+    parts += ["## What is claimed", *_claim(row, kept)]
     if row.papers:
         lines = (f"- [{paper.title}]({paper.url}). {paper.authors}." for paper in row.papers)
         parts += ["## Papers", "\n".join(lines)]
@@ -83,8 +83,8 @@ def _definition(method: type) -> Iterator[str]:
     if "\n\n" in module:
         yield prose(module)
     for part in sections(method):
-        if part.kind is DocstringSectionKind.text:
-            yield prose(part.value)
+        if part.kind is DocstringSectionKind.text:  # the module's text stands above it here
+            yield prose(part.value.replace("; see the module's text.", "."))
     yield f"`{method.__module__}.{method.__name__}`"
 
 
@@ -122,13 +122,7 @@ def hyper_parameters(method: type) -> str:
 
     What a field means is told by the class, or by the one that it extends.
     """
-    told: dict[str, str] = {}
-    for owner in reversed(method.__mro__):
-        for part in sections(owner) if owner.__doc__ else ():
-            if part.kind is DocstringSectionKind.attributes:
-                for one in part.value:
-                    names = f"{one.name} {one.annotation}" if one.name.endswith(",") else one.name
-                    told |= {name.strip(): one.description for name in names.split(",")}
+    told = _attributes(method)
     lines = ["| name | default | meaning |", "| --- | --- | --- |"]
     for field in dataclasses.fields(method):
         if not field.init:
@@ -143,6 +137,26 @@ def hyper_parameters(method: type) -> str:
         said = cell(prose(" ".join(said.split())))
         lines.append(f"| `{field.name}` | `{cell(repr(default))}` | {said} |")
     return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _attributes(owner: type) -> dict[str, str]:
+    """What a class and those that it extends say of each attribute.
+
+    What is told by another class of the module ("see `Form`") is looked up there.
+    """
+    told: dict[str, str] = {}
+    for one in reversed(owner.__mro__):
+        for part in sections(one) if one.__doc__ else ():
+            if part.kind is DocstringSectionKind.attributes:
+                for said in part.value:
+                    both = f"{said.name} {said.annotation}"
+                    names = both if said.name.endswith(",") else said.name
+                    told |= {name.strip(): said.description for name in names.split(",")}
+    for name, text in told.items():
+        if seen := re.fullmatch(r"see `(\w+)`\.", text):
+            other = getattr(sys.modules[owner.__module__], seen[1])
+            told[name] = _attributes(other)[name]
+    return told
 
 
 def cell(text: str) -> str:
@@ -167,6 +181,8 @@ def _claim(row: Row, kept: dict[str, dict[str, Any]]) -> Iterator[str]:
     elif row.sheet not in papers.available():
         yield "Its miniature isn't written yet, so nothing has been tested."
     else:
+        if row.key != row.sheet:
+            yield f"This is the claim of the paper `{row.sheet}`, among whose methods it is."
         verdict = kept.get(row.sheet)
         yield section(papers.load(row.sheet), verdict).strip()
         again = "" if verdict is None else f"Run it again: `foveate reproduce {row.sheet}`. "
@@ -180,7 +196,8 @@ def verdict_of(row: Row, kept: dict[str, dict[str, Any]]) -> str:
     if row.sheet not in papers.available():
         return "no miniature yet"
     verdict = kept.get(row.sheet)
-    return "not run yet" if verdict is None else str(verdict["verdict"])
+    word = "not run yet" if verdict is None else str(verdict["verdict"])
+    return word if row.key == row.sheet else f"{word} ({row.sheet})"
 
 
 # -- the list --------------------------------------------------------------------------------------
@@ -189,7 +206,8 @@ def index(kept: dict[str, dict[str, Any]]) -> str:
     parts = [
         "# Methods",
         "Each is the one that its paper defines. What a method can't do it refuses with a reason, "
-        "told on its page. The verdict is on what the paper claims: [all claims](../claims.md). "
+        "told on its page. The verdict is on what its paper claims; where brackets name a paper, "
+        "on the claim of that one, among whose methods it is: [all claims](../claims.md). "
         "The same list in a terminal: `foveate methods`.",
     ]
     for title, rows in by_kind():

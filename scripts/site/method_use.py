@@ -7,6 +7,7 @@ and the first that runs is shown. So a page never shows a line that fails.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import cache
 
 import torch
@@ -24,7 +25,16 @@ y, _, _ = layer(torch.randn(2, 128, 64){mask})
 MODEL = """
 from foveate.models import FoveateConfig, FoveateForCausalLM
 
-config = FoveateConfig(hidden_size=64, num_hidden_layers=2, mixer="{spec}")
+config = FoveateConfig(hidden_size=64, num_hidden_layers=2, {part}="{spec}")
+model = FoveateForCausalLM(config)
+"""
+EXPERTS = """
+from foveate.models import FoveateConfig, FoveateForCausalLM
+
+config = FoveateConfig(
+    hidden_size=64, num_hidden_layers=2, moe_layers=[0, 1], num_experts=8,
+    num_experts_per_tok=2, moe_intermediate_size=64, router="{spec}",
+)
 model = FoveateForCausalLM(config)
 """
 ENCODER = """
@@ -41,6 +51,16 @@ method = make("{spec}")
 ADOPT = """
 used = foveate.use(model, "{spec}")
 """
+# What must be said of a method before it builds: in a new model nothing has been fitted.
+SPECS = {"echoatt": "echoatt(followers=[1])"}
+# Jobs that the parts of "Use it" show; what else a row names is listed.
+SHOWN = {
+    "Attention", "FoveateConfig(router=...)", "FoveateEncoderConfig(pooling=...)", "compare", "fit",
+    "train", "use",
+}  # fmt: skip
+IN_PYTHON = {
+    "DiT": "foveate.models.DiT", "foveate.lens": "foveate.lens", "models": "foveate.models"
+}  # fmt: skip
 
 
 def use(row: Row) -> Iterator[str]:
@@ -58,12 +78,20 @@ def use(row: Row) -> Iterator[str]:
     yield "In Python:"
     yield fence("python", snippet(row))
     if "train" in row.jobs:
-        part = row.kind if row.kind in ("projection", "mixer") else "attention"
         yield "In a small language model that is trained from scratch:"
-        yield fence("sh", f"foveate train --{part} {key} --data book.txt")
-    others = [job for job in row.jobs if job in ("bench", "cost", "compress", "models")]
+        yield fence("sh", f"foveate train {composition(row)} --data book.txt")
+    others = [IN_PYTHON.get(job, f"foveate {job}") for job in row.jobs if job not in SHOWN]
     if others:
-        yield f"It is also reached from {', '.join(f'`{job}`' for job in others)}."
+        yield f"It is also reached from {', '.join(f'`{name}`' for name in others)}."
+
+
+def composition(row: Row) -> str:
+    """The options by which `foveate train` builds a model with it."""
+    spec = SPECS.get(row.key, row.key)
+    if row.kind == "router":
+        return f"--experts 8 --router {spec}"
+    part = row.kind if row.kind in ("projection", "mixer") else "attention"
+    return f"--{part} {spec if spec == row.key else repr(spec)}"
 
 
 def fence(language: str, code: str) -> str:
@@ -97,14 +125,20 @@ def run(code: str) -> None:
 
 def candidates(row: Row) -> Iterator[str]:
     """Python that builds it, what shows the most first."""
-    spec = row.key
+    spec = SPECS.get(row.key, row.key)
     if row.kind == "mixer":
-        yield MODEL.format(spec=spec)
+        yield MODEL.format(part="mixer", spec=spec)
+    elif row.kind == "router":
+        yield EXPERTS.format(spec=spec)
     elif row.kind == "pooler":
         yield ENCODER.format(spec=spec)
+    elif spec != row.key:
+        yield MODEL.format(part="attention", spec=spec)
     else:
         part = "projection" if row.kind == "projection" else "attention"
+        if any(field.name == "shape" for field in fields(row.load())):  # it lives on a grid
+            for shape in ((2, 8, 8), (8, 16)):
+                yield LAYER.format(part=part, spec=f"{spec}(shape={shape})", mask="")
         yield LAYER.format(part=part, spec=spec, mask=", mask=foveate.causal()")
         yield LAYER.format(part=part, spec=spec, mask="")
-        yield LAYER.format(part=part, spec=f"{spec}(shape=(2, 8, 8))", mask="")
-    yield ALONE.format(spec=spec)
+    yield ALONE.format(spec=row.key)

@@ -27,7 +27,7 @@ ROWS = 256
 
 @dataclass(frozen=True)
 class ReluMean(Attention):
-    """See the module's text; there is no lse (NaN). Operations are those of dense attention.
+    """ReLU of the scores and a mean; no lse (NaN). Operations are those of dense attention.
 
     It goes over blocks of queries, and of keys only up to the last one that a block may see; a
     block's scores are kept for the backward.
