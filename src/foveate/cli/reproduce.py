@@ -178,15 +178,12 @@ def arms(verdict: dict[str, Any], width: int) -> Iterator[Table]:
         verdict: as it is stored.
         width: of the screen; columns that don't fit come in a further table with the same arms.
     """
-    alike: dict[frozenset[str], list[tuple[str, dict[str, str]]]] = {}
-    for kind in ("baseline", "ours"):
-        for arm, found in verdict[kind].items():
-            figures = {metric: _figure(one) for metric, one in found.items()}
-            alike.setdefault(frozenset(found), []).append((arm, figures))
-    for rows in alike.values():
-        metrics = list(rows[0][1])
-        names = max(len(arm) for arm, _ in rows)
-        widths = [max(len(name), *(len(row[name]) for _, row in rows)) for name in metrics]
+    from foveate.papers.harness.table import alike
+
+    for group in alike(verdict):
+        metrics = list(next(iter(group.values())))
+        names = max(map(len, group))
+        widths = [max(len(m), *(len(row[m]) for row in group.values())) for m in metrics]
         start = 0
         while start < len(metrics):
             stop, used = start + 1, names + 2 + widths[start]
@@ -197,17 +194,10 @@ def arms(verdict: dict[str, Any], width: int) -> Iterator[Table]:
             table.add_column("")
             for metric in metrics[start:stop]:
                 table.add_column(Text(metric), justify="right")
-            for arm, row in rows:
-                table.add_row(Text(arm), *(row[name] for name in metrics[start:stop]))
+            for arm, row in group.items():
+                table.add_row(Text(arm), *(row[m] for m in metrics[start:stop]))
             yield table
             start = stop
-
-
-def _figure(found: dict[str, Any]) -> str:
-    spread = f" ± {found['sd']:.2g}" if len(found["values"]) > 1 else ""
-    mean = found["mean"]
-    whole = abs(mean) >= 1e4 and mean == int(mean)  # a count
-    return f"{mean:.0f}{spread}" if whole else f"{mean:.4g}{spread}"
 
 
 def _list(values: list[int]) -> str:

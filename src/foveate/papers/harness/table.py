@@ -15,6 +15,8 @@ from foveate.ops.errors import InputError
 from foveate.papers.harness.paper import Paper
 from foveate.papers.harness.verdict import FIELDS, Outcome, conclude, figures_of, outcomes
 
+COLUMNS = 7  # of a table in the documentation
+
 
 def kept_verdicts(folder: Path) -> dict[str, dict[str, Any]]:
     """The verdicts in a folder, by key.
@@ -99,17 +101,38 @@ def section(paper: Paper, verdict: dict[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
+def alike(verdict: dict[str, Any]) -> list[dict[str, dict[str, str]]]:
+    """The arms of a verdict, together where they have the same metrics.
+
+    Returns:
+        For each such group {arm: {metric: figure in words}}, metrics in one order.
+    """
+    groups: dict[frozenset[str], dict[str, dict[str, str]]] = {}
+    for arm, found in (verdict["baseline"] | verdict["ours"]).items():
+        group = groups.setdefault(frozenset(found), {})
+        metrics = next(iter(group.values()), found)
+        group[arm] = {metric: figure(found[metric]) for metric in metrics}
+    return list(groups.values())
+
+
+def figure(found: dict[str, Any]) -> str:
+    """A mean, with its standard deviation where there are several seeds."""
+    mean, spread = found["mean"], f" ± {found['sd']:.2g}" if len(found["values"]) > 1 else ""
+    count = abs(mean) >= 1e4 and mean == int(mean)
+    return f"{mean:.0f}{spread}" if count else f"{mean:.4g}{spread}"
+
+
 def _arms(verdict: dict[str, Any]) -> list[str]:
-    arms = verdict["baseline"] | verdict["ours"]
-    metrics = list(dict.fromkeys(metric for found in arms.values() for metric in found))
-    lines = ["| | " + " | ".join(metrics) + " |", "| --- |" + " --- |" * len(metrics)]
-    for arm, found in arms.items():
-        cells = [
-            f"{found[metric]['mean']:.5g} ± {found[metric]['sd']:.2g}" if metric in found else ""
-            for metric in metrics
-        ]
-        lines.append(f"| {_cell(arm)} | " + " | ".join(cells) + " |")
-    return lines
+    lines = []
+    for group in alike(verdict):
+        every = list(next(iter(group.values())))
+        for start in range(0, len(every), COLUMNS):
+            metrics = every[start : start + COLUMNS]
+            lines += ["| | " + " | ".join(metrics) + " |", "| --- |" + " --- |" * len(metrics)]
+            for arm, figures in group.items():
+                lines.append(f"| {_cell(arm)} | {' | '.join(figures[m] for m in metrics)} |")
+            lines.append("")
+    return lines[:-1]
 
 
 def _circumstances(verdict: dict[str, Any]) -> str:
