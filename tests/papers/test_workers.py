@@ -142,7 +142,11 @@ def test_interrupted_it_ends_at_once_and_leaves_no_process_behind(tmp_path):
                 children = file.read().split()
         assert len(children) >= 2
         process.send_signal(signal.SIGINT)
-        process.wait(30)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:  # don't wait for all of the miniature
+            os.killpg(process.pid, signal.SIGKILL)
+            raise AssertionError(process.stderr.read().decode()[-3000:]) from None
     assert process.returncode != 0
     deadline = time.monotonic() + 30  # one that was just starting finds its parent gone
     while any(os.path.exists(f"/proc/{child}") for child in children):
@@ -151,3 +155,24 @@ def test_interrupted_it_ends_at_once_and_leaves_no_process_behind(tmp_path):
     records = tmp_path / "rectified-spaattn" / "results.jsonl"
     if records.exists():
         assert all(json.loads(line) for line in records.read_text().splitlines())
+
+
+@pytest.mark.slow
+def test_an_interrupt_that_python_drops_is_heard_all_the_same(monkeypatch, tmp_path):
+    """As one that comes while a finaliser runs."""
+    began = signal.getsignal(signal.SIGINT)
+
+    class Dropped(beside._Interrupt):
+        def _hear(self, number, frame):
+            self.heard = True
+
+    monkeypatch.setattr(beside, "_Interrupt", Dropped)
+    toy = papers.load(KEY)
+    jobs = [Job(Cell(toy.cells[0], seed), None, "key", tmp_path) for seed in range(2)]
+    done = run_jobs(
+        toy, jobs, workers=1, threads=1, quick=True, device=torch.device("cpu"),
+        tell=lambda share, doing: os.kill(os.getpid(), signal.SIGINT),
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        list(done)
+    assert signal.getsignal(signal.SIGINT) is began

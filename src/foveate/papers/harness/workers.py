@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -70,6 +72,7 @@ def run_jobs(
     running: dict[Connection, tuple[Job, BaseProcess]] = {}
     idle: list[tuple[Connection, BaseProcess]] = []
     failed: BaseException | None = None
+    interrupt = _Interrupt()
     try:
         for _ in range(min(workers, len(jobs))):
             ours, theirs = context.Pipe()
@@ -86,7 +89,9 @@ def run_jobs(
                 running[connection], shares[connection] = (job, process), 0.0
             if not running:
                 break
-            ready = set(wait(list(running)))
+            ready = set(wait(list(running), 1.0))
+            if interrupt.heard:
+                raise KeyboardInterrupt
             for connection in [at for at in running if at in ready]:
                 job, process = running[connection]
                 try:
@@ -109,10 +114,36 @@ def run_jobs(
         if failed is not None:
             raise failed
     finally:
+        interrupt.undo()
         for connection, process in [*idle, *((at, two[1]) for at, two in running.items())]:
             process.terminate()
             process.join()
             connection.close()
+
+
+class _Interrupt:
+    """Remembers SIGINT: Python drops a KeyboardInterrupt that comes while a finaliser runs.
+
+    Attributes:
+        heard: whether one came.
+    """
+
+    def __init__(self) -> None:
+        self.heard = False
+        self.before = signal.getsignal(signal.SIGINT)
+        self.ours = threading.current_thread() is threading.main_thread() and callable(self.before)
+        if self.ours:
+            signal.signal(signal.SIGINT, self._hear)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.heard = True
+        if callable(self.before):
+            self.before(number, frame)
+
+    def undo(self) -> None:
+        """Put the handler back."""
+        if self.ours:
+            signal.signal(signal.SIGINT, self.before)
 
 
 def _load(key: str) -> Paper:
