@@ -253,8 +253,7 @@ class Layout:
                 table = torch.cat((pairs.new_tensor([size]), bitset.count(self.bits)))
                 pairs.index_add_(0, group[fast], table[self.kinds[fast].long()])
                 area.index_add_(0, group[fast], torch.full_like(group[fast], size))
-            some = max(1, 2**24 // (self.q_tile * self.kv_tile))
-            for part in every[~fast].split(some):
+            for part in every[~fast].split(max(1, 2**24 // (self.q_tile * self.kv_tile))):
                 pairs.index_add_(0, group[part], self.entry_mask(part).sum((1, 2)))
                 real = (self.entry_queries(part) >= 0).sum(1) * (self.entry_keys(part) >= 0).sum(1)
                 area.index_add_(0, group[part], real)
