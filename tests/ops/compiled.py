@@ -42,7 +42,7 @@ def compile_kernel(kernel: Any, args: dict[str, Any], capability: int) -> Compil
     from triton.compiler import ASTSource
 
     args = dict(args)
-    options = {name: args.pop(name) for name in ("num_warps", "num_stages")}
+    options = {name: args.pop(name) for name in ("num_warps", "num_stages") if name in args}
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     aligned: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -55,7 +55,10 @@ def compile_kernel(kernel: Any, args: dict[str, Any], capability: int) -> Compil
         elif special:
             aligned[(index,)] = [["tt.divisibility", 16]]
     assert not args, args.keys()
-    source = ASTSource(kernel, signature, constants, aligned)
+    kinds: Any = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as kinds  # noqa: N813
+    source = kinds(kernel, signature, constants, aligned)
     found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     usage = _tool("cuobjdump", "-res-usage", found.asm["cubin"])
     numbers = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
@@ -75,7 +78,8 @@ def _kind(x: Any, param: Any) -> tuple[str, bool]:
     if isinstance(x, Tensor):
         return _TYPES[x.dtype], x.data_ptr() % 16 == 0
     if hasattr(x, "block_shape"):
-        return f"tensordesc<{_TYPES[x.base.dtype][1:]}{x.block_shape}>", False
+        layout = f",{x.layout!r}" if hasattr(x, "layout") else ""
+        return f"tensordesc<{_TYPES[x.base.dtype][1:]}{x.block_shape}{layout}>", False
     if isinstance(x, float):
         return "fp32", False
     if x == 1 and not param.do_not_specialize:
@@ -123,6 +127,11 @@ def launch_of(
     out, lse = torch.empty(*query.shape[:3], value_dim, dtype=dtype), torch.empty(query.shape[:3])
     with Forced(config):
         call = describe(query, key, value, layout, 0.1, softcap, bias, first)
+        if kernel == "forward on Hopper":
+            from foveate.ops.triton import run_hopper
+            from foveate.ops.triton.kernels.hopper import attend_hopper
+
+            return attend_hopper, run_hopper.arguments(call, out, lse)
         if kernel == "query gradient":
             args, _, _ = run_backward.query_arguments(call, out, lse, lse, None)
             found = query_gradient

@@ -18,6 +18,7 @@ from compiled import SHARED_MEMORY, Compiled, compile_kernel, launch_of
 from engines import every_tile
 
 from foveate.ops import Layout, causal, triton
+from foveate.ops.triton import run_hopper
 from foveate.ops.triton.config import _SHIPPED, Config, shipped
 
 pytestmark = [
@@ -159,3 +160,22 @@ def test_descriptors_only_where_the_copy_engine_can_take_them() -> None:
     odd = launch_of("forward", config, (120, 128), torch.float16, causal_lists())[1]
     assert odd["K_TILES"] is None
     assert odd["V_TILES"] is not None
+
+
+@pytest.mark.parametrize("dim", run_hopper.HEAD_SIZES)
+@pytest.mark.parametrize("lists", ["none", "whole tiles", "causal", "causal, half tiles"])
+def test_specialised_warps(lists: str, dim: int) -> None:
+    layout, dtype = None, torch.bfloat16
+    if lists == "whole tiles":
+        layout, dtype = Layout.from_dense(torch.ones(256, 512) > 0, 128), torch.float16
+    elif lists != "none":
+        layout = causal().layout(256, 512, (128, 64 if "half" in lists else 128))
+    config = shipped("forward", dim, dim, 2, 9)
+    launch = launch_of("forward on Hopper", config, (dim, dim), dtype, layout)
+    found = compile_kernel(*launch, 90)
+    # Of 256 registers, a few that the loops don't need are kept on the stack.
+    assert found.stack <= 80
+    assert found.shared <= SHARED_MEMORY[90]
+    assert "setmaxnreg" in found.ptx
+    # Scores and sums of a step are in flight together.
+    assert "wgmma.wait_group.sync.aligned 1;" in found.ptx

@@ -119,6 +119,18 @@ def test_keys_within_gaps_of_ranges_are_never_touched() -> None:
         assert torch.equal(got, good)
 
 
+def test_keys_before_all_ranges_are_never_touched_beside_empty_rows() -> None:
+    q, k, v = make((1, 2, 1, 64, 32, 32, 32), torch.float32)
+    allowed = torch.zeros(64, 32, dtype=torch.bool)
+    allowed[40:, 10:16] = True  # rows 32 to 39 share their tile and see nothing
+    layout = Layout.from_dense(allowed, 32)
+    assert plan_of(layout).key_ranges is not None
+    want = results(q, k, v, layout)
+    k[:, :, :10], v[:, :, :10] = torch.nan, torch.nan
+    for got, good in zip(results(q, k, v, layout), want):
+        assert torch.equal(got, good)
+
+
 def test_keys_that_are_values_too_and_that_nobody_sees() -> None:
     q, k, _ = make((1, 2, 1, 40, 70, 32, 32), torch.float16)
     k[:, :, 50:] = torch.nan

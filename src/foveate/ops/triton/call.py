@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,11 @@ class Call:
         """Query heads in one block: those of one key head and list, if rows are few."""
         together = math.gcd(self.group, self.list_size)
         return together if rows * 2 <= most else 1
+
+    def finer(self, config: Config) -> Call:
+        """The call with its lists over tiles of the configuration's blocks, where that pays."""
+        plan = None if self.plan is None else self.plan.finer(config.rows, config.keys)
+        return self if plan is self.plan else replace(self, plan=plan)
 
     @property
     def fold(self) -> bool:
@@ -152,15 +157,25 @@ def copied(config: Config, cut: Blocks, **tensors: Tensor | None) -> dict[str, A
 
 
 def _descriptor(x: Tensor, rows: int) -> Any:
-    """Blocks of `rows` rows of (B, H, L, D) or numbers of (B, H, L), at strides of 16 bytes."""
+    """Blocks of `rows` rows of (B, H, L, D) or numbers of (B, H, L)."""
     columns = [*x.shape[3:]]
-    steps = [s if n > 1 else 64 for s, n in zip(x.stride(), x.shape)][: x.dim() - 1]
-    even = all(n == padded(n) for n in columns) and x.data_ptr() % 16 == 0 and x.stride(-1) == 1
-    if not even or any(s <= 0 or s * x.element_size() % 16 for s in steps):
+    if any(n != padded(n) for n in columns) or not aligned(x):
         return None
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(x, list(x.shape), [*steps, 1], [1, 1, rows, *columns])
+    return TensorDescriptor(x, list(x.shape), [*copy_steps(x), 1], [1, 1, rows, *columns])
+
+
+def aligned(x: Tensor) -> bool:
+    """Whether the copy engine can take a tensor: strides and start are multiples of 16 bytes."""
+    if x.data_ptr() % 16 or x.stride(-1) != 1:
+        return False
+    return all(s > 0 and s * x.element_size() % 16 == 0 for s in copy_steps(x))
+
+
+def copy_steps(x: Tensor) -> list[int]:
+    """Strides of all axes but the last; axes of size 1 get one that will do."""
+    return [s if n > 1 else 64 for s, n in zip(x.stride(), x.shape)][: x.dim() - 1]
 
 
 def strides(name: str, x: Tensor | None) -> dict[str, int]:

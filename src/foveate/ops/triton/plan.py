@@ -18,6 +18,7 @@ from torch import Tensor
 
 from foveate.ops.layout import FULL, KEY_RANGE, ROW_RANGE, Layout
 from foveate.ops.layout import bits as bitset
+from foveate.ops.triton.fine import finer
 from foveate.ops.triton.intervals import intervals
 
 _plans: WeakKeyDictionary[Layout, Plan] = WeakKeyDictionary()
@@ -176,8 +177,22 @@ class Plan(Layout):
 
     @cached_property
     def _kept(self) -> dict[tuple[str, int, int], Any]:
-        """What depends on the numbers of heads too; making it waits for the GPU."""
+        """What depends on numbers of heads, or of blocks, too; making it waits for the GPU."""
         return {}
+
+    def finer(self, rows: int, keys: int) -> Plan:
+        """The plan for blocks of `rows` x `keys`: of smaller tiles, or where that drops none this.
+
+        In decoding lists are new at each step, and stay as they are.
+        """
+        if self.q_tiles == 1:
+            return self
+        name = ("finer", rows, keys)
+        if name not in self._kept:
+            smaller = finer(self, rows, keys)
+            self._kept[name] = self if smaller is None else plan_of(smaller)
+        found: Plan = self._kept[name]
+        return found
 
     def key_order(self, heads: int, kv_heads: int) -> Tensor:
         """Visited key tiles through (Bm, 1 or Hkv, tiles), as `_local` has them."""

@@ -96,9 +96,11 @@ def query_arguments(
     call: Call, grad: Tensor | None, lse: Tensor, delta: Tensor, grad_lse: Tensor | None
 ) -> tuple[dict[str, Any], Tensor, _BiasSums | None]:
     """What `query_gradient` is called with, `programs` among it; dq; the bias's gradient."""
-    query, plan = call.query, call.plan
+    query = call.query
     batch, heads, q_len, dim = query.shape
     config = config_for("query gradient", dim, call.value.shape[3], query.dtype, query.device)
+    call = call.finer(config)
+    plan = call.plan
     tile = q_len if plan is None else min(plan.q_tile, plan.q_rows)
     factor = 1 if call.bias is not None else call.pack(tile, config.rows)
     cut = row_blocks(call, config, factor)
@@ -232,9 +234,11 @@ def key_arguments(
     call: Call, grad: Tensor | None, lse: Tensor, delta: Tensor
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
     """What `key_gradient` is called with, `programs` among it; dk; dv."""
-    query, key, value, plan = call.query, call.key, call.value, call.plan
+    query, key, value = call.query, call.key, call.value
     batch, kv_heads = key.shape[:2]
     config = config_for("key gradient", query.shape[3], value.shape[3], query.dtype, query.device)
+    call = call.finer(config)
+    plan = call.plan
     most = (config.keys, config.rows)
     lists: dict[str, Any] = dict.fromkeys(
         ("ROWS", "KINDS", "START", "MID", "END", "ORDER", "WORDS")

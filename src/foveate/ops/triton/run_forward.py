@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate.ops.layout import Layout
+from foveate.ops.triton import run_hopper
 from foveate.ops.triton.call import (
     Blocks,
     Call,
@@ -44,7 +45,11 @@ def run(
     if not lse.numel() or not key.shape[2] or not value.shape[3]:
         return out.zero_(), lse.fill_(-torch.inf)
     call = describe(query, key, value, layout, scale, softcap, bias, bias_first)
-    launch(call, out, lse)
+    if run_hopper.takes(call):
+        with on_device(query.device):
+            run_hopper.launch(call, out, lse)
+    else:
+        launch(call, out, lse)
     return out, lse
 
 
@@ -53,6 +58,7 @@ def launch(call: Call, out: Tensor, lse: Tensor, splits: int | None = None) -> N
     from foveate.ops.triton.kernels.attend import attend
 
     device = call.query.device
+    call = call.finer(choose(call)[0])
     args, cut = arguments(call)
     programs = args.pop("programs")
     if splits is None:

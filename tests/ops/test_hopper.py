@@ -1,0 +1,161 @@
+"""The forward whose warps are specialised, against float64; on a Hopper GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from engines import compare, for_groups, make
+from torch import Tensor
+
+from foveate.ops import Layout, Mask, attention, causal, documents, prefix, sinks, triton, window
+from foveate.ops.triton import run_hopper
+from foveate.ops.triton.call import describe
+
+HERE = triton.available() and not triton.interpreted() and run_hopper._here(0)
+pytestmark = [pytest.mark.triton]
+MASKS: dict[str, Mask] = {
+    "causal": causal(),
+    "window": window(150, 0),
+    "window both ways": window(90, 40),
+    "documents": causal() & documents([0, 100, 230, 231, 500]),
+    "prefix": prefix(130),
+}
+SHAPES = {
+    "even": (1, 2, 2, 512, 512),
+    "odd": (2, 4, 2, 300, 517),
+    "more queries": (1, 2, 1, 517, 300),
+    "long": (1, 1, 1, 130, 2000),
+}
+
+
+def on_hopper(test: Any) -> Any:
+    """A test that runs the kernel."""
+    return pytest.mark.gpu(pytest.mark.skipif(not HERE, reason="needs a Hopper GPU")(test))
+
+
+def _there(x: Any) -> Any:
+    return x.to("cuda") if isinstance(x, Tensor | Layout) else x
+
+
+class Engine:
+    """The kernel, wherever it is asked for; it must take the call."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        q, k, v, layout, scale, softcap, bias, first = map(_there, args)
+        call = describe(q, k, v, layout, scale, softcap, bias, first)
+        assert run_hopper.fits(call)
+        out = torch.full((*q.shape[:3], v.shape[3]), 7.0, dtype=q.dtype, device=q.device)
+        lse = torch.full(q.shape[:3], 7.0, device=q.device)
+        run_hopper.launch(call, out, lse)
+        return out.cpu(), lse.cpu()
+
+
+def tensors(
+    shape: str, dim: int, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, Tensor, Tensor]:
+    return make((*SHAPES[shape], dim, dim), dtype)
+
+
+@on_hopper
+@pytest.mark.parametrize("dim", run_hopper.HEAD_SIZES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks(mask: str, shape: str, dim: int) -> None:
+    q, k, v = tensors(shape, dim)
+    q_len, kv_len = q.shape[2], k.shape[2]
+    allowed = MASKS[mask].dense(q_len, kv_len)
+    for tile in ((128, 128), (128, 64), (256, 128), (128, 192)):
+        layout = MASKS[mask].layout(q_len, kv_len, tile)
+        compare(Engine, q, k, v, layout, allowed)
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", run_hopper.HEAD_SIZES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dense(shape: str, dim: int, dtype: torch.dtype) -> None:
+    compare(Engine, *tensors(shape, dim, dtype), None, None)
+
+
+@on_hopper
+@pytest.mark.parametrize("groups", [(1, 1), (1, 4), (2, 1), (2, 4)])
+def test_chosen_tiles_of_each_head(groups: tuple[int, int]) -> None:
+    q, k, v = make((2, 8, 4, 700, 900, 64, 64), torch.float16)
+    tiles = torch.rand(*groups, 6, 8) < 0.4
+    tiles[..., 2, :] = False  # rows that see nothing
+    layout = Layout.from_tiles(tiles, 700, 900, 128)
+    assert layout.kinds.eq(0).all()
+    compare(Engine, q, k, v, layout, layout.dense())
+
+
+@on_hopper
+def test_ranges_of_each_head() -> None:
+    q, k, v = make((2, 4, 2, 400, 500, 128, 128), torch.bfloat16)
+    layout = for_groups(window(170, 0).layout(400, 500, 128), 2, 4)
+    compare(Engine, q, k, v, layout, layout.dense())
+
+
+@on_hopper
+@pytest.mark.parametrize("dim", run_hopper.HEAD_SIZES)
+def test_many_blocks_for_each_program(dim: int) -> None:
+    q, k, v = (x.cuda() for x in make((2, 16, 4, 3000, 3000, dim, dim), torch.bfloat16))
+    layout = (causal() & documents([0, 700, 720, 2000, 3000])).layout(3000, 3000, 128).to("cuda")
+    args = (q, k, v, layout, 0.1, None, None)
+    assert run_hopper.takes(describe(*args, None))
+    found = [triton.forward(*args) for _ in range(3)]
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, found[0]))
+    for batch in (0, 1):
+        one = (x[batch : batch + 1, :4].float() for x in (q, k[:, :1], v[:, :1]))
+        want, want_lse = attention(*one, layout=layout, scale=0.1, backend="reference")
+        torch.testing.assert_close(found[0][0][batch, :4].float(), want[0], rtol=0, atol=4e-2)
+        torch.testing.assert_close(found[0][1][batch, :4], want_lse[0], rtol=1e-4, atol=1e-4)
+
+
+@on_hopper
+def test_memory_in_another_order() -> None:
+    q, k, v = (torch.randn(2, 300, 4, 128).bfloat16().cuda().transpose(1, 2) for _ in "qkv")
+    rest = (window(150, 0).layout(300, 300, 128), 0.1, None, None, None)
+    got = Engine.forward(q, k, v, *rest)
+    want = Engine.forward(*(x.contiguous() for x in (q, k, v)), *rest)
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+@on_hopper
+@pytest.mark.parametrize("dim", run_hopper.HEAD_SIZES)
+def test_keys_that_nobody_sees_may_hold_anything(dim: int) -> None:
+    q, k, v = make((1, 2, 1, 256, 1024, dim, dim), torch.bfloat16)
+    mask = window(199, 0)  # the last 455 keys
+    layout = mask.layout(256, 1024, 128)
+    want = Engine.forward(q, k, v, layout, 0.1, None, None, None)
+    bad = [x.clone() for x in (k, v)]
+    for x in bad:
+        x[:, :, : 1024 - 455] = torch.nan
+    got = Engine.forward(q, *bad, layout, 0.1, None, None, None)
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+def test_calls_that_it_leaves_to_the_other_kernel() -> None:
+    q, k, v = tensors("even", 64)
+    single = torch.rand(512, 512, generator=torch.Generator().manual_seed(0)) < 0.3
+
+    def fits(*tensors: Tensor, layout: Layout | None = None, **other: Any) -> bool:
+        rest = {"softcap": None, "bias": None, "bias_first": None, "scale": 0.1} | other
+        return run_hopper.fits(describe(*tensors, layout, **rest))
+
+    assert fits(q, k, v)
+    assert fits(q, k, v, layout=causal().layout(512, 512, 128))
+    assert not fits(q, k, v, layout=causal().layout(512, 512, 64))
+    assert not fits(q, k, v, layout=Layout.from_dense(single, 128))
+    assert not fits(q, k, v, layout=(window(80, 0) | sinks(3)).layout(512, 512, 128))
+    assert not fits(q, k, v, softcap=20.0)
+    assert not fits(q, k, v, scale=-0.1)
+    assert not fits(q, k, v, bias=torch.zeros(1, 1, 512, 512))
+    assert not fits(q[:, :, :100], k, v)
+    assert not fits(*(x.float() for x in (q, k, v)))
+    assert not fits(q, k, v[..., :32])
+    assert not fits(*(x[..., :40] for x in (q, k, v)))
+    assert not fits(q, torch.zeros(1, 2, 512, 68, dtype=q.dtype)[..., :64], v)
