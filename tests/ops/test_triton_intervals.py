@@ -47,6 +47,14 @@ def test_runs_are_told_as_ranges(mask: Mask) -> None:
     torch.testing.assert_close(seen_by_ranges(layout, ROW_RANGE, by_key), want)
 
 
+@pytest.mark.parametrize("lengths", [(50, 83), (83, 50), (45, 45)])
+def test_tiles_that_cross_the_ends_have_ranges_too(lengths: tuple[int, int]) -> None:
+    layout = window(20, 0).layout(*lengths, (16, 8))
+    for kind, table in zip((KEY_RANGE, ROW_RANGE), told(layout)):
+        assert table is not None
+        torch.testing.assert_close(seen_by_ranges(layout, kind, table), layout.dense())
+
+
 @pytest.mark.parametrize("mask", [window(3, 0) | sinks(2), causal() & ~window(2, 2)])
 def test_gaps_within_visited_tiles_keep_their_bits(mask: Mask) -> None:
     layout = mask.layout(40, 40, (40, 40))

@@ -17,8 +17,9 @@ _MOST = 1 << 27  # lines of partial tiles, all together, for which this is still
 
 
 def intervals(
-    bits: Tensor, q_tile: int, by_key: bool, owner: Tensor, other: Tensor, kinds: Tensor, sizes: int
-) -> Tensor | None:
+    bits: Tensor, q_tile: int, by_key: bool, owner: Tensor, other: Tensor, kinds: Tensor,
+    sizes: int, length: int,
+) -> Tensor | None:  # fmt: skip
     """The range of the other side that each line of the owned side sees.
 
     Args:
@@ -29,6 +30,7 @@ def intervals(
         other: (nnz,) tile of the other side.
         kinds: (nnz,) kinds of the layout, none of them a range.
         sizes: tiles of the owned side in all groups.
+        length: lines of the owned side in each; what bits say of lines past it is anything.
 
     Returns:
         (tiles, lines of a tile, 2) int32, first and end; None if some line sees no single run in
@@ -50,6 +52,8 @@ def intervals(
     lows = low[:, None].repeat(1, owned)
     highs = high[:, None].repeat(1, owned)
     parts = partial.nonzero()[:, 0].split(max(1, _LINES // owned))
+    place = torch.arange(owned, device=bits.device)
+    tiles = -(-length // owned)
     for part in parts:
         at, start, first, end = _lines(part, spans, owner, other, kinds, side)
         some = first < end
@@ -60,7 +64,10 @@ def intervals(
         at, start, first, end = _lines(part, spans, owner, other, kinds, side)
         mine, until = ((x.gather(0, at) - start).clamp(0, side) for x in (lows, highs))
         same = (mine == first) & (until == end)
-        wrong |= (~torch.where(first < end, same, mine >= until)).any()
+        there = owner[part][:, None] % tiles * owned + place < length
+        wrong |= (there & ~torch.where(first < end, same, mine >= until)).any()
+    past = torch.arange(sizes, device=bits.device)[:, None] % tiles * owned + place >= length
+    lows, highs = lows.masked_fill(past, far), highs.masked_fill(past, 0)
     if not by_key:
         wrong |= _hole(lows, highs, far)
     if bool(wrong):

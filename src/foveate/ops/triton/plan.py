@@ -116,7 +116,7 @@ class Plan(Layout):
             return None
         found = intervals(
             self.bits, self.q_tile, False, self.entry_rows, self.cols, self.kinds,
-            self.ptr.shape[0] * self.ptr.shape[1] * self.q_tiles,
+            self.ptr.shape[0] * self.ptr.shape[1] * self.q_tiles, self.q_rows,
         )  # fmt: skip
         return None if found is None else found.reshape(*self.groups, -1, 2)
 
@@ -133,9 +133,29 @@ class Plan(Layout):
         )  # fmt: skip
         found = intervals(
             self.bits, self.q_tile, True, owner, flipped.rows, self.kinds[flipped.entries],
-            counts.numel(),
+            counts.numel(), self.kv_rows,
         )  # fmt: skip
         return None if found is None else found.reshape(*self.groups, -1, 2)
+
+    def block_ranges(self, rows: int) -> Tensor | None:
+        """First and end of what each block of `rows` rows sees, where rows see ranges.
+
+        (.., .., blocks, 2) int32; the first is past the end where no row sees anything.
+        """
+        name = ("block ranges", rows, 0)
+        table = self.key_ranges if self.key_range is None else self.key_range
+        if table is None:
+            return None
+        if name not in self._kept:
+            nothing = torch.iinfo(torch.int32).max
+            low, high = table.unbind(-1)
+            low = low.masked_fill(low >= high, nothing)
+            spare = (0, -low.shape[-1] % rows)
+            low = torch.nn.functional.pad(low, spare, value=nothing).unflatten(-1, (-1, rows))
+            high = torch.nn.functional.pad(high, spare).unflatten(-1, (-1, rows))
+            self._kept[name] = torch.stack((low.amin(-1), high.amax(-1)), -1)
+        found: Tensor = self._kept[name]
+        return found
 
     @cached_property
     def row_kinds(self) -> Tensor:

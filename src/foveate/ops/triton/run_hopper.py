@@ -16,6 +16,7 @@ HEAD_SIZES = (64, 128)
 VERSIONS = ((3, 6), (3, 7))  # of Triton, whose Gluon the kernel was compiled with
 _ROWS = 128
 _STAGES = {(128, 128): 2, (128, 64): 4, (64, 128): 4, (64, 64): 6}  # by head size, keys of a step
+_TURNS = True  # groups of warps issue products in turn
 
 
 @cache
@@ -83,6 +84,10 @@ def arguments(call: Call, out: Tensor, lse: Tensor) -> dict[str, Any]:
     elif plan is not None:
         tables = call.tables()
         table, steps = tables["KEY_RANGE"], (tables["kr_b"], tables["kr_h"])
+    ends = None if plan is None else plan.block_ranges(_ROWS)
+    ends_steps = [0, 0]
+    if ends is not None:
+        ends_steps = [s if n > 1 else 0 for s, n in zip(ends.stride()[:2], ends.shape[:2])]
     names = (
         "COLS", "KINDS", "ORDER", "START", "MID", "END", "packs", "groups_h", "batches", "q_tiles",
         "items",
@@ -94,17 +99,25 @@ def arguments(call: Call, out: Tensor, lse: Tensor) -> dict[str, Any]:
         **{name: lists[name] for name in names}, "subs": subs,
         "programs": lists["programs"] // lists["subs"] * subs,
         "KEY_RANGE": table, "kr_b": steps[0], "kr_h": steps[1],
+        "BLOCK_RANGE": ends, "br_b": ends_steps[0], "br_h": ends_steps[1],
+        "NEXT": torch.zeros(1, dtype=torch.int32, device=call.query.device),
         **strides("o", out), "l_b": lse.stride(0), "l_h": lse.stride(1),
         "q_rows": length, "kv_rows": call.key.shape[2], "scale": call.numbers()["scale"],
         "GROUP": call.group, "Q_TILE": q_tile, "KV_TILE": kv_tile, "N": keys, "D": dim,
-        "STAGES": _STAGES[dim, keys], "num_warps": 4,
+        "STAGES": _STAGES[dim, keys], "TURNS": _TURNS, "num_warps": 4,
     }  # fmt: skip
 
 
 def _descriptor(x: Tensor, rows: int) -> Any:
-    from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     block = [1, 1, rows, x.shape[3]]
-    layout = NVMMASharedLayout(128, 16, 4)
-    return TensorDescriptor(x, list(x.shape), [*copy_steps(x), 1], block, layout)
+    return TensorDescriptor(x, list(x.shape), [*copy_steps(x), 1], block, _layout())
+
+
+@cache
+def _layout() -> Any:
+    """How the copy engine lays rows of 128 bytes in shared memory."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    return NVMMASharedLayout(128, 16, 4)
