@@ -137,25 +137,44 @@ class Plan(Layout):
         )  # fmt: skip
         return None if found is None else found.reshape(*self.groups, -1, 2)
 
-    def block_ranges(self, rows: int) -> Tensor | None:
-        """First and end of what each block of `rows` rows sees, where rows see ranges.
+    def blocks(self, rows: int) -> Tensor:
+        """Blocks of `rows` rows, (lists x blocks in a tile, 8) int32, longest lists first.
 
-        (.., .., blocks, 2) int32; the first is past the end where no row sees anything.
+        Of each: first row, group of the batch, of the heads, where in `by_row` its list begins, its
+        whole tiles end, and all of it ends; first key that some row of it sees and end, where rows
+        see ranges.
         """
-        name = ("block ranges", rows, 0)
-        table = self.key_ranges if self.key_range is None else self.key_range
-        if table is None:
-            return None
+        name = ("blocks", rows, 0)
         if name not in self._kept:
-            nothing = torch.iinfo(torch.int32).max
-            low, high = table.unbind(-1)
-            low = low.masked_fill(low >= high, nothing)
-            spare = (0, -low.shape[-1] % rows)
-            low = torch.nn.functional.pad(low, spare, value=nothing).unflatten(-1, (-1, rows))
-            high = torch.nn.functional.pad(high, spare).unflatten(-1, (-1, rows))
-            self._kept[name] = torch.stack((low.amin(-1), high.amax(-1)), -1)
+            start, mid, end = self.ordered_bounds
+            item = torch.arange(start.numel(), device=self.device)
+            item = item if self.row_order is None else self.row_order.long()
+            sub = torch.arange(-(-min(self.q_tile, self.q_rows) // rows), device=self.device)
+            group_b = item // (self.groups[1] * self.q_tiles)
+            group_h = item // self.q_tiles % self.groups[1]
+            row0 = (item % self.q_tiles * self.q_tile)[:, None] + sub * rows
+            first, until = self._seen_by_blocks(rows, row0, group_b[:, None], group_h[:, None])
+            each = (row0, group_b, group_h, start, mid, end, first, until)
+            wide = (x if x.dim() == 2 else x[:, None].expand(row0.shape) for x in each)
+            self._kept[name] = torch.stack([x.int() for x in wide], -1).flatten(0, 1)
         found: Tensor = self._kept[name]
         return found
+
+    def _seen_by_blocks(
+        self, rows: int, row0: Tensor, group_b: Tensor, group_h: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        table = self.key_ranges if self.key_range is None else self.key_range
+        if table is None:
+            return torch.zeros_like(row0), torch.full_like(row0, self.kv_rows)
+        nothing = torch.iinfo(torch.int32).max
+        low, high = table.unbind(-1)
+        low = low.masked_fill(low >= high, nothing)
+        spare = (0, -low.shape[-1] % rows)
+        low = torch.nn.functional.pad(low, spare, value=nothing).unflatten(-1, (-1, rows)).amin(-1)
+        high = torch.nn.functional.pad(high, spare).unflatten(-1, (-1, rows)).amax(-1)
+        at = [0 if low.shape[0] == 1 else group_b, 0 if low.shape[1] == 1 else group_h]
+        block = (row0 // rows).clamp_max(low.shape[2] - 1)
+        return low[at[0], at[1], block], high[at[0], at[1], block]
 
     @cached_property
     def row_kinds(self) -> Tensor:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from foveate.ops.triton import interpreted
-from foveate.ops.triton.call import Call, aligned, blocks, copy_steps, row_lists, strides
+from foveate.ops.triton.call import Call, aligned, copy_steps, strides
 from foveate.ops.triton.config import processors
 
 HEAD_SIZES = (64, 128)
 VERSIONS = ((3, 6), (3, 7))  # of Triton, whose Gluon the kernel was compiled with
 _ROWS = 128
-_STAGES = {(128, 128): 2, (128, 64): 4, (64, 128): 4, (64, 64): 6}  # by head size, keys of a step
-_TURNS = True  # groups of warps issue products in turn
+# Stages of keys and values, and buffers of queries, by head size and keys of a step.
+_ROOM = {(128, 128): (2, 2), (128, 64): (4, 2), (64, 128): (4, 2), (64, 64): (6, 2)}
 
 
 @cache
@@ -73,38 +73,31 @@ def launch(call: Call, out: Tensor, lse: Tensor) -> None:
 def arguments(call: Call, out: Tensor, lse: Tensor) -> dict[str, Any]:
     """What `attend_hopper` is called with."""
     plan, dim = call.plan, call.query.shape[3]
+    batch, heads, length = call.query.shape[:3]
     q_tile, kv_tile = (_ROWS, 128) if plan is None else (plan.q_tile, plan.kv_tile)
     keys = 128 if kv_tile % 128 == 0 else 64
-    length = call.query.shape[2]
-    cut = blocks(q_tile, kv_tile, length, 1, (_ROWS, keys))
-    lists = row_lists(call, cut, 1)
-    table, steps = None, (0, 0)
-    if plan is not None and "KEY_RANGE" in lists:
-        table, steps = lists["KEY_RANGE"], (lists["kr_b"], lists["kr_h"])
-    elif plan is not None:
-        tables = call.tables()
-        table, steps = tables["KEY_RANGE"], (tables["kr_b"], tables["kr_h"])
-    ends = None if plan is None else plan.block_ranges(_ROWS)
-    ends_steps = [0, 0]
-    if ends is not None:
-        ends_steps = [s if n > 1 else 0 for s, n in zip(ends.stride()[:2], ends.shape[:2])]
-    names = (
-        "COLS", "KINDS", "ORDER", "START", "MID", "END", "packs", "groups_h", "batches", "q_tiles",
-        "items",
-    )  # fmt: skip
-    subs = -(-min(q_tile, length) // _ROWS)
+    cols = kinds = table = lists = None
+    steps = [0, 0]
+    groups, count = (1, 1), -(-length // _ROWS)
+    if plan is not None:
+        cols, kinds, lists = plan.by_row.tiles, plan.by_row.kinds, plan.blocks(_ROWS)
+        table, groups, count = plan.key_range, plan.groups, lists.shape[0]
+        if plan.key_ranges is not None:
+            table, kinds = plan.key_ranges, plan.row_kinds
+    if table is not None:
+        table = table.contiguous()
+        steps = [s if n > 1 else 0 for s, n in zip(table.stride()[:2], table.shape[:2])]
+    packs = heads // groups[1]
     return {
         "Q_TILES": _descriptor(call.query, 64), "K_TILES": _descriptor(call.key, keys),
-        "V_TILES": _descriptor(call.value, keys), "O": out, "L": lse,
-        **{name: lists[name] for name in names}, "subs": subs,
-        "programs": lists["programs"] // lists["subs"] * subs,
-        "KEY_RANGE": table, "kr_b": steps[0], "kr_h": steps[1],
-        "BLOCK_RANGE": ends, "br_b": ends_steps[0], "br_h": ends_steps[1],
+        "V_TILES": _descriptor(call.value, keys), "O": out, "L": lse, "COLS": cols, "KINDS": kinds,
+        "BLOCKS": lists, "KEY_RANGE": table, "kr_b": steps[0], "kr_h": steps[1],
         "NEXT": torch.zeros(1, dtype=torch.int32, device=call.query.device),
-        **strides("o", out), "l_b": lse.stride(0), "l_h": lse.stride(1),
-        "q_rows": length, "kv_rows": call.key.shape[2], "scale": call.numbers()["scale"],
-        "GROUP": call.group, "Q_TILE": q_tile, "KV_TILE": kv_tile, "N": keys, "D": dim,
-        "STAGES": _STAGES[dim, keys], "TURNS": _TURNS, "num_warps": 4,
+        **strides("o", out), "l_b": lse.stride(0), "l_h": lse.stride(1), "count": count,
+        "packs": packs, "programs": count * packs * (batch // groups[0]), "q_rows": length,
+        "kv_rows": call.key.shape[2], "scale": call.numbers()["scale"], "GROUP": call.group,
+        "Q_TILE": q_tile, "KV_TILE": kv_tile, "N": keys, "D": dim, "STAGES": _ROOM[dim, keys][0],
+        "BUFFERS": _ROOM[dim, keys][1], "num_warps": 4,
     }  # fmt: skip
 
 
