@@ -173,8 +173,8 @@ def test_specialised_warps(lists: str, dim: int) -> None:
     config = shipped("forward", dim, dim, 2, 9)
     launch = launch_of("forward on Hopper", config, (dim, dim), dtype, layout)
     found = compile_kernel(*launch, 90)
-    # Of 256 registers, a few that the loops don't need are kept on the stack.
-    assert found.stack <= 80
+    # What lies on the stack is read between blocks, not in their loops.
+    assert found.stack <= 176
     assert found.shared <= SHARED_MEMORY[90]
     assert "setmaxnreg" in found.ptx
     # Scores and sums of a step are in flight together.

@@ -16,7 +16,7 @@ HEAD_SIZES = (64, 128)
 VERSIONS = ((3, 6), (3, 7))  # of Triton, whose Gluon the kernel was compiled with
 _ROWS = 128
 # Stages of keys and values, and buffers of queries, by head size and keys of a step.
-_ROOM = {(128, 128): (2, 2), (128, 64): (4, 2), (64, 128): (4, 2), (64, 64): (6, 2)}
+_ROOM = {(128, 128): (3, 1), (128, 64): (6, 1), (64, 128): (5, 1), (64, 64): (6, 1)}
 
 
 @cache

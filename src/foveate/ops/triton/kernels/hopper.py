@@ -183,14 +183,21 @@ def soften(scores, top, total, scale):
 
 
 @gluon.jit
-def hide(scores, key0, kind, low, high, limit, N: gl.constexpr):
-    """Scores of a tile that isn't whole: -inf outside of each row's range, and from `limit` on."""
+def hide(scores, key0, kind, low, size, limit, N: gl.constexpr):
+    """Scores of a tile that isn't whole: -inf outside of each row's range, and from `limit` on.
+
+    One comparison for an element: below the range the difference is large. `begin` passes through
+    an instruction of its own, so that the compiler doesn't keep all of n - low through all steps.
+    """
     S_LAYOUT: gl.constexpr = scores.type.layout
     n = key0 + gl.arange(0, N, layout=gl.SliceLayout(0, S_LAYOUT))
-    begin = gl.where(kind == -1, gl.maximum(low, 0), 0)
-    end = gl.where(kind == -1, gl.minimum(high, limit), limit)
-    seen = (n[None, :] >= begin[:, None]) & (n[None, :] < end[:, None])
-    return gl.where(seen, scores, float("-inf"))
+    begin = gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [gl.where(kind == -1, low, 0)], dtype=gl.int32, is_pure=False,
+        pack=1,
+    )  # fmt: skip
+    width = gl.where(kind == -1, size, limit).to(gl.uint32, bitcast=True)
+    place = (n[None, :] - begin[:, None]).to(gl.uint32, bitcast=True)
+    return gl.where(place < width[:, None], scores, float("-inf"))
 
 
 @gluon.jit
@@ -222,7 +229,8 @@ def edges_of(
 def consume(
     half, O, L, q_s, k_s, v_s, numbers, q_full, q_empty, k_full, k_empty, v_full, v_empty, told,
     heard, COLS, KINDS, BLOCKS, KEY_RANGE, range_steps, steps, sizes, scale, Q_TILE: gl.constexpr,
-    KV_TILE: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
+    KV_TILE: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    BUFFERS: gl.constexpr,
 ):  # fmt: skip
     """Four warps: 64 rows of each block, the first or second half of it."""
     PER: gl.constexpr = KV_TILE // N
@@ -242,6 +250,8 @@ def consume(
         rest, row0, group_b, group_h = block[0], block[1], block[2], block[3]
         first, whole, last = block[4] * PER, block[5] * PER, block[6] * PER
         least, most = block[7], block[8]
+        low = gl.maximum(low, 0)
+        size = gl.maximum(gl.minimum(high, kv_rows) - low, 0)
         top = gl.full([64], float("-inf"), gl.float32, S_ROWS)
         total = gl.zeros([64], gl.float32, S_ROWS)
         acc = gl.zeros([64, D], gl.float32, O_LAYOUT)
@@ -262,7 +272,7 @@ def consume(
             ragged = first >= whole
             sort = kind
             if ragged:
-                scores = hide(scores, key0, sort, low, high, kv_rows, N)
+                scores = hide(scores, key0, sort, low, size, kv_rows, N)
             col, kind = tile_at(first + 1, last, COLS, KINDS, PER)
             weights, keep, top, total = soften(scores, top, total, scale)
             p = gl.convert_layout(weights.to(q_s.dtype), P_LAYOUT)
@@ -282,7 +292,7 @@ def consume(
                 ragged = step >= whole
                 sort = kind
                 if ragged:
-                    scores = hide(scores, key0, sort, low, high, kv_rows, N)
+                    scores = hide(scores, key0, sort, low, size, kv_rows, N)
                 col, kind = tile_at(step + 1, last, COLS, KINDS, PER)
                 weights, keep, top, total = soften(scores, top, total, scale)
                 acc, p = warpgroup_mma_wait(0, deps=[sums, p])
@@ -336,7 +346,8 @@ def attend_hopper(
 
     Q_TILES, K_TILES, V_TILES: descriptors of (1, 1, 64, D) and (1, 1, N, D). BLOCKS: (count, 8),
     None without lists. There are `programs` blocks in all, count x heads of a list (`packs`) x
-    batch entries of a list. NEXT: 0. BUFFERS: of queries, 1 or 2. `scale` is in units of log 2. The rest is as in `attend`.
+    batch entries of a list. NEXT: 0. BUFFERS: of queries, 1 or 2. `scale` is in units of log 2. The
+    rest is as in `attend`.
     """
     dtype: gl.constexpr = Q_TILES.dtype
     q_s = gl.allocate_shared_memory(dtype, [2 * BUFFERS, 1, 1, 64, D], Q_TILES.layout)
