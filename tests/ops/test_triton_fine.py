@@ -73,3 +73,33 @@ def test_a_plan_keeps_its_finer_one() -> None:
     plan = plan_of(causal().layout(512, 512, 128))
     assert plan.finer(64, 64) is plan.finer(64, 64)
     assert plan.finer(64, 64) is not plan
+
+
+@pytest.mark.parametrize("tile", [(128, 128), (256, 64)])
+def test_blocks_of_a_plan(tile: tuple[int, int]) -> None:
+    low, high = torch.arange(700) - 300, torch.arange(700) - 100
+    at = torch.arange(500)
+    allowed = (at >= low[:, None] - 10 * torch.arange(6).reshape(2, 3, 1, 1)) & (at < high[:, None])
+    layout = Layout.from_dense(allowed, tile)
+    plan = plan_of(layout)
+    assert plan.key_ranges is not None
+    blocks = plan.blocks(128)
+    subs = tile[0] // 128
+    assert blocks.shape == (6 * plan.q_tiles * subs, 8)
+    seen = set()
+    for row0, b, h, start, mid, end, first, until in blocks.tolist():
+        seen.add((row0, b, h))
+        item = (b * 3 + h) * plan.q_tiles + row0 // tile[0]
+        mine = layout.entry_rows == item
+        assert end - start == int(mine.sum())
+        assert sorted(plan.by_row.tiles[start:end].tolist()) == layout.cols[mine].tolist()
+        assert (plan.by_row.kinds[start:mid] == FULL).all()
+        keys = allowed[b, h, row0 : row0 + 128].any(0).nonzero()[:, 0]
+        if keys.numel():
+            assert (first, min(until, 500)) == (int(keys[0]), int(keys[-1]) + 1)
+        else:
+            assert first >= until
+    assert len(seen) == len(blocks)
+    # Longest lists of a group first.
+    work = (blocks[:, 5] - blocks[:, 3]).reshape(6, -1, subs)[:, :, 0]
+    assert (work.diff(dim=1) <= 1).all()

@@ -13,7 +13,7 @@ from engines import every_tile, for_groups, make
 from test_triton import Engine, compare, pytestmark  # noqa: F401
 from torch import Tensor
 
-from foveate.ops import Layout, causal, padding, window
+from foveate.ops import Layout, causal, padding, triton, window
 from foveate.ops.triton import run_backward, run_forward
 from foveate.ops.triton.call import copied, describe
 from foveate.ops.triton.config import Config, Forced, config_for
@@ -58,6 +58,7 @@ def test_copied_tiles_hold_what_loaded_ones_hold(storage: str, mask: object) -> 
         assert torch.equal(got, good)
 
 
+@pytest.mark.skipif(not triton.interpreted(), reason="looks at tensors of the CPU")
 def test_what_is_copied() -> None:
     """That the test above takes both ways, forward and backward."""
     q, k, v = make((2, 4, 2, 75, 70, 32, 32), torch.float16)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from foveate.bench import gpu_command as gpu
 from foveate.bench.parallel_command import parallel
 from foveate.bench.scaling_command import scaling
-from foveate.bench.screen import close, numbers, print_json, run_job, screen, words
+from foveate.bench.screen import close, draw, numbers, print_json, run_job, screen, words
 from foveate.bench.video_command import video
-from foveate.ops.errors import MissingPackageError
 
 OUT = "foveate-report/bench"
 
@@ -138,7 +134,7 @@ def kernels(
     found = run_job(lambda *where: job.run(options, *where), out, fresh)
     names = [name for name in options.names() if name not in ("sdpa", "flex")]
     lines = [line for name in names for line in summary(found, name)]
-    path = _draw(kernel_figure, found, Path(out) / "kernels.png")
+    path = draw(kernel_figure, found, Path(out) / "kernels.png")
     if as_json:
         print_json(found, lines)
         return
@@ -224,7 +220,7 @@ def decode(
     found = run_job(lambda *where: job.run(options, *where), out, fresh)
     names = [name for name in options.names() if name not in (*job.TORCH, job.GATHER)]
     lines = [line for name in names for line in decode_summary(found, name)]
-    path = _draw(decode_figure, found, Path(out) / "decode.png")
+    path = draw(decode_figure, found, Path(out) / "decode.png")
     if as_json:
         print_json(found, lines)
         return
@@ -351,16 +347,6 @@ def neighborhood(
     console.print(neighborhood_table(found))
     console.print()
     close(console, [], [Path(out) / "results.jsonl"])
-
-
-def _draw(
-    figure: Callable[[list[dict[str, Any]], Path], Path], found: list[dict[str, Any]], path: Path
-) -> Path | None:
-    try:
-        return figure(found, path)
-    except MissingPackageError as error:
-        Console(stderr=True).print(Text(str(error), style="dim"), soft_wrap=True)
-        return None
 
 
 def _pace(repeats: int | None, budget: float, clock: str, quick: bool) -> Any:

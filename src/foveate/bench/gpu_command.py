@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from foveate.bench.screen import close, print_json, run_job, screen
+from foveate.bench.screen import close, draw, print_json, run_job, screen
 from foveate.ops.errors import InputError
 
 _QUICK_MASKS = (
@@ -37,6 +37,7 @@ def kernels(
     """Measure prefill and training shapes; print tables and one line for each dtype and pass."""
     from foveate.bench import gpu_kernels as job
     from foveate.bench.gpu import required
+    from foveate.bench.gpu_figure import gpu_kernel_figure
     from foveate.bench.gpu_show import kernel_summary, kernel_table
 
     where = required(device)
@@ -63,13 +64,14 @@ def kernels(
     options.check()
     found = run_job(partial(job.run, options, where, workers=workers), out, fresh)
     lines = kernel_summary(found)
+    path = draw(gpu_kernel_figure, found, Path(out) / "kernels.png")
     if as_json:
         print_json(found, lines)
         return
     console = screen()
     console.print(kernel_table(found))
     console.print()
-    close(console, lines, [Path(out) / "results.jsonl"])
+    close(console, lines, [Path(out) / "results.jsonl", path])
 
 
 def decode(

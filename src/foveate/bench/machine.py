@@ -15,7 +15,9 @@ import foveate
 from foveate.runs.machine import processor
 
 _PARTS = ("ops", "parts/longcontext", "parallel", "bench", "runs", "data/bench")
-_LOOKS = {"show.py", "figure.py", "command.py"}
+_LOOKS = {
+    "show.py", "figure.py", "command.py", "gpu_show.py", "gpu_figure.py", "gpu_command.py",
+}  # fmt: skip
 
 
 def environment() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from foveate.ops.errors import InputError
+from foveate.ops.errors import InputError, MissingPackageError
 
 
 def run_job(
@@ -52,6 +52,17 @@ def close(console: Console, lines: list[str], paths: list[Path | None]) -> None:
     for path in paths:
         if path is not None:
             console.print(Text(str(path), style="dim"), soft_wrap=True)
+
+
+def draw(
+    figure: Callable[[list[dict[str, Any]], Path], Path], found: list[dict[str, Any]], path: Path
+) -> Path | None:
+    """Write a figure; without matplotlib say so, and give None."""
+    try:
+        return figure(found, path)
+    except MissingPackageError as error:
+        Console(stderr=True).print(Text(str(error), style="dim"), soft_wrap=True)
+        return None
 
 
 def screen() -> Console:

@@ -2,10 +2,10 @@
 
 `torch.nn.attention.activate_flash_attention_impl` puts FlashAttention 3 (Shah et al. 2024,
 arXiv:2407.08608) or 4 in place of FlashAttention 2 behind the flash operators; what was activated
-goes before cuDNN. On an H200 cuDNN 9 took 1.3 to 1.6 times less than the Triton engine for dense
-and causal calls in bf16 at head size 128, forward and backward (`benchmarks/results/gpu`). The
-gradient of its queries isn't the same bit by bit in each run, so that deterministic mode does
-without it.
+goes before cuDNN. On an H200 the Triton engine took 1.01 to 1.15 times as long as cuDNN 9 for dense
+and causal calls forward, 1.2 to 1.3 times backward (bf16, `benchmarks/results/gpu`). The gradient
+of cuDNN's queries isn't the same bit by bit in each run, so that deterministic mode does without
+it.
 """
 
 from __future__ import annotations

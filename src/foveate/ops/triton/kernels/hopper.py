@@ -202,7 +202,10 @@ def hide(scores, key0, kind, low, size, limit, N: gl.constexpr):
 
 @gluon.jit
 def clear(v, key0, least, most, N: gl.constexpr, D: gl.constexpr):
-    """Make values of keys that no row of the block sees 0: they may hold NaN."""
+    """Make values of keys that no row of the block sees 0: they may hold NaN.
+
+    Both groups of warps write, and both the same.
+    """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     n = key0 + gl.arange(0, N, layout=gl.SliceLayout(1, LAYOUT))
     found = v.load(LAYOUT)
