@@ -10,7 +10,9 @@ import torch
 from foveate import Context, causal
 from foveate.compare.plan import entries_of
 from foveate.methods import make, spec
+from foveate.ops import padding
 from foveate.ops.errors import InputError, UnknownMethodError
+from foveate.parts import by_heads
 
 WINDOW = "sink-window(sinks=1, window=5)"
 
@@ -105,3 +107,56 @@ def test_files_that_are_none_are_refused(tmp_path):
         method = make(written(tmp_path, {"0": {heads: WINDOW}}))
         with pytest.raises(InputError, match="heads 0 to 3"):
             method(*qkv(), Context(mask=causal()))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_decoding_is_one_call_without_copies(tmp_path, padded, monkeypatch):
+    layers = {"0": {"3,0": WINDOW, "1": "vertical-slash(verticals=9, slashes=50)", "2": "a-shape"}}
+    method = make(written(tmp_path, layers))
+    q, k, v = qkv(300)
+    q = q[:, :, -1:]
+    b = torch.randn(4, dtype=torch.float64)
+    bias = torch.randn(1, 4, 1, 300, dtype=torch.float64)
+    mask = causal() & padding(torch.tensor([300, 260])) if padded else causal()
+    ctx = Context(mask=mask, phase="decode", sink_logits=b, bias=bias)
+    got = method(q, k, v, ctx)
+    assert by_heads.together(list(dict(method.split(0)).items()), q, k, ctx) is not None
+    monkeypatch.setattr(by_heads, "together", lambda *_: None)
+    want = method(q, k, v, Context(mask=mask, phase="decode", sink_logits=b, bias=bias))
+    torch.testing.assert_close(got.out, want.out)
+    torch.testing.assert_close(got.lse, want.lse)
+    assert not torch.allclose(got.out, make("full")(q, k, v, ctx).out)
+
+
+def test_what_looks_at_keys_is_called_by_itself():
+    q, k, _ = qkv(300)
+    ctx = Context(mask=causal(), phase="prefill")
+    full, chosen = make("full"), make("vertical-slash(verticals=9, slashes=50)")
+    assert by_heads.together([((0, 1), full), ((2, 3), chosen)], q, k, ctx) is None
+    one = by_heads.together([((0, 1), full), ((2, 3), full)], q, k, ctx)
+    assert one is not None
+    assert one.is_dense(q, k, ctx)
+    evicting = make("h2o")
+    assert by_heads.together([((0, 1), full), ((2, 3), evicting)], q, k, ctx) is None
+
+
+def test_a_model_decodes_by_heads_as_in_its_prefill(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    import foveate
+
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    text = written(
+        tmp_path, {"0": {"0,3": WINDOW, "1,2": "full"}, "1": {"0-2": "full", "3": WINDOW}}
+    )
+    ids = torch.randint(64, (2, 30))
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    with torch.no_grad(), foveate.use(model, text):
+        whole = model(ids, attention_mask=mask).logits
+        cache = model(ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True).past_key_values
+        last = model(ids[:, -1:], attention_mask=mask, past_key_values=cache).logits
+    torch.testing.assert_close(last[:, 0], whole[:, -1], rtol=1e-4, atol=1e-5)

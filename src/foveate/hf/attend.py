@@ -22,6 +22,7 @@ from foveate.hf.view import View, view_of
 from foveate.methods import make
 from foveate.ops import AttentionOutput, documents
 from foveate.parts import Attention, Context, Pattern, Rope
+from foveate.parts.by_heads import together
 from foveate.parts.context import Phase
 from foveate.parts.eviction import EvictingCache
 from foveate.parts.tree import Tree
@@ -234,6 +235,11 @@ def _by_head(
     if len(groups) == 1 and groups[0].heads is None:
         return _by_document(groups[0].method, query, key, value, view, ctx)
     heads, shared = query.shape[1], query.shape[1] // key.shape[1]
+    if ctx.phase == "decode" and view.documents is None:
+        parts = [(group.heads, group.method) for group in groups if group.heads is not None]
+        one = together(parts, query, key, ctx)
+        if one is not None:
+            return one(query, key, value, ctx).out
     out: Tensor | None = None
     for group in groups:
         index = torch.tensor(group.heads, device=query.device)

@@ -14,21 +14,22 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from foveate.methods.naming import make_attention
 from foveate.ops import AttentionOutput
 from foveate.ops.errors import InputError
 from foveate.parts.attention import Attention
+from foveate.parts.by_heads import attend_by_heads
 from foveate.parts.context import Context
 
 VERSION = 1
 Plan = dict[int, dict[str, str]]
+Parts = list[tuple[tuple[int, ...] | None, Attention]]
 
 
 def heads_of(text: object) -> tuple[int, ...]:
@@ -70,6 +71,7 @@ class ByHead(Attention):
     default: str = field(default="full", init=False, compare=False, repr=False)
     digest: str = field(default="", init=False)
     _layers: Plan = field(default_factory=dict, init=False, compare=False, repr=False)
+    _made: dict[int, Parts] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.file, str):
@@ -95,14 +97,15 @@ class ByHead(Attention):
         """What is kept whatever is chosen, in words."""
         return "what each head's pattern keeps"
 
-    def split(self, layer: int) -> list[tuple[tuple[int, ...] | None, Attention]]:
+    def split(self, layer: int) -> Parts:
         """(heads, pattern) of a layer; None as heads is all of them."""
-        named = self._layers.get(layer, {})
-        parts = [
-            (None if heads == "" else heads_of(heads), make_attention(text))
-            for heads, text in named.items()
-        ]
-        return parts or [(None, make_attention(self.default))]
+        if layer not in self._made:
+            named = self._layers.get(layer, {"": self.default})
+            self._made[layer] = [
+                (None if heads == "" else heads_of(heads), make_attention(text))
+                for heads, text in named.items()
+            ]
+        return self._made[layer]
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Context | None = None
@@ -118,27 +121,15 @@ class ByHead(Attention):
             return parts[0][1](q, k, v, ctx)
         if ctx.mask is not None and ctx.mask.groups()[1] > 1:
             raise InputError("by-head takes masks that are the same for all heads.")
-        total, group = q.shape[1], q.shape[1] // k.shape[1]
-        named = sorted(h for heads, _ in parts if heads is not None for h in heads)
-        if named != list(range(total)):
+        total = q.shape[1]
+        named = {heads: method for heads, method in parts if heads is not None}
+        numbers = sorted(h for heads in named for h in heads)
+        if numbers != list(range(total)):
             raise InputError(
-                f"by-head(file={self.file!r}) names the heads {named} of layer {ctx.layer}, which "
-                f"has heads 0 to {total - 1}; name each once, or give the layer one pattern."
+                f"by-head(file={self.file!r}) names the heads {numbers} of layer {ctx.layer}, "
+                f"which has heads 0 to {total - 1}; name each once, or give the layer one pattern."
             )
-        order, outs, sums = [], [], []
-        for heads, method in parts:
-            at = torch.tensor(heads, device=q.device)
-            bias = ctx.bias
-            if isinstance(bias, Tensor) and bias.dim() > 2 and bias.shape[-3] > 1:
-                bias = bias.index_select(-3, at)
-            sinks = None if ctx.sink_logits is None else ctx.sink_logits[at]
-            own = replace(ctx, bias=bias, sink_logits=sinks)
-            part = method(q[:, at], k[:, at // group], v[:, at // group], own)
-            order.append(at)
-            outs.append(part.out)
-            sums.append(part.lse)
-        back = torch.argsort(torch.cat(order))
-        return AttentionOutput(torch.cat(outs, 1)[:, back], torch.cat(sums, 1)[:, back])
+        return attend_by_heads(list(named.items()), q, k, v, ctx)
 
 
 def _checked(data: Any, file: str) -> tuple[str, Plan]:

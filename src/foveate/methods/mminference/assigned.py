@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from foveate.methods.mminference.search import SPACES, grows
@@ -15,6 +14,7 @@ from foveate.ops import AttentionOutput
 from foveate.ops.errors import InputError
 from foveate.ops.masks.checks import whole
 from foveate.parts.attention import Attention
+from foveate.parts.by_heads import attend_by_heads
 from foveate.parts.context import Context
 from foveate.parts.fitting import Artefact, missing
 
@@ -98,27 +98,17 @@ class MMInference(Attention):
         ctx = Context() if ctx is None else ctx
         if ctx.mask is not None and ctx.mask.groups()[1] > 1:
             raise InputError("mminference takes masks that are the same for all heads.")
-        group = q.shape[1] // k.shape[1]
-        out, lse = q.new_empty(*q.shape[:3], v.shape[3]), None
-        for heads, method in self.split(ctx.layer):
-            if heads is None:
-                return method(q, k, v, ctx)
-            at = torch.tensor(heads, device=q.device)
-            if int(at.max()) >= q.shape[1]:
-                raise InputError(
-                    f"The patterns name head {int(at.max())}, but layer {ctx.layer} has "
-                    f"{q.shape[1]}; fit on this model."
-                )
-            bias = ctx.bias
-            if bias is not None and bias.dim() > 2 and bias.shape[-3] > 1:
-                bias = bias.index_select(-3, at)
-            sinks = None if ctx.sink_logits is None else ctx.sink_logits[at]
-            own = replace(ctx, bias=bias, sink_logits=sinks)
-            part = method(q[:, at], k[:, at // group], v[:, at // group], own)
-            lse = part.lse.new_empty(q.shape[:3]) if lse is None else lse
-            out, lse = out.index_copy(1, at, part.out), lse.index_copy(1, at, part.lse)
-        assert lse is not None
-        return AttentionOutput(out, lse)
+        parts = self.split(ctx.layer)
+        if parts[0][0] is None:
+            return parts[0][1](q, k, v, ctx)
+        named = {heads: method for heads, method in parts if heads is not None}
+        numbers = sorted(h for heads in named for h in heads)
+        if numbers != list(range(q.shape[1])):
+            raise InputError(
+                f"The patterns name the heads {numbers}, but layer {ctx.layer} has heads 0 to "
+                f"{q.shape[1] - 1}; fit on this model."
+            )
+        return attend_by_heads(list(named.items()), q, k, v, ctx)
 
 
 def scaled(pattern: Any, factor: float) -> Any:

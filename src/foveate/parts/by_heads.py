@@ -1,0 +1,102 @@
+"""Several attentions over the heads of one layer: each on its heads, or all in one call.
+
+A call for some heads copies their keys and values out of the cache. In decoding that costs more
+than attending; there, patterns that positions alone decide are one layout over all heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from foveate.ops import AttentionOutput, Layout, Mask
+from foveate.ops.layout.join import by_heads, plain
+from foveate.parts.attention import Attention, Pattern, mask_layout, remember
+from foveate.parts.context import Context
+
+Parts = Sequence[tuple[Sequence[int], Attention]]
+
+
+@dataclass(frozen=True, eq=False)
+class Together(Pattern):
+    """All heads of a layer in one call.
+
+    Attributes:
+        masks: distinct ones; None is everything.
+        owner: for each query head the index of its mask.
+    """
+
+    masks: tuple[Mask | None, ...]
+    owner: tuple[int, ...]
+
+    @override
+    def is_dense(self, q: Tensor, k: Tensor, ctx: Context) -> bool:
+        return self.masks == (ctx.mask,)
+
+    @override
+    def layout(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Layout:
+        def joined() -> Layout:
+            return by_heads([mask_layout(m, q, k, ctx) for m in self.masks], self.owner)
+
+        sizes = (q.shape[2], k.shape[2], q.device)
+        return remember(ctx, (Together, self.masks, self.owner, *sizes), joined)
+
+
+def together(parts: Parts, q: Tensor, k: Tensor, ctx: Context) -> Together | None:
+    """The parts as one pattern; None where they aren't told by positions alone.
+
+    Args:
+        parts: (query heads, attention), every head once.
+        q: (B, Hq, Lq, D).
+        k: (B, Hkv, Lkv, D).
+        ctx: of the call, for all heads.
+    """
+    if ctx.cache is not None or (ctx.mask is not None and ctx.mask.groups()[1] > 1):
+        return None
+    masks: list[Mask | None] = []
+    owner = [0] * q.shape[1]
+    for heads, part in parts:
+        if not isinstance(part, Pattern) or part.evicts:
+            return None
+        shapes = q[:, : len(heads)], k[:, :1].expand(-1, len(heads), -1, -1)
+        mask = ctx.mask if part.is_dense(*shapes, ctx) else part.rule(ctx)
+        if mask is None and ctx.mask is not None:
+            return None
+        if mask not in masks:
+            masks.append(mask)
+        for head in heads:
+            owner[head] = masks.index(mask)
+    found = Together(tuple(masks), tuple(owner))
+    if found.is_dense(q, k, ctx) or all(plain(mask_layout(m, q, k, ctx)) for m in masks):
+        return found
+    return None
+
+
+def attend_by_heads(parts: Parts, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> AttentionOutput:
+    """Each part on its query heads, and their key heads as often as they are read.
+
+    Shapes as in `Attention`; `ctx.mask` is the same for all heads.
+    """
+    if ctx.phase == "decode":
+        one = together(parts, q, k, ctx)
+        if one is not None:
+            return one(q, k, v, ctx)
+    group = q.shape[1] // k.shape[1]
+    order, outs, sums = [], [], []
+    for heads, method in parts:
+        at = torch.tensor(heads, device=q.device)
+        bias = ctx.bias
+        if isinstance(bias, Tensor) and bias.dim() > 2 and bias.shape[-3] > 1:
+            bias = bias.index_select(-3, at)
+        sinks = None if ctx.sink_logits is None else ctx.sink_logits[at]
+        own = replace(ctx, bias=bias, sink_logits=sinks)
+        part = method(q[:, at], k[:, at // group], v[:, at // group], own)
+        order.append(at)
+        outs.append(part.out)
+        sums.append(part.lse)
+    back = torch.argsort(torch.cat(order))
+    return AttentionOutput(torch.cat(outs, 1)[:, back], torch.cat(sums, 1)[:, back])
