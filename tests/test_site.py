@@ -79,8 +79,17 @@ def test_commands_of_a_page_are_known(row):
     for block in re.findall(r"^```sh\n(.*?)^```", "\n\n".join(method_use.use(row)), FLAGS):
         _, name, *args = shlex.split(block)
         assert app.commands[name].make_context(name, args)
-    for command in re.findall(r"reached from .*`foveate (\w+)`", "\n".join(method_use.use(row))):
-        assert command in app.commands
+    for line in re.findall(r"reached from .*", "\n".join(method_use.use(row))):
+        for command, *more in map(str.split, re.findall(r"`foveate ([\w ]+)`", line)):
+            assert command in app.commands
+            assert all(one in app.commands[command].commands for one in more)
+
+
+@ROWS
+def test_a_page_that_shows_python_alone_shows_a_command_too(row):
+    parts = list(method_use.use(row))
+    if any("make(" in part for part in parts):
+        assert any(part.startswith("```sh") for part in parts)
 
 
 @pytest.mark.parametrize("row", TRAINED, ids=[row.key for row in TRAINED])

@@ -12,6 +12,7 @@ from functools import cache
 
 import torch
 
+from foveate import papers
 from foveate.catalog import Row
 from foveate.ops.errors import FoveateError
 
@@ -56,7 +57,28 @@ SPECS = {"echoatt": "echoatt(followers=[1])"}
 # Jobs that the parts of "Use it" show; what else a row names is listed.
 SHOWN = {
     "Attention", "FoveateConfig(router=...)", "FoveateEncoderConfig(pooling=...)", "compare", "fit",
-    "train", "use",
+    "reproduce", "train", "use",
+}  # fmt: skip
+# Jobs that have a command of their own: what it does, and the command.
+COMMANDS = {
+    "classify": ("In an encoder that learns to classify texts:",
+                 "foveate classify --pooling {key} --data banking77"),
+    "recommend": ("In a recommender that is trained and judged:",
+                  "foveate recommend train --model {key} --data ml-100k"),
+    "index": ("Over documents of one's own, or those that are shipped:",
+              "foveate index scifact --out sci"),
+    "search": ("Asked:", 'foveate search sci "does smoking harm the heart?"'),
+    "inspect": ("What makes its file, for a model:", "foveate inspect smollm2"),
+    "circuits": ("On a model, with a task that tests what is found:",
+                 "foveate circuits smollm2 --task ioi"),
+    "compress": ("In a model that is made smaller by it:",
+                 "foveate compress smollm2 --out smaller"),
+}  # fmt: skip
+# Subcommands, where a job has several.
+MEASURED = {
+    ("bench", "fna"): "bench neighborhood", ("bench", "gna"): "bench neighborhood",
+    ("bench", "vmoba"): "bench video", ("bench", "rectified-spaattn"): "bench video",
+    ("cost", "fna"): "cost tiles", ("cost", "gna"): "cost tiles",
 }  # fmt: skip
 IN_PYTHON = {
     "DiT": "foveate.models.DiT", "foveate.lens": "foveate.lens", "models": "foveate.models"
@@ -80,7 +102,19 @@ def use(row: Row) -> Iterator[str]:
     if "train" in row.jobs:
         yield "In a small language model that is trained from scratch:"
         yield fence("sh", f"foveate train {composition(row)} --data book.txt")
-    others = [IN_PYTHON.get(job, f"foveate {job}") for job in row.jobs if job not in SHOWN]
+    for job in row.jobs:
+        if job in COMMANDS:
+            what, command = COMMANDS[job]
+            yield what
+            yield fence("sh", command.format(key=key))
+    if row.sheet in papers.available():
+        yield "Its paper's claim, checked in small:"
+        yield fence("sh", f"foveate reproduce {row.sheet}")
+    others = [
+        IN_PYTHON.get(job, f"foveate {MEASURED.get((job, key), job)}")
+        for job in row.jobs
+        if job not in SHOWN and job not in COMMANDS
+    ]
     if others:
         yield f"It is also reached from {', '.join(f'`{name}`' for name in others)}."
 

@@ -13,7 +13,7 @@ LIN = Paper("A Structured Self-attentive Sentence Embedding", "Lin et al., 2017"
 
 POOLS = Support(False, "pools a whole text")
 NO_KV = Support(False, "has no key/value heads")
-ENCODERS = ("FoveateEncoderConfig(pooling=...)",)
+ENCODERS = ("FoveateEncoderConfig(pooling=...)", "classify")
 
 ROWS: tuple[Row, ...] = (
     Row(
