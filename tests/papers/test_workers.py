@@ -44,8 +44,20 @@ def test_two_workers_find_what_one_finds_and_the_records_are_the_same(tmp_path, 
     assert both.seeds == alone.seeds
     assert both.verdict["verdict"] == alone.verdict["verdict"]
     assert both.verdict["environment"] == alone.verdict["environment"] | {"workers": 2}
-    again = _run(tmp_path / "both", 1)  # with as many threads it takes what the workers found
+    torch.set_num_threads(2)  # with more threads it takes what the workers found
+    again = _run(tmp_path / "both", 1)
     assert (again.ran, again.found) == (0, 2)
+
+
+def test_only_timed_cells_are_run_anew_with_other_threads(tmp_path, monkeypatch):
+    toy = paper(calls=[], alone=("dense",))
+    with Run(toy, tmp_path) as run:
+        run()
+    calls = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    with Run(paper(calls=calls, alone=("dense",)), tmp_path) as run:
+        run()
+    assert [name for name, *_ in calls] == ["dense"] * 3
 
 
 def test_cells_that_take_times_stay_in_this_process(tmp_path, monkeypatch):

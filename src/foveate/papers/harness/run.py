@@ -69,6 +69,9 @@ class Run:
         workers: cells that run side by side, each in a process of its own with an equal part of
             torch's threads. Cells that take times (`Paper.alone`) follow one by one.
 
+    Only the stored results of cells that take times are of a number of threads: others are taken
+    over whatever it was.
+
     Raises:
         InputError: the folder can't be written, is in use, or its results are damaged (they are
             kept aside; the good ones among them stay).
@@ -145,7 +148,7 @@ class Run:
         jobs = []
         for cell in cells:
             named = self._named(cell, tuned)
-            place = here | {"threads": self._threads(cell)}
+            place = here if cell.name in self.paper.alone else _anywhere(here)
             key = digest({"cell": named, "source": source, "environment": place})
             values = self.records.get(key)
             if values is None:
@@ -249,3 +252,8 @@ def _write(path: Path, value: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)
+
+
+def _anywhere(here: dict[str, Any]) -> dict[str, Any]:
+    """An environment for cells whose figures don't depend on the number of threads."""
+    return {name: value for name, value in here.items() if name != "threads"}
