@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from engines import compare, for_groups, make
+from engines import compare, every_tile, for_groups, make
 from torch import Tensor
 
 from foveate.ops import Layout, Mask, attention, causal, documents, prefix, sinks, triton, window
 from foveate.ops.triton import run_hopper
 from foveate.ops.triton.call import describe
+from foveate.ops.triton.config import Config, Forced
 
 HERE = triton.available() and not triton.interpreted() and run_hopper._here(0)
 pytestmark = [pytest.mark.triton]
@@ -141,6 +143,34 @@ def test_keys_that_nobody_sees_may_hold_anything(dim: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
+def test_a_configuration_that_is_tried_is_the_other_kernels(monkeypatch: Any) -> None:
+    monkeypatch.setattr(run_hopper, "_here", lambda _: True)
+    monkeypatch.setattr(run_hopper, "_fills", lambda _: True)
+    monkeypatch.setattr(run_hopper, "interpreted", lambda: False)
+
+    class There:
+        """A call whose tensors claim to be on a GPU."""
+
+        def __init__(self, call: Any) -> None:
+            self.call = call
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.call, name)
+
+        @property
+        def query(self) -> Any:
+            class Query(torch.Tensor):
+                device = torch.device("cuda", 0)
+
+            return self.call.query.as_subclass(Query)
+
+    call: Any = There(describe(*tensors("even", 64), None, 0.1, None, None, None))
+    assert run_hopper.takes(call)
+    for kernel, taken in ((None, False), ("forward", False), ("decode", True)):
+        with Forced(Config(64, 64, 4, 2), kernel):
+            assert run_hopper.takes(call) == taken
+
+
 def test_short_lists_of_small_heads_are_left_to_the_other_kernel() -> None:
     for dim in run_hopper.HEAD_SIZES:
         q, k, v = make((1, 1, 1, 2048, 2048, dim, dim), torch.bfloat16)
@@ -166,6 +196,8 @@ def test_calls_that_it_leaves_to_the_other_kernel() -> None:
     assert not fits(q, k, v, layout=causal().layout(512, 512, 64))
     assert not fits(q, k, v, layout=Layout.from_dense(single, 128))
     assert not fits(q, k, v, layout=(window(80, 0) | sinks(3)).layout(512, 512, 128))
+    ends = torch.tensor([[0, 9]], dtype=torch.int32).repeat(512, 1)[None, None]
+    assert not fits(q, k, v, layout=replace(every_tile(512, 512, 128, -1), key_range=ends))
     assert not fits(q, k, v, softcap=20.0)
     assert not fits(q, k, v, scale=-0.1)
     assert not fits(q, k, v, bias=torch.zeros(1, 1, 512, 512))

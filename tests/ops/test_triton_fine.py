@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +14,7 @@ from oracle import masks
 
 from foveate.ops import Layout, causal, documents, window
 from foveate.ops.layout import FULL
+from foveate.ops.triton import fine
 from foveate.ops.triton.fine import finer
 from foveate.ops.triton.plan import plan_of
 
@@ -22,8 +27,11 @@ def test_the_same_is_seen(data: st.DataObject) -> None:
     tile = data.draw(st.sampled_from([(16, 16), (32, 16), (16, 48), (64, 64)]))
     layout = mask.layout(q_len, kv_len, tile)
     rows, keys = data.draw(st.sampled_from([(8, 8), (16, 8), (8, 16), (32, 32)]))
-    smaller = finer(layout, rows, keys)
+    with patch.object(fine, "_WORTH", 2.0):  # whether it pays or not
+        smaller = finer(layout, rows, keys)
     if smaller is None:
+        cut = tile[0] % min(rows, tile[0]) or tile[1] % min(keys, tile[1])
+        assert cut or not layout.bits.shape[0] or (rows >= tile[0] and keys >= tile[1])
         return
     assert torch.equal(smaller.dense(), layout.dense())
     assert (smaller.q_tile, smaller.kv_tile) == (min(rows, tile[0]), min(keys, tile[1]))
@@ -103,3 +111,21 @@ def test_blocks_of_a_plan(tile: tuple[int, int]) -> None:
     # Longest lists of a group first.
     work = (blocks[:, 5] - blocks[:, 3]).reshape(6, -1, subs)[:, :, 0]
     assert (work.diff(dim=1) <= 1).all()
+
+
+@pytest.mark.parametrize(
+    "layout", [causal().layout(512, 512, 128), documents([0, 128, 256]).layout(256, 256, 128)]
+)
+def test_plans_end_with_their_layouts(layout: Layout) -> None:
+    own = Layout(
+        layout.q_len, layout.kv_len, 128, 128, layout.ptr, layout.cols, layout.kinds, layout.bits
+    )
+    plan = plan_of(own)
+    plan.finer(64, 64)
+    dead = weakref.ref(plan)
+    gc.disable()
+    try:
+        del own, plan
+        assert dead() is None
+    finally:
+        gc.enable()

@@ -132,6 +132,18 @@ def test_keys_before_all_ranges_are_never_touched_beside_empty_rows() -> None:
         assert torch.equal(got, good)
 
 
+@pytest.mark.parametrize("empty", [(0, 0), (20, 20), (30, 20)])
+def test_rows_without_keys_reach_for_none(empty: tuple[int, int]) -> None:
+    q, k, v = make((1, 2, 1, 64, 32, 32, 32), torch.float32)
+    ends = torch.tensor([[0, 10]], dtype=torch.int32).repeat(64, 1)[None, None]
+    ends[:, :, ::3] = torch.tensor(empty, dtype=torch.int32)
+    layout = replace(every_tile(64, 32, 32, -1), key_range=ends)
+    want = results(q, k, v, layout)
+    k[:, :, 10:], v[:, :, 10:] = torch.nan, torch.nan
+    for got, good in zip(results(q, k, v, layout), want):
+        assert torch.equal(got, good)
+
+
 def test_keys_that_are_values_too_and_that_nobody_sees() -> None:
     q, k, _ = make((1, 2, 1, 40, 70, 32, 32), torch.float16)
     k[:, :, 50:] = torch.nan

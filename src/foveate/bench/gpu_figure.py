@@ -15,7 +15,7 @@ def gpu_kernel_figure(found: list[Found], path: Path) -> Path:
     """Write the figure of `gpu_kernels.run`, a row for each pass and a column for each head size.
 
     A dot is a mask; the line is the best dense kernel on everything, which a sparse mask would
-    reach if visited tiles cost as much as its own.
+    reach if visited tiles cost as much as its own and all of their elements counted.
 
     Raises:
         MissingPackageError: matplotlib isn't there.

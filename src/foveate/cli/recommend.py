@@ -52,7 +52,11 @@ def train(
     ] = None,
     dim: Annotated[int, typer.Option(help="Width of the vectors.")] = 64,
     decay: Annotated[
-        float | None, typer.Option(help="Weight decay; 1e-5, or 1e-4 for the next item.")
+        float | None,
+        typer.Option(
+            help="Weight decay; 1e-5, or 1e-4 for the next item. On small data far more is better: "
+            "0.1 on ml-100k."
+        ),
     ] = None,
     triple_decay: Annotated[
         float, typer.Option(help="kgat: weight decay of TransR's steps.")

@@ -139,11 +139,16 @@ class Forced:
         _forced.pop()
 
 
+def forced(kernel: str) -> bool:
+    """Whether a kernel's configuration is forced."""
+    return bool(_forced) and _forced[-1][0] in (None, kernel)
+
+
 def config_for(
     kernel: str, dim: int, value_dim: int, dtype: torch.dtype, device: torch.device
 ) -> Config:
     """The tuned configuration if there is one, else the shipped one."""
-    if _forced and _forced[-1][0] in (None, kernel):
+    if forced(kernel):
         return _forced[-1][1]
     if device.type != "cuda":  # the interpreter
         return replace(shipped(kernel, dim, value_dim, dtype.itemsize, 9), rows=32, keys=32)

@@ -16,6 +16,7 @@ from foveate.ops.layout import FULL, Layout
 from foveate.ops.layout import bits as bitset
 
 _MOST = 1 << 24  # entries of the finer lists, before any are dropped
+_BYTES = 1 << 22  # of bits that are counted at a time
 _WORTH = 0.97  # of the visited area: with more left, lists stay as they are
 
 
@@ -42,6 +43,8 @@ def finer(layout: Layout, rows: int, keys: int) -> Layout | None:
     down, across = layout.q_tile // rows, layout.kv_tile // keys
     if down * across == 1 or layout.cols.numel() * down * across > _MOST:
         return None
+    if int((layout.kinds == FULL).sum()) > _WORTH * layout.cols.numel():
+        return None  # only tiles in part seen can be dropped
     cut = _cut(layout, rows, keys)
     below, beside = (torch.arange(n, device=layout.device) for n in (down, across))
     tile = layout.entry_rows % layout.q_tiles
@@ -68,7 +71,8 @@ def _cut(layout: Layout, rows: int, keys: int) -> _Cut:
     down, across = layout.q_tile // rows, layout.kv_tile // keys
     parts = layout.bits.unflatten(1, (across, keys)).unflatten(3, (down, rows // 8))
     parts = parts.permute(0, 3, 1, 2, 4).flatten(0, 2).contiguous()
-    count = bitset.count(parts)
+    chunk = max(1, _BYTES // (keys * rows // 8))
+    count = torch.cat([bitset.count(part) for part in parts.split(chunk)])
     some = (count > 0) & (count < rows * keys)
     kinds = torch.where(some, some.cumsum(0), FULL).masked_fill(count == 0, -1)
     whole = kinds.new_full((1, down, across), FULL)

@@ -163,12 +163,12 @@ class Plan(Layout):
     def _seen_by_blocks(
         self, rows: int, row0: Tensor, group_b: Tensor, group_h: Tensor
     ) -> tuple[Tensor, Tensor]:
-        table = self.key_ranges if self.key_range is None else self.key_range
+        table = self.key_ranges
         if table is None:
             return torch.zeros_like(row0), torch.full_like(row0, self.kv_rows)
         nothing = torch.iinfo(torch.int32).max
         low, high = table.unbind(-1)
-        low = low.masked_fill(low >= high, nothing)
+        low, high = low.masked_fill(low >= high, nothing), high.masked_fill(low >= high, 0)
         spare = (0, -low.shape[-1] % rows)
         low = torch.nn.functional.pad(low, spare, value=nothing).unflatten(-1, (-1, rows)).amin(-1)
         high = torch.nn.functional.pad(high, spare).unflatten(-1, (-1, rows)).amax(-1)
@@ -216,7 +216,10 @@ class Plan(Layout):
 
     @cached_property
     def _kept(self) -> dict[tuple[str, int, int], Any]:
-        """What depends on numbers of heads, or of blocks, too; making it waits for the GPU."""
+        """What depends on numbers of heads, or of blocks, too; making it waits for the GPU.
+
+        Never this plan itself: it would live until cycles are collected.
+        """
         return {}
 
     def finer(self, rows: int, keys: int) -> Plan:
@@ -229,9 +232,9 @@ class Plan(Layout):
         name = ("finer", rows, keys)
         if name not in self._kept:
             smaller = finer(self, rows, keys)
-            self._kept[name] = self if smaller is None else plan_of(smaller)
-        found: Plan = self._kept[name]
-        return found
+            self._kept[name] = None if smaller is None else plan_of(smaller)
+        found: Plan | None = self._kept[name]
+        return self if found is None else found
 
     def key_order(self, heads: int, kv_heads: int) -> Tensor:
         """Visited key tiles through (Bm, 1 or Hkv, tiles), as `_local` has them."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from foveate.ops.triton import interpreted
 from foveate.ops.triton.call import Call, aligned, copy_steps, strides
-from foveate.ops.triton.config import processors
+from foveate.ops.triton.config import forced, processors
 
 HEAD_SIZES = (64, 128)
 VERSIONS = ((3, 6), (3, 7))  # of Triton, whose Gluon the kernel was compiled with
@@ -35,10 +35,10 @@ def _here(index: int) -> bool:
 
 def takes(call: Call) -> bool:
     """Whether this kernel runs a call; `attend` runs the others."""
-    if interpreted() or call.query.device.type != "cuda":
+    if interpreted() or call.query.device.type != "cuda" or forced("forward"):
         return False
     here = _here(call.query.device.index or 0)
-    return here and fits(call) and _fills(call) and _long(call)
+    return here and _fills(call) and _long(call) and fits(call)
 
 
 def fits(call: Call) -> bool:
@@ -51,7 +51,8 @@ def fits(call: Call) -> bool:
         return False
     if plan is None:
         return query.shape[2] >= _ROWS
-    tables = (plan.q_index, plan.kv_index, plan.gathered, plan.row_range)
+    # Ranges of a layout's own may leave keys between them that no row of a block sees.
+    tables = (plan.q_index, plan.kv_index, plan.gathered, plan.key_range, plan.row_range)
     if any(table is not None for table in tables) or plan.q_rows < _ROWS:
         return False
     if plan.q_tile % _ROWS or plan.kv_tile % 64:
@@ -70,7 +71,7 @@ def _long(call: Call) -> bool:
     plan = call.plan
     if plan is None or not plan.bits.shape[0]:
         return True
-    return plan.cols.numel() >= _LONG[call.query.shape[3]] * (plan.ptr.numel() - 1)
+    return plan.cols.numel() >= _LONG.get(call.query.shape[3], 0) * (plan.ptr.numel() - 1)
 
 
 def launch(call: Call, out: Tensor, lse: Tensor) -> None:
@@ -93,11 +94,10 @@ def arguments(call: Call, out: Tensor, lse: Tensor) -> dict[str, Any]:
     groups, count = (1, 1), -(-length // _ROWS)
     if plan is not None:
         cols, kinds, lists = plan.by_row.tiles, plan.by_row.kinds, plan.blocks(_ROWS)
-        table, groups, count = plan.key_range, plan.groups, lists.shape[0]
+        groups, count = plan.groups, lists.shape[0]
         if plan.key_ranges is not None:
             table, kinds = plan.key_ranges, plan.row_kinds
     if table is not None:
-        table = table.contiguous()
         steps = [s if n > 1 else 0 for s, n in zip(table.stride()[:2], table.shape[:2])]
     packs = heads // groups[1]
     return {

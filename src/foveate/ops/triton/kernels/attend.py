@@ -166,7 +166,7 @@ def attend(
     if KEY_RANGE is not None:
         low, high = range_of(KEY_RANGE, group_b * kr_b + group_h * kr_h, row, live)
         least = tl.min(tl.where(live & (low < high), low, 2147483647), 0)
-        most = tl.max(high, 0)
+        most = tl.max(tl.where(low < high, high, 0), 0)
     for step in tl.range(begin, end, num_stages=STAGES):
         if PLAIN:
             first = step % PER * N
