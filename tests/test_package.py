@@ -161,9 +161,17 @@ def test_setup_does_nothing_the_second_time(tmp_path):
     venv = tmp_path / "v"
     (venv / "bin").mkdir(parents=True)
     (venv / "bin" / "python").symlink_to(sys.executable)
-    stamped = 'foveate_fingerprint >"$VENV/.foveate-dev"; '
+    stamped = 'foveate_stamp >"$VENV/.foveate-dev"; '
     done = setup(venv, stamped + "foveate_setup demo && foveate_setup dev")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_stamp_knows_an_engine_that_was_removed(tmp_path):
+    (tmp_path / "src/foveate/ops/cpu").mkdir(parents=True)
+    engine = "src/foveate/ops/cpu/_engine.abi3.so"
+    show = f'ROOT="{tmp_path}"; foveate_engine; touch "$ROOT/{engine}"; foveate_engine'
+    done = setup(tmp_path / "v", show)
+    assert done.stdout.splitlines() == ["no engine", "_engine.abi3.so"]
 
 
 def test_fresh_buffers_are_nan():

@@ -58,7 +58,7 @@ SPILLS = {
     ("query gradient", 128, 4, 90): 16,
     ("query gradient", 256, 4, 80): 208,
     ("query gradient", 256, 4, 90): 216,
-    ("key gradient", 128, 2, 90): 64,
+    ("key gradient", 128, 2, 90): 72,
 }
 
 
