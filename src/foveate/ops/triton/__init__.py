@@ -2,7 +2,7 @@
 
 Kernels run any layout without being compiled for it: lists, bit tiles, ranges and indices are data.
 What they are compiled for is the head sizes, the dtype, the size of tiles and which kinds of lists
-there are. On Hopper the forward over whole tiles and ranges has a kernel of its own, with warps that
+there are. On Hopper the forward over whole tiles and ranges has a kernel of its own, whose warps
 are specialised (`run_hopper`). The backend `triton` of the core op stands on these functions;
 Triton is imported when a kernel runs.
 """
