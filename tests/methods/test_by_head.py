@@ -10,7 +10,7 @@ import torch
 from foveate import Context, causal
 from foveate.compare.plan import entries_of
 from foveate.methods import make, spec
-from foveate.ops import padding
+from foveate.ops import padding, window
 from foveate.ops.errors import InputError, UnknownMethodError
 from foveate.parts import by_heads
 
@@ -21,6 +21,15 @@ def written(tmp_path, layers, default="full", name="plan.json"):
     path = tmp_path / name
     path.write_text(json.dumps({"foveate": 1, "default": default, "layers": layers}))
     return f"by-head(file={str(path)!r})"
+
+
+def tiny():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
 
 
 def qkv(length=40):
@@ -50,14 +59,9 @@ def test_each_head_runs_its_own_pattern(tmp_path):
 
 
 def test_a_model_runs_it_as_the_assignment_of_the_same_file(tmp_path):
-    transformers = pytest.importorskip("transformers")
+    model = tiny()
     import foveate
 
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval()
     layers = {"0": {"0-1": WINDOW, "2,3": "full"}}
     text = written(tmp_path, layers, WINDOW.replace("5", "9"))
     ids = torch.randint(64, (2, 30))
@@ -140,15 +144,39 @@ def test_what_looks_at_keys_is_called_by_itself():
     assert by_heads.together([((0, 1), full), ((2, 3), evicting)], q, k, ctx) is None
 
 
+@pytest.mark.parametrize("mask", [None, causal()])
+def test_a_choice_that_decoding_makes_is_not_taken_for_everything(mask):
+    class Chosen(type(make("full"))):
+        """Sees the last key alone; no rule says so."""
+
+        def is_dense(self, q, k, ctx):
+            return False
+
+        def layout(self, q, k, v, ctx):
+            return window(0, 0).layout(q.shape[2], k.shape[2], 64)
+
+    q, k, v = qkv(300)
+    q = q[:, :, -1:]
+    ctx = Context(mask=mask, phase="decode")
+    parts = [((0, 1), make("full")), ((2, 3), Chosen())]
+    assert by_heads.together(parts, q, k, ctx) is None
+
+    class Routed(Chosen, torch.nn.Module):
+        """Its answer may depend on weights and on what q and k hold."""
+
+        def is_dense(self, q, k, ctx):
+            raise AssertionError("asked about other heads' numbers")
+
+    assert by_heads.together([((0, 1, 2, 3), Routed())], q, k, ctx) is None
+    assert by_heads.together([((0, 1, 2, 3), make("flux"))], q, k, ctx) is None
+    got = by_heads.attend_by_heads(parts, q, k, v, ctx).out
+    torch.testing.assert_close(got[:, 2:], v[:, 1:, -1:].expand(-1, 2, -1, -1))
+
+
 def test_a_model_decodes_by_heads_as_in_its_prefill(tmp_path):
-    transformers = pytest.importorskip("transformers")
+    model = tiny()
     import foveate
 
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval()
     text = written(
         tmp_path, {"0": {"0,3": WINDOW, "1,2": "full"}, "1": {"0-2": "full", "3": WINDOW}}
     )

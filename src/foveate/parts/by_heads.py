@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from foveate.ops import AttentionOutput, Layout, Mask
@@ -60,12 +60,16 @@ def together(parts: Parts, q: Tensor, k: Tensor, ctx: Context) -> Together | Non
     masks: list[Mask | None] = []
     owner = [0] * q.shape[1]
     for heads, part in parts:
-        if not isinstance(part, Pattern) or part.evicts:
+        # With weights, or with what was fitted, numbers may decide; else shapes and positions.
+        decides = isinstance(part, nn.Module) or hasattr(part, "fitter")
+        if not isinstance(part, Pattern) or decides or part.evicts:
             return None
         shapes = q[:, : len(heads)], k[:, :1].expand(-1, len(heads), -1, -1)
-        mask = ctx.mask if part.is_dense(*shapes, ctx) else part.rule(ctx)
-        if mask is None and ctx.mask is not None:
-            return None
+        mask = ctx.mask
+        if not part.is_dense(*shapes, ctx):
+            mask = part.rule(ctx)
+            if mask is None:
+                return None
         if mask not in masks:
             masks.append(mask)
         for head in heads:

@@ -5,7 +5,7 @@ keeps the copy engine filling stages of keys and values, and each of two groups 
 rows of a block of 128, issues the scores of a step before it waits for the values of the step
 before, so that the tensor cores work while it takes exponentials. Programs stay on the chip and
 take blocks, longest lists first, as they come free; which one comes next is known a block ahead, so
-that its list, its ranges and its queries are there when it begins.
+that its list and its ranges are there when it begins.
 
 Layouts whose keys are runs and whose partial tiles are ranges, heads of 64 or 128 numbers of 16
 bits. Written in Gluon, Triton's lower level.
