@@ -1,0 +1,153 @@
+"""What feeds the forward on Hopper: the blocks, their lists, and the warp that brings tiles.
+
+See `hopper`, which computes with them.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+
+@gluon.jit
+def block_of(number, BLOCKS, sizes, Q_TILE: gl.constexpr, KV_TILE: gl.constexpr):
+    """A block of 128 rows as `Plan.blocks` has it, and the rest of its number; nothing waits.
+
+    Returns (rest, first row, group of the batch, of the heads, first tile of its list, first one
+    that isn't whole, end, first key that a row of it sees, end).
+    """
+    count, packs, programs, q_rows, kv_rows = sizes
+    number = gl.minimum(number, programs - 1)
+    place = number % count
+    if BLOCKS is None:
+        zero = number * 0
+        block = (
+            number // count, place * Q_TILE, zero, zero, zero, zero + kv_rows // KV_TILE,
+            zero + gl.cdiv(kv_rows, KV_TILE), zero, zero + kv_rows,
+        )  # fmt: skip
+    else:
+        at = BLOCKS + place * 8
+        block = (
+            number // count, gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3),
+            gl.load(at + 4), gl.load(at + 5), gl.load(at + 6), gl.load(at + 7),
+        )  # fmt: skip
+    return block
+
+
+@gluon.jit
+def whose(rest, group_b, group_h, packs):
+    """(batch entry, head) of a block."""
+    return group_b + rest // packs, group_h * packs + rest % packs
+
+
+@gluon.jit
+def tile_at(step, last, COLS, KINDS, PER: gl.constexpr):
+    """(tile, kind) of a step of a list; 0 from `last` on."""
+    kind = step * 0
+    if COLS is not None:
+        kind = gl.load(KINDS + step // PER, mask=step < last, other=0)
+    return only_tile(step, last, COLS, PER), kind
+
+
+@gluon.jit
+def only_tile(step, last, COLS, PER: gl.constexpr):
+    """The tile alone."""
+    col = step // PER
+    if COLS is not None:
+        col = gl.load(COLS + col, mask=step < last, other=0)
+    return col
+
+
+@gluon.jit
+def tell(number, turn, numbers, told, heard):
+    """Say which block comes in a turn."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    at = turn % 2
+    mbarrier.wait(heard.index(at), (turn // 2 & 1) ^ 1)
+    numbers.index(at).store(gl.full([1], number, gl.int32, LAYOUT))
+    mbarrier.arrive(told.index(at))
+
+
+@gluon.jit
+def hear(turn, numbers, told, heard):
+    """Which block comes in a turn."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    at = turn % 2
+    mbarrier.wait(told.index(at), turn // 2 & 1)
+    number = gl.max(numbers.index(at).load(LAYOUT), 0)
+    mbarrier.arrive(heard.index(at))
+    return number
+
+
+@gluon.jit
+def bring(TILES, where, memory, full, empty, phase):
+    """A tile by the copy engine, once its room is free."""
+    mbarrier.wait(empty, phase)
+    mbarrier.expect(full, TILES.block_type.nbytes)
+    tma.async_copy_global_to_shared(TILES, where, full, memory)
+
+
+@gluon.jit
+def produce(
+    Q_TILES, K_TILES, V_TILES, q_s, k_s, v_s, numbers, q_full, q_empty, k_full, k_empty, v_full,
+    v_empty, told, heard, COLS, BLOCKS, NEXT, sizes, GROUP: gl.constexpr, Q_TILE: gl.constexpr,
+    KV_TILE: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
+):  # fmt: skip
+    """One warp: takes blocks; of each its queries, keys and values, as room comes free.
+
+    Keys are brought a step before values, as they are wanted.
+    """
+    PER: gl.constexpr = KV_TILE // N
+    packs, programs = sizes[1], sizes[2]
+    turn, k_done, v_done = 0, 0, 0
+    number = gl.program_id(0)
+    tell(number, 0, numbers, told, heard)
+    block = block_of(number, BLOCKS, sizes, Q_TILE, KV_TILE)
+    col = only_tile(block[4] * PER, block[6] * PER, COLS, PER)
+    while number < programs:
+        number = gl.num_programs(0) + gl.atomic_add(NEXT, 1, sem="relaxed")
+        row0, first, last = block[1], block[4] * PER, block[6] * PER
+        batch, head = whose(block[0], block[2], block[3], packs)
+        kv_head = head // GROUP
+        ahead = only_tile(first + 1, last, COLS, PER)
+        for half in gl.static_range(2):
+            at = turn % BUFFERS * 2 + half
+            bring(
+                Q_TILES, [batch, head, row0 + half * 64, 0], q_s.index(at), q_full.index(at),
+                q_empty.index(at), (turn // BUFFERS & 1) ^ 1,
+            )  # fmt: skip
+        key0 = col * KV_TILE
+        if first < last:
+            at = k_done % STAGES
+            bring(
+                K_TILES, [batch, kv_head, key0, 0], k_s.index(at), k_full.index(at),
+                k_empty.index(at), (k_done // STAGES & 1) ^ 1,
+            )  # fmt: skip
+            k_done += 1
+        tell(number, turn + 1, numbers, told, heard)
+        block = block_of(number, BLOCKS, sizes, Q_TILE, KV_TILE)
+        for step in range(first + 1, last + 1):
+            before = key0
+            key0 = ahead * KV_TILE + step % PER * N
+            ahead = only_tile(step + 1, last, COLS, PER)
+            if step < last:
+                at = k_done % STAGES
+                bring(
+                    K_TILES, [batch, kv_head, key0, 0], k_s.index(at), k_full.index(at),
+                    k_empty.index(at), (k_done // STAGES & 1) ^ 1,
+                )  # fmt: skip
+                k_done += 1
+            else:
+                col = only_tile(block[4] * PER, block[6] * PER, COLS, PER)
+            at = v_done % STAGES
+            bring(
+                V_TILES, [batch, kv_head, before, 0], v_s.index(at), v_full.index(at),
+                v_empty.index(at), (v_done // STAGES & 1) ^ 1,
+            )  # fmt: skip
+            v_done += 1
+        if first >= last:
+            col = only_tile(block[4] * PER, block[6] * PER, COLS, PER)
+        turn += 1
