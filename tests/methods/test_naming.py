@@ -77,6 +77,7 @@ def test_unknown_keys_offer_the_nearest(text, message):
     ("text", "message"),
     [
         ("sink-window(windw=3)", "'window'.*It has sinks, window"),
+        ("sink-window(zzz=3)", "'zzz'; it has sinks, window"),
         ("full(window=3)", "it has none"),
         ("sink-window(window='x')", "window='x'.*integer"),
         ("sink-window(window=1.5)", "integer"),

@@ -86,6 +86,54 @@ def test_bad_input_is_refused_before_any_work(run, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+MIXING = {
+    "flowformer": ("--attention", "flowformer"),
+    "hsa": ("--attention", "hsa(branch=4)"),
+    "gaam": ("--mixer", "gaam(axis='tokens', heads=1)"),
+    "grassmann": ("--mixer", "grassmann(rank=4, offsets=[1, 4])"),
+    "tensor-attention": ("--attention", "tensor-attention"),
+    "deconstructed-mlp": ("--mixer", "deconstructed-mlp"),
+    "deconstructed-approximate": ("--attention", "deconstructed-approximate"),
+    "deconstructed-nonapproximate": ("--attention", "deconstructed-nonapproximate"),
+    "a hybrid": ("--mixer", "gaam(axis='tokens', heads=1),none"),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_blocks_mix_tokens_by_any_bidirectional_formula(run, tmp_path, name):
+    from transformers import AutoModelForSequenceClassification
+
+    blocks = ("--recurrent", "0", "--layers", "2", "--pooling", "mean", *MIXING[name])
+    code, printed, err = run(*blocks, "--json")
+    assert code == 0, err
+    facts = json.loads(printed)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
+    mixers = [block.attention for block in model.encoder.blocks]
+    assert len(mixers) == 2
+    assert (facts["shape"]["mixer"] is None) == ("--attention" in MIXING[name])
+    if name == "a hybrid":
+        assert [model.config.mixer_of(i) for i in (0, 1)] == ["gaam(axis='tokens', heads=1)", None]
+    ids = torch.randint(4, model.config.vocab_size, (1, 6))
+    later = ids.clone()
+    later[0, 5] = 4 + (ids[0, 5] - 3) % (model.config.vocab_size - 4)
+    first, other = (model.encoder(input_ids=x).last_hidden_state[0, 0] for x in (ids, later))
+    seen = not torch.equal(first, other)
+    assert seen == (name != "deconstructed-mlp")  # the one that mixes nothing
+
+
+def test_what_stands_in_blocks_needs_blocks(run, tmp_path):
+    for given in (("--attention", "flowformer"), ("--mixer", "gaam(axis='tokens', heads=1)")):
+        code, _, err = run(*given)
+        assert code == 2
+        assert "--layers" in err
+    for given, said in (("gaam,none,gaam", "3 mixers for 2 layers"),
+                        ("flowformer", "give it as attention")):  # fmt: skip
+        code, _, err = run("--layers", "2", "--mixer", given)
+        assert code == 2
+        assert said in err
+    assert not (tmp_path / "model").exists()
+
+
 def test_segments_are_trained_behind_their_memory():
     """With a detached memory the objective is the mean over segments behind the tokens before."""
     from foveate.ops.errors import InputError

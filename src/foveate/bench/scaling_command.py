@@ -149,6 +149,7 @@ def scaling_figure(found: list[Found], fits: list[Found], path: Path) -> Path:
         axis.set(xlabel="tokens", ylabel=label)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
-        axis.legend(fontsize=7)
+        if axis.lines:
+            axis.legend(fontsize=7)
     save(figure, path)
     return path

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from foveate.cli.composition import by_layer, told
 from foveate.cli.progress import Screen, console
 from foveate.ops.errors import InputError, MissingPackageError
 
@@ -37,6 +38,13 @@ def classify(
     heads: Annotated[int, typer.Option(help="Of the blocks.")] = 4,
     projection: Annotated[str, typer.Option(help="Of the blocks.")] = "mha",
     attention: Annotated[str, typer.Option(help="Of the blocks.")] = "full",
+    mixer: Annotated[
+        str | None,
+        typer.Option(
+            help="In attention's place: a mixer such as gaam; or one for each block, with "
+            '"none" for attention.'
+        ),
+    ] = None,
     experts: Annotated[
         int | None, typer.Option(help="Of each block, in the place of a dense feed-forward layer.")
     ] = None,
@@ -80,6 +88,7 @@ def classify(
         folder=folder,
         shape=job.Shape(
             pooling, recurrent, layers, dim, embedding, heads, projection, attention,
+            by_layer(mixer, layers) if layers else mixer,
             None if experts is None else Experts(experts, top_k, router),
         ),
         regime=Regime(
@@ -109,6 +118,12 @@ def _missing(error: ModuleNotFoundError) -> Exception:
     return MissingPackageError(f"foveate classify needs {name}: pip install 'foveate[hf]'")
 
 
+def _model(shape: dict[str, Any]) -> str:
+    parts = [f"GRU x {shape['recurrent']}"] if shape["recurrent"] else []
+    parts += [f"{told(shape)} x {shape['layers']}"] if shape["layers"] else []
+    return " -> ".join([*parts, shape["pooling"]])
+
+
 def show(facts: dict[str, Any], screen: Console) -> None:
     """The figures for people, and the Python that loads the model."""
     test = facts["test"]
@@ -116,7 +131,7 @@ def show(facts: dict[str, Any], screen: Console) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in (
-        ("model", f"{facts['shape']['pooling']}, {facts['parameters']:,} weights"),
+        ("model", f"{_model(facts['shape'])}, {facts['parameters']:,} weights"),
         ("data", facts["data"]),
         ("steps", str(facts["steps"])),
         ("test", f"{test['accuracy']:.1%} right, {test['loss']:.4g} nats for each text"),

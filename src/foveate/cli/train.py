@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from foveate.cli.composition import by_layer, told
 from foveate.cli.progress import Screen, console
 from foveate.ops.errors import InputError, MissingPackageError
 
@@ -130,7 +131,7 @@ def train(
         out=Path(out).expanduser(),
         device=parse_device(device),
         resume=resume,
-        mixer=_by_layer(mixer, layers),
+        mixer=by_layer(mixer, layers),
         like=like,
         segment=segment,
         experts=None if experts is None else Experts(experts, top_k, router),
@@ -150,34 +151,11 @@ def train(
         show(facts, console())
 
 
-def _by_layer(mixer: str | None, layers: int) -> str | tuple[str | None, ...] | None:
-    """What --mixer says: nothing, one text for all layers, or one for each."""
-    from foveate.methods.naming import split
-
-    if mixer is None:
-        return None
-    given = split(mixer)
-    if len(given) not in (1, layers):
-        raise InputError(
-            f"--mixer {mixer}: {len(given)} mixers for {layers} layers; give one for all of them, "
-            "or one for each."
-        )
-    found = tuple(None if text == "none" else text for text in given)
-    return found[0] if len(found) == 1 else found
-
-
 def _missing(error: ModuleNotFoundError) -> Exception:
     name = (error.name or "").partition(".")[0]
     if name not in {"transformers", "safetensors"}:
         return error
     return MissingPackageError(f"foveate train needs {name}: pip install 'foveate[hf]'")
-
-
-def _composition(facts: dict[str, Any]) -> str:
-    attention, mixer = f"{facts['projection']}, {facts['attention']}", facts["mixer"]
-    if isinstance(mixer, list | tuple):
-        return "; ".join(attention if one is None else one for one in mixer)
-    return mixer or attention
 
 
 def _experts(facts: dict[str, Any]) -> str:
@@ -208,7 +186,7 @@ def show(facts: dict[str, Any], screen: Console) -> None:
     table.add_column(overflow="fold")
     for name, value in (
         ("model", 
-         f"{_composition(facts)}{_experts(facts)}, {facts['parameters']:,} weights"),
+         f"{told(facts)}{_experts(facts)}, {facts['parameters']:,} weights"),
         ("data", facts["data"]),
         ("steps", f"{facts['steps']}{' (stopped early)' if facts['stopped_early'] else ''}"),
         ("test", f"{test['bits_per_byte']:.4g} bits for each byte ({test['loss']:.4g} nats), "

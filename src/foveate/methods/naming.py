@@ -53,8 +53,7 @@ def make(spec: str) -> Any:
     known = [field.name for field in dataclasses.fields(method) if field.init]
     for name in values:
         if name not in known:
-            hint = nearest(name, known) if known else "it has none."
-            raise InputError(f"{key} has no hyper-parameter {name!r}; {hint}{_listed(known)}")
+            raise InputError(f"{key} has no hyper-parameter {name!r}; {_hint(name, known)}")
     try:
         return method(**values)
     except TypeError as error:
@@ -127,8 +126,11 @@ def _key(spec: str) -> str:
     return spec.partition("(")[0].strip()
 
 
-def _listed(known: list[str]) -> str:
-    return f" It has {', '.join(known)}." if known else ""
+def _hint(name: str, known: list[str]) -> str:
+    if not known:
+        return "it has none."
+    hint, listed = nearest(name, known), ", ".join(known)
+    return f"{hint} It has {listed}." if hint.endswith("?") else f"it has {listed}."
 
 
 def _read(spec: str, arguments: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from foveate.nn.output import LayerOutput
 from foveate.nn.position import rope_for
 from foveate.ops import Mask
 from foveate.ops.errors import InputError
+from foveate.parts.attention import Attention, AttentionRecipe
 from foveate.parts.context import Context, Phase
 from foveate.parts.mixer import Mixer, MixerRecipe, MixerSizes
 from foveate.parts.rope import Rope
@@ -120,6 +121,11 @@ def _mixer(mixer: object, sizes: MixerSizes) -> Mixer:
     if isinstance(mixer, Mixer):
         return mixer
     recipe = make(mixer) if isinstance(mixer, str) else mixer
+    if isinstance(recipe, Attention | AttentionRecipe):
+        raise InputError(
+            f"MixerLayer(mixer={mixer!r}): that is an attention; give it as attention= (in "
+            "commands --attention)."
+        )
     if not isinstance(recipe, MixerRecipe):
         raise InputError(
             f'MixerLayer(mixer={mixer!r}): that is no mixer; expected one such as "grassmann" '

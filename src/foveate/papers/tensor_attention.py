@@ -114,7 +114,7 @@ def match3(trial: Trial) -> dict[str, Any]:
         loss.backward()
         optimizer.step()
         if step % every == 0:
-            trial.tell(step / steps, f"step {step}, loss {float(loss):.3f}")
+            trial.tell(step / steps, f"step {step}, loss {loss.item():.3f}")
         if step % every == 0 or step == min(CHECKED, steps):
             curve.append([float(step), balanced(model, split, trial.device)])
     early = next(share for step, share in curve if step >= min(CHECKED, steps))

@@ -40,10 +40,11 @@ class Shape:
         embedding: width of the embeddings before recurrent layers.
         heads: of the blocks.
         projection, attention: of the blocks.
+        mixer: in attention's place, for all blocks or one for each; None is attention.
         experts: in the place of the blocks' dense feed-forward layers; None is none.
 
     Raises:
-        InputError: experts, and no blocks.
+        InputError: what stands in blocks, and no blocks.
     """
 
     pooling: str = "lama(heads=8)"
@@ -54,11 +55,19 @@ class Shape:
     heads: int = 4
     projection: str = "mha"
     attention: str = "full"
+    mixer: str | tuple[str | None, ...] | None = None
     experts: Experts | None = None
 
     def __post_init__(self) -> None:
-        if self.experts is not None and not self.layers:
+        if self.layers:
+            return
+        if self.experts is not None:
             raise InputError("Experts stand in transformer blocks; say how many with --layers.")
+        if (self.projection, self.attention, self.mixer) != ("mha", "full", None):
+            raise InputError(
+                "--projection, --attention and --mixer are of transformer blocks; say how many of "
+                "them with --layers (and --recurrent 0 to have no GRU before them)."
+            )
 
 
 @dataclass(frozen=True)
@@ -160,6 +169,7 @@ def model_of(shape: Shape, texts: Classification) -> Classifier:
         num_attention_heads=shape.heads,
         projection=shape.projection,
         attention=shape.attention,
+        mixer=list(shape.mixer) if isinstance(shape.mixer, tuple) else shape.mixer,
         pooling=shape.pooling,
         pad_token_id=PADDING,
         classifier_dropout=0.2,
