@@ -124,6 +124,36 @@ def test_projections_that_cache_something_else_are_refused():
         foveate.Attention(32, 4, "mfa-kr", RunningMean(1, 8))
 
 
+@pytest.mark.parametrize("attention", ["lucid(block=4)", "flowformer(chunk=4)", "tensor-attention"])
+@pytest.mark.parametrize(
+    "projection",
+    ["sqa(query_heads=2, kv_heads=1)", "sqa(query_heads=2, kv_heads=4)", "moh(shared=1, active=2)"],
+)
+def test_heads_that_are_fewer_or_chosen_decode_as_they_train(projection, attention, monkeypatch):
+    monkeypatch.setattr("foveate.methods.moh.projection.RAGGED_FROM", 4)
+    made = foveate.Attention(32, 4, projection, attention).double().eval()
+    x, at = torch.randn(2, 11, 32).double(), torch.arange(11) - torch.tensor([0, 3])[:, None]
+
+    def call(low, high, cache=None):
+        mask = causal() & padding([high, high - 3])
+        ctx = foveate.Context(mask=mask, q_positions=at[:, low:high], kv_positions=at[:, :high])
+        return made(x[:, low:high], ctx=ctx, cache=cache).y
+
+    want, cache = call(0, 11), made.new_cache()
+    with torch.no_grad():
+        found = torch.cat([call(a, b, cache) for a, b in ((0, 5), (5, 6), (6, 11))], 1)
+    real = at >= 0
+    torch.testing.assert_close(found[real], want[real], atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(want[1:, 3:], made(x[1:, 3:], mask=causal()).y)
+    want[real].sum().backward()
+    assert all(p.grad.isfinite().all() for p in made.parameters() if p.grad is not None)
+
+
+def test_keys_that_are_no_tokens_are_refused():
+    with pytest.raises(InputError, match="SQA.*plain heads"):
+        foveate.Attention(32, 4, "sqa(global_tokens=2)", "lucid")
+
+
 def test_a_cache_of_another_kind_is_refused():
     plain = foveate.Attention(32, 4)
     with pytest.raises(InputError, match="expected a StateCache"):

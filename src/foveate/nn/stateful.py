@@ -28,7 +28,8 @@ def check_stateful(attention: Stateful, projection: Projection) -> None:
     Raises:
         InputError: it is such a one.
     """
-    plain = type(projection).attend is Projection.attend and not (
+    # Gates on heads (MoH) come after the one call of the attention, and are told by the new tokens.
+    plain = (projection.attends_once or projection.selects) and not (
         projection.rotates_on_read or projection.absorbs("decode")
     )
     if plain:
@@ -38,8 +39,8 @@ def check_stateful(attention: Stateful, projection: Projection) -> None:
     if not plain:
         raise InputError(
             f"Attention: {type(attention).__name__} keeps a state made of keys and values, but "
-            f"{type(projection).__name__} caches other entries; expected plain heads, such as "
-            'projection="mha", "gqa", "mqa", "mfa" or "sqa".'
+            f"{type(projection).__name__} caches other entries or has keys that aren't tokens; "
+            'expected plain heads, such as projection="mha", "gqa", "mqa", "mfa", "sqa" or "moh".'
         )
 
 

@@ -166,7 +166,7 @@ class MoHProjection(GroupedProjection):
         forced = self.execution in ("ragged", "kv-masked")
         q_len, kv_len = qkv.q.shape[2], qkv.k.shape[2]
         every, short = self.active == self.routed, kv_len < RAGGED_FROM
-        if not forced and (every or short or self.execution == "dense"):
+        if not forced and (every or short or self.execution == "dense" or not attention.exact):
             return None
         ranges = key_ranges(ctx, q_len, kv_len, qkv.q.device)
         reasons = []
