@@ -273,6 +273,30 @@ def test_low_precision(is_causal, dtype, band):
     torch.testing.assert_close(result.out.double(), expected, atol=band, rtol=band)
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_autocast_does_not_narrow_the_sums(is_causal):
+    """Flows are sums over all tokens, of which bf16 keeps the first two or three digits."""
+    q, k, v = tensors(600, dtype=torch.float32)
+    ctx, method = mask_of(is_causal), Flowformer()
+    given = tuple(x.requires_grad_() for x in (q, k, v))
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out, flows = method(q, k, v, ctx).out, method.flows(q, k, ctx)
+        found.append((out, *flows, *torch.autograd.grad(out.square().sum(), given)))
+    for plain, cast in zip(*found):
+        torch.testing.assert_close(cast, plain, atol=1e-5, rtol=1e-5)
+    if not is_causal:
+        return
+    state = method.new_state()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        parts = zip(*(x.split([500, 1, 99], 2) for x in given))
+        cache = StateCache(state)
+        steps = [method(*part, Context(mask=causal(), cache=cache)).out for part in parts]
+    torch.testing.assert_close(torch.cat(steps, 2), found[0][0], atol=1e-5, rtol=1e-5)
+    assert {x.dtype for x in state.held.values()} == {torch.float32}
+
+
 class Largest(TorchDispatchMode):
     """The most numbers that any operation returned in one tensor."""
 

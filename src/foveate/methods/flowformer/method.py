@@ -25,6 +25,7 @@ from foveate.ops.masks.checks import whole
 from foveate.parts.cache import Field
 from foveate.parts.context import Context
 from foveate.parts.form import is_causal_or_full, sees_later
+from foveate.parts.precision import uncast
 from foveate.parts.state import State, Stateful
 from foveate.parts.tokens import Tokens, queries_that_are, tokens_of
 
@@ -39,7 +40,8 @@ class Flowformer(Stateful):
     `foveate.methods.flowformer.flows` has the equations. The mask must be causal or none, padding
     aside, which makes the causal or the normal form; cross-attention is the normal form. There is
     no factor on scores, no softmax over keys and no log-sum-exp (`lse` is NaN). Rows of weights
-    don't sum to 1: the allocation scales outputs by about sigmoid(1) = 0.73.
+    don't sum to 1: the allocation scales outputs by about sigmoid(1) = 0.73. Flows and sums are in
+    fp32 or wider, under autocast too.
 
     Decoding keeps sums over all tokens so far, 4 D + 1 + D Dv numbers for each head however long
     the sequence, from which none can be taken back.
@@ -81,6 +83,10 @@ class Flowformer(Stateful):
     @override
     def full(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> AttentionOutput:
         """All tokens at once; shapes as in `Attention`."""
+        with uncast(q):
+            return self._full(q, k, v, ctx)
+
+    def _full(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> AttentionOutput:
         self._check(q, k, v, ctx)
         if not q.shape[0] or not q.shape[2] or not k.shape[2]:
             return _output(v.new_zeros(*q.shape[:3], v.shape[3]))
@@ -106,6 +112,10 @@ class Flowformer(Stateful):
     @override
     def step(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, state: State) -> AttentionOutput:
         """New tokens against the sums of all before; shapes as in `Stateful`."""
+        with uncast(q):
+            return self._step(q, k, v, ctx, state)
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, state: State) -> AttentionOutput:
         self._check(q, k, v, ctx)
         _check_square(q, k)
         _check_causal(q, k, ctx, len(state))
@@ -133,11 +143,12 @@ class Flowformer(Stateful):
         ctx = Context() if ctx is None else ctx
         self._check(q, k, k, ctx)
         tokens = _tokens(q, k, ctx)
-        fq, fk = self._features(q, k, tokens.q_real, tokens.k_real)
-        if sees_later(ctx, tokens):
-            return normal(fq, fk, tokens.q_real, tokens.k_real, self._options(False))[0]
-        _check_square(q, k)
-        return causal(fq, fk, tokens.q_real, self._options(True), {})[0]
+        with uncast(q):
+            fq, fk = self._features(q, k, tokens.q_real, tokens.k_real)
+            if sees_later(ctx, tokens):
+                return normal(fq, fk, tokens.q_real, tokens.k_real, self._options(False))[0]
+            _check_square(q, k)
+            return causal(fq, fk, tokens.q_real, self._options(True), {})[0]
 
     def features(self, x: Tensor) -> Tensor:
         """phi(x), in fp32 or wider."""
