@@ -393,6 +393,19 @@ def test_cross_attention_to_padded_keys(n):
     torch.testing.assert_close(out[1:], expected, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("n", [10, 23])
+def test_a_layer_that_crosses_takes_all_queries_for_real(n):
+    """As many queries as keys, too: they aren't the keys' tokens, whose padding isn't theirs."""
+    layer = foveate.Attention(32, 4, "gqa(kv_heads=2)", "flowformer", position="none").double()
+    x, other = (torch.randn(2, length, 32).double() for length in (n, 23))
+    y = layer(x, other, mask=padding([23, 14])).y
+    torch.testing.assert_close(y[1:], layer(x[1:], other[1:, :14]).y, atol=1e-12, rtol=1e-12)
+    real = torch.arange(n) < torch.tensor([n, 6])[:, None]
+    y = layer(x, other, ctx=Context(mask=padding([23, 14]), real=real)).y
+    alone = layer(x[1:, :6], other[1:, :14]).y
+    torch.testing.assert_close(y[1:, :6], alone, atol=1e-12, rtol=1e-12)
+
+
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("n", [7, 11])

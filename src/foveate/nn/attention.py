@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from foveate.methods import make
@@ -146,7 +147,8 @@ class Attention(nn.Module):
             )
         past = 0 if cache is None else len(cache)
         known = self._context(x, mask, past, ctx)
-        known.hidden, known.cache = x if x_kv is x else None, cache
+        crossed = x_kv is not x
+        known.hidden, known.cache = None if crossed else x, cache
         known.weights = self.projection.maps
         if isinstance(self.attention, Stateful) and isinstance(cache, StateCache):
             past += x_kv.shape[1]
@@ -171,7 +173,8 @@ class Attention(nn.Module):
         absorbed = p.absorbs(known.phase) and not self.attention.sized
         qkv = p.absorb(q, held) if absorbed else QKV(q, *p.expand(held))
         if p.selects or isinstance(self.attention, Stateful):
-            known.real = _real(qkv.q, new_keys(qkv.k, past + x_kv.shape[1]), known)
+            keys = new_keys(qkv.k, past + x_kv.shape[1])
+            known.real = _real(qkv.q, keys, known, crossed)
         selection = None
         if p.selects:
             selection = p.select(x, raw_query, known.real, known.phase)
@@ -242,11 +245,20 @@ class Attention(nn.Module):
         return f"{self.dim}, position={position}{shown}"
 
 
-def _real(q: Tensor, k: Tensor, ctx: Context) -> Tensor | None:
-    """(B, Lq) bool: tokens that aren't padding; None where the mask knows none."""
+def _real(q: Tensor, k: Tensor, ctx: Context, crossed: bool) -> Tensor | None:
+    """(B, Lq) bool: tokens that aren't padding; None where the mask knows none.
+
+    Queries that are other tokens than the keys (`crossed`) are all real, unless the context says
+    which: a mask's padding is that of keys, and only a causal one tells where queries stand.
+    """
+    if crossed and ctx.real is not None:
+        return ctx.real
     if ctx.mask is None or ctx.mask.spec == "causal()":
         return None
-    return queries_that_are(tokens_of(q, k, ctx)).expand(len(q), -1)
+    tokens = tokens_of(q, k, ctx)
+    if crossed and not tokens.causal:
+        return torch.ones(len(q), q.shape[2], dtype=torch.bool, device=q.device)
+    return queries_that_are(tokens).expand(len(q), -1)
 
 
 def _positions(ctx: Context, q_len: int, past: int, x_kv: Tensor) -> Positions:

@@ -38,10 +38,11 @@ class Flowformer(Stateful):
     """Linear-time attention whose weights come from conserving flows; arXiv 2202.06258.
 
     `foveate.methods.flowformer.flows` has the equations. The mask must be causal or none, padding
-    aside, which makes the causal or the normal form; cross-attention is the normal form. There is
-    no factor on scores, no softmax over keys and no log-sum-exp (`lse` is NaN). Rows of weights
-    don't sum to 1: the allocation scales outputs by about sigmoid(1) = 0.73. Flows and sums are in
-    fp32 or wider, under autocast too.
+    aside, which makes the causal or the normal form; cross-attention is the normal form. As many
+    queries as keys are taken for the same tokens, padded alike, unless `ctx.real` tells which
+    queries are real, as `foveate.Attention` does. There is no factor on scores, no softmax over
+    keys and no log-sum-exp (`lse` is NaN). Rows of weights don't sum to 1: the allocation scales
+    outputs by about sigmoid(1) = 0.73. Flows and sums are in fp32 or wider, under autocast too.
 
     Decoding keeps sums over all tokens so far, 4 D + 1 + D Dv numbers for each head however long
     the sequence, from which none can be taken back.
@@ -194,9 +195,13 @@ def _tokens(q: Tensor, k: Tensor, ctx: Context) -> Tokens:
             "document, or use a method that keeps to any mask, such as block-sparse."
         )
     # Cross-attention's queries are other tokens than its keys, whose padding says nothing of them.
-    real = tokens.k_real.any(1, keepdim=True).expand(-1, q.shape[2])
-    if q.shape[2] == k.shape[2]:
+    seen = tokens.k_real.any(1, keepdim=True)
+    if ctx.real is not None:
+        real = ctx.real & seen
+    elif q.shape[2] == k.shape[2]:
         real = queries_that_are(tokens)
+    else:
+        real = seen.expand(-1, q.shape[2])
     return replace(tokens, q_real=real)
 
 
