@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from foveate import Context, causal, padding, window
+from foveate import Context, causal, documents, padding, window
 from foveate.methods.gaam import GaussianGate, Importance, importance_factor
 from foveate.nn import MixerLayer
 from foveate.ops.errors import InputError
@@ -189,6 +189,16 @@ def test_density_along_features():
     torch.testing.assert_close(made.weights(x)[..., :3], expected)
 
 
+def test_density_along_an_axis_that_happens_to_be_the_last():
+    """Counted from the front it may be another one of another x, so each head has its own row."""
+    x = torch.randn(3, 4, 7).double()
+    made, same = (gate(2, form="density", axis=axis, features=7) for axis in (2, -1))
+    assert made.delta.shape == (2, 7)
+    with torch.no_grad():
+        same.delta.copy_(torch.cat((made.delta[:1, :3], made.delta[1:, 3:]), 1))
+    torch.testing.assert_close(made(x), same(x), atol=1e-14, rtol=0)
+
+
 @pytest.mark.parametrize("form", ["mixture", "density"])
 def test_a_padded_sequence_is_the_sequence_alone(form):
     x, made = torch.randn(3, 12, 5).double(), gate(3, form=form, features=5)
@@ -320,6 +330,10 @@ def test_what_the_mixer_refuses():
             mixer(spec).new_cache()
     with pytest.raises(InputError, match="the mask is neither"):
         mixer(CAUSAL)(x, mask=window(3, 3))
+    for mask in (None, window(3, 0), causal() & documents([0, 4, 9])):
+        layer = mixer(CAUSAL)
+        with pytest.raises(InputError, match="gaam decodes under a causal mask"):
+            layer(x, mask=mask, cache=layer.new_cache())
     for spec, said in (
         ("gaam(axis='feature')", "did you mean 'features'"),
         ("gaam(form='density', gaussians=2)", "one for each feature"),

@@ -194,7 +194,8 @@ class GaussianGate(nn.Module):
             return self.delta[head], self.c[head]
         start = sum(sizes[:head])
         part = slice(start, start + sizes[head])
-        return self.delta[0, part], self.c[0, part]
+        row = head if len(self.delta) > 1 else 0  # an axis that is the last one of this x alone
+        return self.delta[row, part], self.c[row, part]
 
     def _check(self, x: Tensor, real: Tensor | None) -> None:
         if x.dim() < 2 or not -x.dim() <= self.axis < x.dim():

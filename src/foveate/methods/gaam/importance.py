@@ -24,7 +24,9 @@ class Importance:
         seen = Importance()
         for x in validation:
             seen.add(gate.weights(x))
-        seen.factor                      # (layers, features), to plot
+        draw_importance(seen.factor, "importance.png")      # (layers, features)
+
+    with `draw_importance` of `foveate.models.gat`, a heat map and each layer's mean.
 
     Attributes:
         count: samples so far.

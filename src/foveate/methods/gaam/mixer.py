@@ -11,7 +11,7 @@ large mean costs no digits; they are the state.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from foveate.ops.errors import InputError, nearest
 from foveate.ops.masks.checks import whole
 from foveate.parts.cache import Field
 from foveate.parts.context import Context
-from foveate.parts.form import is_causal_or_full, sees_later
+from foveate.parts.form import check_step, is_causal_or_full, sees_later
 from foveate.parts.mixer import Mixer, MixerRecipe, MixerSizes, mixed_tokens
 from foveate.parts.state import State
 from foveate.parts.tokens import queries_that_are
@@ -115,13 +115,20 @@ class GaussianMixer(Mixer):
         )
 
     def step(self, x: Tensor, ctx: Context, state: State) -> Tensor:
-        """The next tokens x (B, n, dim)."""
+        """The next tokens x (B, n, dim).
+
+        Raises:
+            InputError: along tokens, a mask that isn't causal, padding aside.
+        """
+        past = state.length
+        if self.gate.axis == 1:
+            check_step("gaam", x[:, None], x[:, None], replace(ctx, real=None), past)
         state.length += x.shape[1]
         if self.gate.axis == -1:
             return self.gate(x)
         real = ctx.real
         if real is None:
-            tokens = mixed_tokens(x, state.length - x.shape[1], ctx)
+            tokens = mixed_tokens(x, past, ctx)
             real = queries_that_are(tokens).expand(len(x), -1)
         y, state.held = self._running(x, real, state.held)
         state.fields = tuple(
