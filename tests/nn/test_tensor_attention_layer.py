@@ -149,6 +149,29 @@ def test_the_bound_is_told():
     assert 0 < aux["logit_bound"] < 2
 
 
+@pytest.mark.parametrize("given", ["tensor-attention(form='features')", SUMS])
+@pytest.mark.parametrize("side", ["left", "right", "both ways"])
+def test_what_stands_on_padding_is_not_in_the_bound(given, side):
+    """Neither the degree, and so the numbers, nor a refusal comes of it."""
+    made, x = layer(given), x_of()
+    at = torch.arange(15) - torch.tensor([[0], [4]])
+    mask = padding([15, 11]) if side == "both ways" else causal() & padding([15, 11])
+    real = torch.arange(15).expand(2, -1) < torch.tensor([[15], [11]])
+    if side == "left":
+        ctx, real = Context(mask=mask, q_positions=at, kv_positions=at), at >= 0
+    else:
+        ctx = Context(mask=mask)
+    want = made(x, ctx=ctx)
+    x[~real] *= 50
+    got = made(x, ctx=ctx)
+    assert torch.equal(got.y[real], want.y[real])
+    assert torch.equal(got.aux["logit_bound"], want.aux["logit_bound"])
+    cache = made.new_cache()
+    with torch.no_grad():
+        kept = made(x, ctx=ctx, cache=cache).y if side != "both ways" else want.y
+    torch.testing.assert_close(kept[real], want.y[real], **TIGHT)
+
+
 def test_packed_documents_stay_apart_when_exact():
     made, x = layer(), x_of(1)
     y = made(x, mask=causal() & documents([0, 6, 15])).y

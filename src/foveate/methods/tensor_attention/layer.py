@@ -198,7 +198,7 @@ class TensorLayer(Stateful, nn.Module):
             raise InputError("tensor-attention decodes with a causal mask only; give causal().")
         wide = torch.promote_types(q.dtype, torch.float32)
         qs, ks, vs = q.to(wide), [x.to(wide) for x in keys], [x.to(wide) for x in values]
-        measured = bound(qs, ks, self.scale)
+        measured = bound(qs, ks, self.scale, ctx.real, ctx.real)
         ctx.aux["logit_bound"] = qs.new_tensor(measured)
         p = self.recipe.how.chosen(measured, q.shape[3])
         real = None if ctx.real is None or bool(ctx.real.all()) else ctx.real

@@ -186,14 +186,21 @@ def tensor_attention(
 
 
 @torch.no_grad()
-def bound(q: Tensor, keys: Sequence[Tensor], scale: float) -> float:
-    """R: at least max |logit|, in O(n d).
+def bound(
+    q: Tensor,
+    keys: Sequence[Tensor],
+    scale: float,
+    q_real: Tensor | None = None,
+    k_real: Tensor | None = None,
+) -> float:
+    """R: at least max |logit| of real tokens, in O(n d); q_real, k_real (1 or B, n), None is all.
 
     The smaller of sum_l max_i |q_il| prod_s max_j |keys[s]_jl| and, by Hoelder's inequality with
     order k, of max ||q_i||_k prod_s max ||keys[s]_j||_k, times the scale; for scale 1 / d both are
     at most B^k.
     """
-    given = [x.detach().double().abs() for x in (q, *keys)]
+    given = [_where(q, q_real), *(_where(k, k_real) for k in keys)]
+    given = [x.double().abs() for x in given]
     if any(x.numel() == 0 for x in given):
         return 0.0
     order = len(given)
@@ -202,6 +209,11 @@ def bound(q: Tensor, keys: Sequence[Tensor], scale: float) -> float:
         columns = columns * x.amax((0, 1, 2))
         norms *= float(x.pow(order).sum(-1).max()) ** (1 / order)
     return abs(scale) * min(float(columns.sum()), norms)
+
+
+def _where(x: Tensor, real: Tensor | None) -> Tensor:
+    """0 on padding: x (B, H, n, D), real (1 or B, n)."""
+    return x if real is None else x.masked_fill(~real[:, None, :, None], 0.0)
 
 
 def check(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], ctx: Context) -> None:
@@ -260,7 +272,8 @@ def _approximate(
     q: Tensor, keys: list[Tensor], values: list[Tensor], scale: float, form: Form, ctx: Context
 ) -> AttentionOutput:
     tokens = approximable(q, keys[0], ctx)
-    measured = bound(q, keys, scale)
+    # Of a padded query nobody asks for the output, but only a layer knows which these are.
+    measured = bound(q, keys, scale, ctx.real, tokens.k_real)
     ctx.aux["logit_bound"] = q.new_tensor(measured)
     p = form.chosen(measured, q.shape[3])
     real = None if bool(tokens.k_real.all()) else tokens.k_real
