@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import foveate
 from foveate import Context, attention, causal, documents, padding, window
 from foveate.methods import make
-from foveate.methods.lucid import Lucid, triangle
+from foveate.methods.lucid import Lucid, normalised, solve, triangle
 from foveate.ops.errors import InputError
 from foveate.parts import Heads, StateCache
 
@@ -160,6 +161,14 @@ def test_oracle_8_closed_backward_equals_autograd(mask):
         torch.testing.assert_close(one, two, **TIGHT)
 
 
+@pytest.mark.parametrize("mask", [causal(), causal() & documents([0, 3, 9])])
+def test_oracle_8_gradcheck_with_tokens_solved_before(mask):
+    _, k, v = drawn(n=9, d=3, dv=2, batch=1)
+    where = triangle(k, 4, 2, Context(mask=mask))
+    given = [x.requires_grad_() for x in (normalised(k, 1e-6), v[:, :, 4:], v[:, :, :4])]
+    assert torch.autograd.gradcheck(lambda k, v, past: solve(k, v, past, where), given)
+
+
 def test_oracle_9_worked_example():
     k, q = torch.tensor([[1.0, 0], [1, 1], [0, 1]]), torch.tensor([[1.0, 0], [0, 1], [1, 1]])
     v = torch.tensor([[1.0], [2], [3]])
@@ -169,6 +178,33 @@ def test_oracle_9_worked_example():
     assert y.tolist() == pytest.approx([1, 1.339140, 1.871899], abs=1e-6)
     out = method(q, k, v, CAUSAL).out.flatten()
     assert out.tolist() == pytest.approx([1, 1.227143, 1.387207], abs=1e-6)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any operation returned in one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, Tensor):
+                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
+        return out
+
+
+@pytest.mark.parametrize(
+    "mask", [causal(), causal() & padding([1017]), causal() & documents([0, 300, 1024])]
+)
+def test_m_is_never_held(mask):
+    """Forward and backward hold a block of its rows at most, and of that no more than a chunk."""
+    n, block = 1024, 8
+    k, v = (torch.randn(1, 1, n, 8, requires_grad=True) for _ in range(2))
+    with Largest() as seen:
+        Lucid(block=block).prepared(k, v, Context(mask=mask)).sum().backward()
+    assert seen.numel <= max(n * block, (n // block) ** 2)
 
 
 # -- masks -----------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from foveate import Context, attention, blocks, causal, documents, padding, window
 from foveate.methods.tensor_attention import (
@@ -315,6 +316,37 @@ def test_equal_factors_visit_half_of_the_area(monkeypatch):
     n = 256
     assert n**3 / 3 < whole < 1.6 * n**3 / 3  # the tiles that the diagonals cut are whole
     assert sum(areas) < 0.65 * whole
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes that any operation returned in one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, Tensor):
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("mask", [None, causal()])
+@pytest.mark.parametrize("form", [EXACT, Form("features", degree=2, tolerance=math.inf)])
+def test_no_table_of_pairs_is_held(form, mask, monkeypatch):
+    """Not even one of bools; there are a block's pseudo-queries, and masks of their cut tiles."""
+    monkeypatch.setattr(method_file, "KEPT", 0)
+    n = 512
+    given = [torch.randn(1, 1, n, 2, requires_grad=True) for _ in range(5)]
+    with Largest() as seen:
+        out = tensor_attention(given[0], given[1:3], given[3:], mask, form=form).out
+        if mask is None or form is not EXACT:
+            out.sum().backward()
+    assert seen.bytes < n * n
+    if mask is None:
+        assert seen.bytes <= 64 * n
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
