@@ -271,6 +271,15 @@ def test_packed_documents_skip_the_blocks_between_them():
     assert sum(run.stop - run.first for block in whole.blocks for run in block.runs) == 32 * 120
 
 
+@pytest.mark.parametrize(("batch", "n"), [(0, 5), (2, 0)])
+def test_nothing_is_decorrelated(batch, n):
+    given = [x.requires_grad_() for x in drawn(n=n, batch=batch)]
+    for mask in (causal(), causal() & window(3, 0)):
+        out = Lucid(block=4)(*given, Context(mask=mask)).out
+        assert out.shape == (batch, 4, n, 5)
+        out.sum().backward()
+
+
 def test_bidirectional_masks_and_unsorted_positions_are_refused():
     q, k, v = drawn()
     for mask in (None, window(3, 3), padding([37, 30])):
@@ -305,6 +314,16 @@ def test_lucid_within_lucid_decodes_with_both_states():
     assert [field.name for field in cache.fields] == ["k", "y", "inner.k", "inner.y"]
     assert cache.bytes() == 2 * 2 * 2 * 37 * (16 + 5) * 8
     assert len(cache.state.inner) == 37
+
+
+def test_an_inner_attention_that_remakes_its_past_is_refused():
+    """Its memory would be left out in silence."""
+    inner = "rcmha(segment_conv='reset', memory=4)"
+    layer, x = foveate.Attention(32, 4, "mha", Lucid(inner=inner)), torch.randn(1, 8, 32)
+    cache = layer.new_cache()
+    layer(x, mask=causal(), cache=cache)
+    with pytest.raises(InputError, match="of its memory anew"):
+        layer(x, mask=causal(), cache=cache)
 
 
 def test_grouped_heads_are_repeated_heads():

@@ -472,6 +472,16 @@ def test_short_sequences_are_exact_and_long_ones_approximated():
     assert torch.equal(found.out, same_.out)
 
 
+@pytest.mark.parametrize(("batch", "n"), [(0, 5), (2, 0)])
+@pytest.mark.parametrize("mask", [None, causal()])
+@pytest.mark.parametrize("form", [EXACT, Form("features")])
+def test_no_tokens(batch, n, mask, form):
+    q, keys, values = drawn(n, batch=batch)
+    found = tensor_attention(q, keys, values, mask, form=form)
+    assert found.out.shape == (batch, 4, n, 5)
+    assert found.lse.shape == (batch, 4, n)
+
+
 @pytest.mark.parametrize("mask", [window(2, 1), causal() & documents([0, 4, 13])])
 def test_masks_that_features_cannot_do_are_refused(mask):
     q, keys, values = drawn()

@@ -140,6 +140,25 @@ class LucidLayer(Stateful, nn.Module):
         return self.lucid.attend(q, k, v, ctx, self.inner)
 
     @override
+    def recalled(self, x: Tensor, x_kv: Tensor, state: State) -> Tensor:
+        """The new tokens.
+
+        Raises:
+            InputError: the inner attention makes earlier tokens' keys and values anew, for which no
+                y is kept.
+        """
+        assert isinstance(state, LucidState)
+        if state.inner is not None:
+            assert isinstance(self.inner, Stateful)
+            if self.inner.recalled(x, x_kv, state.inner) is not x_kv:
+                raise InputError(
+                    f"lucid(inner={self.lucid.inner!r}): the inner attention makes keys and values "
+                    "of its memory anew, but prepared values are only kept for tokens; take an "
+                    "inner attention without such a memory."
+                )
+        return x_kv
+
+    @override
     def new_state(self) -> LucidState:
         inner = self.inner.new_state() if isinstance(self.inner, Stateful) else None
         return LucidState(self.heads, inner)

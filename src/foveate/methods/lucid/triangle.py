@@ -134,8 +134,8 @@ def _blocks(given: Triangle, past: int, n: int, block: int) -> list[Rows]:
     """The runs that the mask doesn't rule out as whole blocks."""
     edges = [*range(0, past, block), *range(past, n, block), n]
     old = -(-past // block)  # blocks of rows that aren't asked for
-    first = torch.tensor(edges[:-1], device=given.at.device)
-    last = torch.tensor(edges[1:], device=given.at.device) - 1
+    first = torch.tensor(edges[:-1], dtype=torch.int64, device=given.at.device)
+    last = torch.tensor(edges[1:], dtype=torch.int64, device=given.at.device) - 1
     none, full = _certain(given, first, last, old)
     kinds = ((~none).int() + (full & ~none).int()).tolist()  # 0 empty, 1 partial, 2 full
     found = []

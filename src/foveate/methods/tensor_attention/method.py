@@ -176,7 +176,7 @@ def tensor_attention(
     wide = torch.promote_types(q.dtype, torch.float32)
     tied = len(keys) == 2 and keys[0] is keys[1] and values[0] is values[1]
     qs, ks, vs = q.to(wide), [k.to(wide) for k in keys], [v.to(wide) for v in values]
-    if form.is_exact(keys[0].shape[2]):
+    if form.is_exact(keys[0].shape[2]) or not keys[0].shape[2] or not q.shape[2]:
         found = exact(qs, ks, vs, _grounds(q, keys[0], ctx, scale, tied))
     else:
         with uncast(q):
