@@ -442,6 +442,43 @@ def test_the_tolerance_is_kept():
             assert (out - right).abs().max() <= tolerance * most
 
 
+def negative(size: float, d: int, n: int = 40):
+    """In fp32, logits (at scale 1 / d) that are all near -size, where the terms cancel."""
+    made = [1 - 0.1 * torch.rand(1, 1, n, d) for _ in range(3)]
+    return -size * made[0], made[1:], [torch.rand(1, 1, n, 5) * 2 - 1 for _ in range(2)]
+
+
+@pytest.mark.parametrize("mask", [None, causal()])
+@pytest.mark.parametrize(("d", "size"), [(1, 8.0), (1, 12.0), (2, 10.0)])
+def test_rounding_does_not_break_the_tolerance(d, size, mask):
+    q, keys, values = negative(size, d)
+    high = [[x.double() for x in xs] for xs in (keys, values)]
+    right = tensor_attention(q.double(), *high, mask, form=EXACT)
+    most = float(values[0].abs().amax() * values[1].abs().amax())
+    given = [x.requires_grad_() for x in (q, *keys, *values)]
+    for kind in ("taylor", "chebyshev"):
+        form = Form("features", polynomial=kind)
+        found = tensor_attention(q, keys, values, mask, form=form)
+        assert (found.out.dtype, found.lse.dtype) == (torch.float32, torch.float32)
+        assert (found.out - right.out).abs().max() <= form.tolerance * most
+        assert (found.lse - right.lse).abs().max() <= form.tolerance
+        grads = torch.autograd.grad(found.out.sum(), given)
+        assert all(x.isfinite().all() and x.dtype == torch.float32 for x in grads)
+    degree = degree_for("taylor", bound(q, keys, 1 / d), 5e-4)
+    loose = Form("features", degree=degree, tolerance=math.inf)
+    assert tensor_attention(q, keys, values, mask, form=loose).lse.isfinite().all()
+
+
+def test_small_logits_stay_in_fp32_and_what_fp64_cannot_do_is_refused():
+    for radius, dtype in ((1.0, torch.float32), (3.0, torch.float32), (6.0, torch.float64)):
+        p = Form("features", radius=radius).chosen(0.0, 1)
+        assert Form("features", radius=radius).precision(p, torch.float32) == dtype
+        terms = sum(radius**t / math.factorial(t) for t in range(p.degree + 1))
+        assert p.condition() == pytest.approx(terms / math.exp(-radius), rel=1e-2)
+    with pytest.raises(InputError, match="cancel so far that even fp64"):
+        tensor_attention(*negative(14.5, 1), form=Form("features"))
+
+
 def test_too_large_logits_are_refused():
     q, keys, values = uniform(3.0)
     with pytest.raises(InputError, match=r"degree 2 is within .* tolerance is 0.001"):

@@ -130,6 +130,19 @@ def test_states_follow_beams_and_are_cut_where_they_can(given):
     torch.testing.assert_close(found, want[rows, 11:], **TIGHT)
 
 
+def test_sums_are_wide_where_the_radius_asks_for_it():
+    torch.manual_seed(3)
+    for radius, dtype in ((2.0, torch.float32), (6.0, torch.float64)):
+        made = foveate.Attention(
+            8, 4, "mha", f"tensor-attention(form='features', radius={radius})"
+        ).eval()
+        cache, x = made.new_cache(), 0.3 * torch.randn(2, 15, 8)
+        with torch.no_grad():
+            found = [made(part, mask=causal(), cache=cache).y for part in x.split([6, 1, 8], 1)]
+            torch.testing.assert_close(torch.cat(found, 1), made(x, mask=causal()).y)
+        assert {held.dtype for held in cache.state.sums} == {dtype}
+
+
 def test_a_step_beyond_the_radius_is_refused_and_leaves_the_state():
     made = layer(SUMS)
     cache = made.new_cache()

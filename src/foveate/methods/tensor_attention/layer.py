@@ -115,7 +115,8 @@ class TensorLayer(Stateful, nn.Module):
         self.recipe, self.heads = recipe, heads
         self.more = recipe.order - 2
         if recipe.form != "exact" and recipe.radius is not None:
-            recipe.how.chosen(0.0, heads.key_dim)  # refused here, not when the first text is long
+            p = recipe.how.chosen(0.0, heads.key_dim)  # refused here, not when a text is long
+            recipe.how.precision(p, torch.float32)
         own = 0 if recipe.tied else self.more
         self.k_proj = _maps(own, heads.dim, heads.kv * heads.key_dim)
         self.v_proj = _maps(own, heads.dim, heads.kv * heads.value_dim)
@@ -201,11 +202,14 @@ class TensorLayer(Stateful, nn.Module):
         measured = bound(qs, ks, self.scale, ctx.real, ctx.real)
         ctx.aux["logit_bound"] = qs.new_tensor(measured)
         p = self.recipe.how.chosen(measured, q.shape[3])
+        exact_enough = self.recipe.how.precision(p, wide)
+        qs = qs.to(exact_enough)
+        ks, vs = ([x.to(exact_enough) for x in xs] for xs in (ks, vs))
         real = None if ctx.real is None or bool(ctx.real.all()) else ctx.real
         with uncast(q):
             found, sums = features.causal_scan(qs, ks, vs, p, self.scale, real, state.sums)
         state.take(sums, q.shape[2])
-        result = AttentionOutput(found.out.to(q.dtype), found.lse)
+        result = AttentionOutput(found.out.to(q.dtype), found.lse.to(wide))
         return result if ctx.sink_logits is None else with_sinks(result, ctx.sink_logits)
 
 

@@ -41,6 +41,7 @@ from foveate.parts.projection import positive
 from foveate.parts.tokens import Tokens, tokens_of
 
 FORMS = ("auto", "exact", "features")
+_POSITIVE = 0.5  # relative error below which rounding makes no weight negative
 KEPT = 1 << 20  # query-key pairs up to which a call's layouts are kept for the next call
 
 
@@ -134,6 +135,25 @@ class Form:
             )
         return made
 
+    def precision(self, p: Polynomial, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which features keep the tolerance: dtype (fp32 or wider), or fp64.
+
+        Raises:
+            InputError: fp64 isn't enough: terms of P cancel too far.
+        """
+        allowed, condition = min(weight_error(self.tolerance), _POSITIVE), p.condition()
+        if min(p.error(), allowed / 2) + condition * torch.finfo(dtype).eps <= allowed:
+            return dtype
+        rounding = condition * torch.finfo(torch.float64).eps
+        if rounding > allowed / 10:
+            raise InputError(
+                f"tensor-attention: for logits of up to {p.radius:.3g} in size the polynomial's "
+                f"terms cancel so far that even fp64 is only within {output_error(rounding):.2g} "
+                "of exact; keep queries and keys smaller, raise the tolerance, or take "
+                "form='exact'."
+            )
+        return torch.float64
+
 
 def tensor_attention(
     q: Tensor,
@@ -161,7 +181,7 @@ def tensor_attention(
 
     Returns:
         out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) over tuples, differentiable once; computed in fp32
-        or wider.
+        or wider, features in fp64 where their rounding would break the tolerance.
 
     Raises:
         InputError: shapes don't fit; something of ctx has no meaning here; or the approximation
@@ -181,7 +201,7 @@ def tensor_attention(
     else:
         with uncast(q):
             found = _approximate(qs, ks, vs, scale, form, ctx)
-    result = AttentionOutput(found.out.to(q.dtype), found.lse)
+    result = AttentionOutput(found.out.to(q.dtype), found.lse.to(wide))
     return result if ctx.sink_logits is None else with_sinks(result, ctx.sink_logits)
 
 
@@ -276,6 +296,8 @@ def _approximate(
     measured = bound(q, keys, scale, ctx.real, tokens.k_real)
     ctx.aux["logit_bound"] = q.new_tensor(measured)
     p = form.chosen(measured, q.shape[3])
+    wide = form.precision(p, q.dtype)
+    q, keys, values = q.to(wide), [k.to(wide) for k in keys], [v.to(wide) for v in values]
     real = None if bool(tokens.k_real.all()) else tokens.k_real
     if not tokens.causal:
         return features.full(q, keys, values, p, scale, real)

@@ -6,7 +6,8 @@
 The degree that relative error e needs on [-R, R] is Theta(max(R, log(1/e) / log(log(1/e) / R)))
 (Aggarwal and Alman 2022, which Alman and Song build on); here it is found by trying. If every
 weight is off by a factor within 1 +- e, the output is off by at most 2 e / (1 - e) of the largest
-value, so an output tolerance t asks for e = t / (2 + t).
+value, so an output tolerance t asks for e = t / (2 + t). Rounding errs, too, by e^(2 R) times the
+machine's epsilon: beyond R = 4 or so features are in fp64 (see `Polynomial.condition`).
 """
 
 from __future__ import annotations
@@ -48,6 +49,16 @@ class Polynomial:
         """Largest |P(x) / exp(x) - 1| for |x| <= radius, by default its own; found on a grid."""
         x = _grid(self.radius if radius is None else radius)
         return float((self(x) * (-x).exp() - 1).abs().max())
+
+    def condition(self) -> float:
+        """Largest sum_t |c_t x^t| / |P(x)| for |x| <= radius; found on a grid.
+
+        Times the machine's epsilon it is the relative error that rounding makes of P: e^(2 radius),
+        about, since at -radius terms of up to e^radius cancel to e^-radius.
+        """
+        x = _grid(self.radius)
+        terms = Polynomial(tuple(abs(c) for c in self.coefficients), self.radius)
+        return float((terms(x.abs()) / self(x).abs()).max())
 
     def least(self) -> float:
         """Its least value for |x| <= radius; found on a grid."""
