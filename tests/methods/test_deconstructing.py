@@ -288,6 +288,8 @@ def test_low_precision(key, dtype):
     [
         (Context(mask=causal() & window(4, 0)), "neither causal nor full"),
         (Context(mask=causal() & documents([0, 9, L])), "neither causal nor full"),
+        (Context(mask=causal() & padding([L + 1, 3])), f"only {L} keys"),
+        (Context(mask=documents([0, L - 1])), f"there are {L} keys"),
         (Context(mask=causal(), softcap=3.0), "softcap"),
         (Context(mask=causal(), dropout=0.1), "dropout"),
     ],
