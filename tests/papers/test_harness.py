@@ -1,5 +1,6 @@
 """Running miniatures: verdicts, resuming, tuning, and what lands on the disk."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -14,6 +15,7 @@ from toys import GRID, paper
 from foveate.ops.errors import InputError
 from foveate.papers.harness import Grid, at_least, at_most, stopwatch
 from foveate.papers.harness.run import Run
+from foveate.papers.harness.table import judged_again
 from foveate.papers.harness.verdict import FIELDS, figures_of
 from foveate.papers.training import DivergedError
 
@@ -43,6 +45,21 @@ def test_the_verdict_has_the_fields_of_the_design(tmp_path):
     assert verdict["environment"]["data"] == "generated"
     assert json.loads(result.files["verdict"].read_text()) == verdict
     assert figures_of(verdict)[1]["ours"]["cache"] == 32.0
+
+
+def test_what_no_arm_is_named_for_is_kept_and_judged_again(tmp_path):
+    """A kept verdict has all that its checks read."""
+    made, cells = paper(), paper().run
+    control = at_most("loss(control)", lambda at: at["control"]["loss"], 9.0)
+
+    def run_both(trial):
+        found = cells(trial)
+        return found | {"control": {"loss": 5.0 + trial.seed}} if "ours" in found else found
+
+    made = dataclasses.replace(made, run=run_both, checks=(*made.checks, control))
+    verdict = run(made, tmp_path).verdict
+    assert verdict["ours"]["control"]["loss"]["values"] == [5.0, 6.0, 7.0]
+    assert [str(one.verdict) for one in judged_again(made, verdict)] == ["holds"] * 3
 
 
 @pytest.mark.parametrize(

@@ -357,8 +357,13 @@ PAPER = Paper(
     metric="accuracy; mean KL to softmax in nats",
     cells=("fields", "injection", FLAT, FRESH, "MiniLM"),
     run=run,
-    baseline=(LARGEST, FIRST, PERMUTED, WINDOW, SOFTMAX, FLAT, MINI, RULE + WRONG),
-    ours=("HSA", "layer 1", "layer 2", LATE, EVERY, FRESH, RULE),
+    baseline=(
+        LARGEST, FIRST, PERMUTED, WINDOW, SOFTMAX, *(f"layer {i}{WRONG}" for i in (1, 2, 3)),
+        FLAT, MINI, RULE + WRONG, BANKING + SOFTMAX, f"{BANKING}layers 3 and 5{WRONG}",
+    ),
+    ours=(
+        "HSA", "layer 1", "layer 2", LATE, EVERY, FRESH, RULE, BANKING + "layers 3 and 5",
+    ),
     checks=(
         at_least("HSA below the others of its kind, share of draws",
                  lambda at: at["HSA"]["below its kind"], 1.0, exact=True),
