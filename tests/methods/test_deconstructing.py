@@ -333,6 +333,22 @@ def test_time_and_memory_are_linear():
         assert counts[1] == 2 * counts[0]
 
 
+@pytest.mark.parametrize("key", BOTH)
+@pytest.mark.parametrize("mask", [causal(), None])
+def test_backward_keeps_no_features_of_tokens(key, mask):
+    """What is held for the backward is about the inputs, not d^2 / 2 numbers for each token."""
+    held = {}
+
+    def keep(x):
+        held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    given = [torch.randn(1, n, 2048, 32, requires_grad=True) for n in (4, 2, 2)]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        make(f"{key}(chunk=256)")(*given, Context(mask=mask, phase="train"))
+    assert sum(held.values()) < 4 * sum(x.numel() * 4 for x in given)
+
+
 # -- oracle 7: indicators --------------------------------------------------------------------------
 def test_oracle_7_indicators_of_uniform_and_identity():
     uniform = (TRI / torch.arange(1, L + 1)[:, None]).double().expand(1, 3, L, L)
