@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,8 +128,11 @@ class Approximate(Stateful):
 
         if not causal:  # all keys first, then all queries
 
-            def add(total: Tensor, norm: Tensor, *some: Any) -> tuple[Tensor, ...]:
-                return (norm.new_zeros(()), *self._added(total, norm, *some, scale))
+            def add(
+                total: Tensor, norm: Tensor, keys: Tensor, values: Tensor, kept: Tensor | None
+            ) -> tuple[Tensor, ...]:
+                sums = self._added(total, norm, keys, values, kept, scale)
+                return (norm.new_zeros(()), *sums)
 
             _, sums = in_chunks(add, sums, rows[1:], (3, 3, 3), self.chunk)
         outs, (total, norm) = in_chunks(run, sums, rows, (3, 3, 3, 3), self.chunk)
