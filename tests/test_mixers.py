@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from foveate import catalog, causal
+from foveate import catalog, causal, documents, padding
 from foveate.methods import make
 from foveate.methods.naming import make_attention
 from foveate.nn import MixerLayer
@@ -276,8 +276,13 @@ def test_what_the_layer_refuses():
         layer(x, cache=[])
     with pytest.raises(InputError, match="mask= or in ctx"):
         layer(x, mask=causal(), ctx=Context(mask=causal()))
-    with pytest.raises(InputError, match="that is no mixer"):
+    for mask, said in ((documents([0, 2]), "there are 3 keys"), (padding([4, 3]), "only 3 keys")):
+        with pytest.raises(InputError, match=said):
+            layer(x, mask=mask)
+    with pytest.raises(InputError, match="give it as attention="):
         MixerLayer(DIM, 4, "full")
+    with pytest.raises(InputError, match="that is no mixer"):
+        MixerLayer(DIM, 4, "top-k")
     with pytest.raises(InputError, match="1 texts for 3 layers"):
         model(["grassmann"])
     grown = MixerLayer(DIM, 4, "grassmann")

@@ -108,6 +108,36 @@ def test_a_tree_of_all_inputs_and_the_default_windows():
     torch.testing.assert_close(one, two)
 
 
+@torch.no_grad()
+def test_patches_of_an_image_are_a_tree():
+    """Blocks of 2 x 2 patches behind the class token, as the library cuts them and by hand."""
+    from transformers import ViTConfig, ViTModel
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    made = ViTConfig(**sizes, intermediate_size=64, image_size=32, patch_size=4, qkv_bias=False)
+    model, images = ViTModel(made, add_pooling_layer=False).eval(), torch.randn(2, 3, 32, 32)
+    for weight in model.parameters():
+        if weight.dim() == 2:
+            weight.normal_(0.0, 0.3)
+    before = model(images).last_hidden_state
+
+    def on(tree):
+        with use_on_tree(model, tree):
+            return model(images).last_hidden_state
+
+    block = [[[1 + 8 * (2 * r + i) + 2 * c + j for i in (0, 1) for j in (0, 1)] for c in range(4)]
+             for r in range(4)]  # fmt: skip
+    blocks = Tree.nested([0, *[one for row in block for one in row]])
+    ours = on(Tree.patches((8, 8), (2,), first=1))
+    torch.testing.assert_close(ours, on(blocks), atol=1e-4, rtol=1e-4)
+    assert float((ours - before).abs().max()) > 1e-3
+    lines = on(Tree.nested([0, *[[*range(1 + i, 5 + i)] for i in range(0, 64, 4)]]))
+    assert float((ours - lines).abs().max()) > 1e-3
+    flat = on(Tree.nested(list(range(65))))
+    torch.testing.assert_close(flat, before, atol=1e-4, rtol=1e-4)  # softmax
+
+
 def test_inputs_that_no_tree_can_be_made_of_are_refused():
     model = tiny("bert")
     with use_on_tree(model, SentenceTree((STOP,))), pytest.raises(ModelError, match="input ids"):

@@ -288,6 +288,8 @@ def test_low_precision(key, dtype):
     [
         (Context(mask=causal() & window(4, 0)), "neither causal nor full"),
         (Context(mask=causal() & documents([0, 9, L])), "neither causal nor full"),
+        (Context(mask=causal() & padding([L + 1, 3])), f"only {L} keys"),
+        (Context(mask=documents([0, L - 1])), f"there are {L} keys"),
         (Context(mask=causal(), softcap=3.0), "softcap"),
         (Context(mask=causal(), dropout=0.1), "dropout"),
     ],
@@ -329,6 +331,22 @@ def test_time_and_memory_are_linear():
                 make(key)(*given, ahead())
             counts.append(counter.get_total_flops())
         assert counts[1] == 2 * counts[0]
+
+
+@pytest.mark.parametrize("key", BOTH)
+@pytest.mark.parametrize("mask", [causal(), None])
+def test_backward_keeps_no_features_of_tokens(key, mask):
+    """What is held for the backward is about the inputs, not d^2 / 2 numbers for each token."""
+    held = {}
+
+    def keep(x):
+        held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    given = [torch.randn(1, n, 2048, 32, requires_grad=True) for n in (4, 2, 2)]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        make(f"{key}(chunk=256)")(*given, Context(mask=mask, phase="train"))
+    assert sum(held.values()) < 4 * sum(x.numel() * 4 for x in given)
 
 
 # -- oracle 7: indicators --------------------------------------------------------------------------

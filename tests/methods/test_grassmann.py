@@ -188,6 +188,47 @@ def test_parallel_vectors_have_no_plane_and_finite_gradients():
         assert grad.isfinite().all()
 
 
+def test_rounding_of_parallel_vectors_is_no_plane():
+    """In fp32 p of u and c u isn't 0, but what it is depends on the order of the sums."""
+    torch.manual_seed(4)
+    z = 3 * torch.rand(1, 40, 1).add(0.3) * torch.randn(16)
+    z.requires_grad_()
+    assert plucker(z[:, 1:], z[:, :-1]).norm(dim=-1).max() > 1e-8  # more than eps
+    out = mean_features(z, 0, (1, 2), torch.full((2, 1, 40), 0.5), 1e-8, False)
+    assert not out.any()
+    (grad,) = torch.autograd.grad((out * torch.randn_like(out)).sum(), z)
+    assert not grad.any()
+    # Vectors that differ by more than rounding, however little, have one.
+    turned = (z + 1e-4 * torch.randn(40, 16)).detach()
+    out = mean_features(turned, 1, (1,), torch.ones(1, 1, 39), 1e-8, False)
+    torch.testing.assert_close(out, normalised(plucker(turned[:, 1:], turned[:, :-1])))
+
+
+def test_a_run_of_one_token_decodes_as_it_reads_and_trains_as_in_float64():
+    torch.manual_seed(2)
+    layer = MixerLayer(64, 1, "grassmann(rank=16, dropout=0.0)")
+    torch.nn.init.normal_(layer.mixer.reduce.weight, std=0.3)
+    ids = torch.randint(0, 9, (2, 40))
+    ids[:, 5:30] = 3  # such as spaces
+    table = torch.randn(9, 64, requires_grad=True)
+
+    def full():
+        return layer(layer(table[ids], mask=causal()).y, mask=causal()).y
+
+    cache, deeper = layer.new_cache(), layer.new_cache()
+    with torch.no_grad():
+        parts = [
+            layer(layer(x, mask=causal(), cache=cache).y, mask=causal(), cache=deeper).y
+            for x in table[ids].split([11, *[1] * 29], 1)
+        ]
+        torch.testing.assert_close(torch.cat(parts, 1), full(), atol=2e-5, rtol=2e-5)
+    weight = torch.randn(2, 40, 64)
+    (ours,) = torch.autograd.grad((full() * weight).sum(), table)
+    layer, table = layer.double(), table.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad((full() * weight).sum(), table)
+    torch.testing.assert_close(ours.double(), exact, atol=1e-3, rtol=1e-3)
+
+
 def test_bidirectional_pairs_count_on_both_sides():
     made, x = mixer(), tokens()
     expected = by_definition(made, x, lambda b, t, s: True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from foveate import Attention, Context, attention, causal, padding, window
+from foveate import Attention, Context, Layout, attention, causal, documents, padding, window
 from foveate.methods import make
 from foveate.methods.hsa import solve
 from foveate.methods.hsa.columns import columns
@@ -195,6 +195,25 @@ def test_oracle_7_the_order_of_children_is_nobodys_business():
 
     three = solve(*(x[:, :, moved] for x in (q, k, v)), Tree.nested(renamed(tree)), scale=0.4)
     torch.testing.assert_close(three.out, one.out[:, :, moved], atol=1e-12, rtol=0)
+
+
+def test_oracle_7_positions_go_with_their_nodes():
+    sentence, paragraph = torch.arange(36) // 4, torch.arange(36) // 12
+    places = [torch.randint(9, (36,))] + [torch.randint(9, (n,)) for n in (9, 3)]
+    given = [places[0], places[1][sentence], places[2][paragraph]]
+    method, (q, k, v) = make("hsa(positions=8, position_scale=2.0)"), drawn(36, heads=2)
+
+    def out(order):
+        tree = Tree.segments(
+            sentence[order], paragraph[order], places=[x[order, None].double() for x in given]
+        )
+        return method(*(x[:, :, order] for x in (q, k, v)), Context(tree=tree)).out
+
+    moved = torch.randperm(36)
+    one = out(torch.arange(36))
+    torch.testing.assert_close(out(moved), one[:, :, moved], atol=1e-12, rtol=0)
+    given[1] = given[1].flip(0)  # other positions of the sentences: another output
+    assert float((out(torch.arange(36)) - one).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -448,6 +467,8 @@ def test_columns_with_padding_and_backward():
         ("hsa", {"mask": window(5, 5)}, "'full'"),
         ("hsa(ties='columns')", {}, "causal"),
         ("hsa(ties='columns')", {"mask": causal() & window(4, 0)}, "causal"),
+        ("hsa", {"mask": documents([0, 10])}, "there are 12 keys"),
+        ("hsa", {"mask": padding([13])}, "only 12 keys"),
         ("hsa", {"softcap": 3.0}, "softcap"),
         ("hsa", {"sink_logits": torch.zeros(2)}, "sink_logits"),
         ("hsa", {"dropout": 0.1}, "dropout"),
@@ -462,6 +483,35 @@ def test_what_has_no_meaning_is_refused(spec, context, word):
     q, k, v = drawn(12, heads=2)
     with pytest.raises(InputError, match=word):
         make(spec)(q, k, v, Context(**context))
+
+
+def test_other_masks_are_looked_at_without_a_table_of_pairs(monkeypatch):
+    """Packed texts are refused, and what sees all is taken, at lengths whose pairs fit nowhere."""
+    monkeypatch.setattr(Layout, "dense", lambda *_: pytest.fail("all pairs were written out"))
+    q, k, v = (x.float() for x in drawn(30, heads=2, batch=2))
+    whole, later = Context(), Context(mask=causal())
+    for spec, alike, mask in (
+        ("hsa(branch=4)", whole, window(-1, -1)),
+        ("hsa(branch=4)", whole, documents([0, 30])),
+        ("hsa(branch=4)", whole, causal() | ~causal()),
+        ("hsa(branch=4, ties='columns')", later, window(-1, 0)),
+        ("hsa(branch=4, ties='columns')", later, causal() & documents([0, 30])),
+    ):
+        assert torch.equal(
+            make(spec)(q, k, v, Context(mask=mask)).out, make(spec)(q, k, v, alike).out
+        )
+    monkeypatch.setattr("foveate.methods.hsa.method._ROWS", 7)
+    for mask in (documents([0, 29, 30]), window(-1, 28), window(-1, -1) & padding([30, 21])):
+        good = mask.groups()[0] == 2
+        ctx = Context(mask=mask)
+        if not good:
+            with pytest.raises(InputError, match="'full'"):
+                make("hsa(branch=4)")(q, k, v, ctx)
+            continue
+        want = make("hsa(branch=4)")(q, k, v, Context(mask=padding([30, 21]))).out
+        assert torch.equal(make("hsa(branch=4)")(q, k, v, ctx).out, want)
+    with pytest.raises(InputError, match="causal"):
+        make("hsa(branch=4, ties='columns')")(q, k, v, Context(mask=window(28, 0)))
 
 
 @pytest.mark.parametrize(

@@ -250,6 +250,28 @@ def test_maps_are_kept_until_a_weight_changes():
     assert runs == [3]
 
 
+def test_maps_are_made_anew_where_torch_counts_no_change():
+    lm = model("rnd-emb-qk", dtype=torch.float32)
+
+    def looks_anew(change):
+        with torch.no_grad():
+            lm(ids())
+            change()
+            got = lm(ids()).logits
+            lm.model.reference._kept = None
+            assert torch.equal(got, lm(ids()).logits)
+
+    looks_anew(lambda: [p.data.mul_(1.3) for p in lm.parameters()])  # averaged weights, say
+    for layer in lm.model.layers:  # one weight, and the last of an odd number
+        layer.attention_norm.weight.data = torch.randn(DIM + 2)[1:-1]
+        looks_anew(lambda w=layer.attention_norm.weight: w.data[-1].mul_(-3))
+    looks_anew(lambda: lm.load_state_dict(
+        {"model.reference.start": torch.randn(32, DIM)}, strict=False))  # fmt: skip
+    fused = torch.optim.AdamW(lm.parameters(), lr=0.1, fused=True)
+    lm(ids(), labels=ids()).loss.backward()
+    looks_anew(fused.step)
+
+
 def test_only_values_are_cached_for_each_sequence():
     lm = model("rnd-emb-qk", dtype=torch.float32)
     cache = lm.new_cache()

@@ -201,7 +201,8 @@ def test_other_formulas_train_and_decode_from_their_state(run, tmp_path, args):
     ("args", "said"),
     [
         (("--mixer", "grassman"), "did you mean 'grassmann'"),
-        (("--mixer", "full"), "no mixer"),
+        (("--mixer", "full"), "give it as attention= (in commands --attention)"),
+        (("--mixer", "top-k"), "no mixer"),
         (("--mixer", "grassmann,none"), "2 mixers for 4 layers"),
         (("--projection", "mfaa"), "did you mean 'mfa'"),
         (("--projection", "full"), "no projection"),

@@ -88,7 +88,8 @@ class MixerLayer(nn.Module):
             y (B, L, dim), the cache, and losses and statistics by name.
 
         Raises:
-            InputError: shapes don't fit, a mask both here and in ctx, or a cache of another kind.
+            InputError: shapes don't fit, a mask for other lengths or both here and in ctx, or a
+                cache of another kind.
         """
         if x.dim() != 3 or x.shape[2] != self.dim:
             raise InputError(f"MixerLayer: expected x (B, L, {self.dim}), got {tuple(x.shape)}.")
@@ -108,6 +109,8 @@ class MixerLayer(nn.Module):
             raise InputError("MixerLayer: give the mask as mask= or in ctx, not both.")
         else:
             ctx = replace(ctx, mask=ctx.mask if mask is None else mask)
+        if ctx.mask is not None:
+            ctx.mask._check(x.shape[1], x.shape[1] + (0 if cache is None else len(cache)))
         ctx.hidden, ctx.cache, ctx.aux = x, cache, {}
         y = self.mixer(x, ctx) if x.shape[1] else x.new_zeros(x.shape)
         return LayerOutput(y, cache, ctx.aux)

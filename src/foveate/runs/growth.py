@@ -39,9 +39,9 @@ SETTINGS = {
     "hsa": Setting("hsa", 1.0),  # b^2 pairs for each of N / b groups, and of N / b^2 above, ...
     "gaam": Setting("gaam", 1.0),
     "grassmann": Setting("grassmann", 1.0),
-    "deconstructed-mlp": Setting("deconstructed-mlp", 2.0),
-    "deconstructed-approximate": Setting("deconstructed-approximate", 2.0),
-    "deconstructed-nonapproximate": Setting("deconstructed-nonapproximate", 2.0),
+    "deconstructed-mlp": Setting("deconstructed-mlp", 1.0),
+    "deconstructed-approximate": Setting("deconstructed-approximate", 1.0),
+    "deconstructed-nonapproximate": Setting("deconstructed-nonapproximate", 1.0),
 }
 TRAINED = ("dma", "superlinear", "sea", "routing-transformer", "combiner")
 

@@ -121,16 +121,20 @@ class Approximate(Stateful):
         if state is None and causal and q.shape[2] <= self.chunk:  # there is nothing to hand on
             out = self._out(None, None, *rows, scale=scale, causal=True)
             return without_lse(out.flatten(1, 2).to(v.dtype))
-        sums = self._before(rows[1], rows[2], scale, state)
+        sums: tuple[Tensor, ...] = self._before(rows[1], rows[2], scale, state)
 
         def run(total: Tensor, norm: Tensor, *some: Tensor) -> tuple[Tensor, ...]:
             return self._chunk(total, norm, *some, scale=scale, causal=causal)
 
         if not causal:  # all keys first, then all queries
-            for low in range(0, k.shape[2], self.chunk):
-                some = slice(low, low + self.chunk)
-                kept = None if rows[3] is None else rows[3][..., some]
-                sums = self._added(*sums, rows[1][..., some, :], rows[2][..., some, :], kept, scale)
+
+            def add(
+                total: Tensor, norm: Tensor, keys: Tensor, values: Tensor, kept: Tensor | None
+            ) -> tuple[Tensor, ...]:
+                sums = self._added(total, norm, keys, values, kept, scale)
+                return (norm.new_zeros(()), *sums)
+
+            _, sums = in_chunks(add, sums, rows[1:], (3, 3, 3), self.chunk)
         outs, (total, norm) = in_chunks(run, sums, rows, (3, 3, 3, 3), self.chunk)
         if state is not None:
             state.held = {"values": total.squeeze(2), "keys": norm.squeeze(2)}

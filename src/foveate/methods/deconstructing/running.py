@@ -27,8 +27,8 @@ def seen(name: str, q: Tensor, k: Tensor, past: int, ctx: Context) -> Seen:
     """Read the context of a call with n new tokens q (B, Hq, n, D), k (B, Hkv, n, D).
 
     Raises:
-        InputError: other lengths, something that only a softmax over pairs has, or a mask that is
-            neither causal nor full, apart from padding.
+        InputError: other lengths, a mask for other ones, something that only a softmax over pairs
+            has, or a mask that is neither causal nor full, apart from padding.
     """
     if q.shape[2] != k.shape[2]:
         raise InputError(
@@ -49,6 +49,7 @@ def seen(name: str, q: Tensor, k: Tensor, past: int, ctx: Context) -> Seen:
         return Seen(False, None)
     if ctx.mask.spec == "causal()":
         return Seen(True, None)
+    ctx.mask._check(q.shape[2], past + k.shape[2])
     keys = k[:, :, :1].expand(-1, -1, past + k.shape[2], -1)
     tokens = tokens_of(q, keys, ctx)
     if not is_causal_or_full(ctx, tokens) or (past and not tokens.causal):

@@ -2,6 +2,7 @@
 
     1. z_t   = W_red h_t + b_red                                          (r)
     2. phat  = pl(z_t, z_{t-d}) / max(|.|, eps)   for each offset d       (c = r (r - 1) / 2)
+               (0 where the two are parallel but for rounding: they span no plane)
     3. g_t   = W_plu mean_d phat + b_plu, over the valid d; 0 if none     (dim)
     4. alpha = sigmoid(W_gate [h_t ; g_t] + b_gate)
     5. m_t   = alpha h_t + (1 - alpha) g_t
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from foveate.methods.grassmann.planes import mean_features
+from foveate.methods.grassmann.planes import mean_features, rounding_of
 from foveate.ops.errors import InputError
 from foveate.ops.masks.base import positions
 from foveate.ops.masks.checks import whole
@@ -209,7 +210,10 @@ class GrassmannMixer(Mixer):
         count = valid.sum(0)
         wide = torch.promote_types(z.dtype, torch.float32)
         weight = valid.to(wide) / count.clamp_min(1)
-        mean = mean_features(z.to(wide), start, shifts, weight, self.recipe.eps, self.recipe.smooth)
+        mean = mean_features(
+            z.to(wide), start, shifts, weight, self.recipe.eps, self.recipe.smooth,
+            rounding_of(z.dtype),
+        )  # fmt: skip
         return self._planes(mean.to(x.dtype)) * (count > 0)[..., None]
 
     def _planes(self, mean: Tensor) -> Tensor:

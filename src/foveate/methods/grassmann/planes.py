@@ -4,6 +4,11 @@
     phat       = p / max(|p|, eps)    (or p / sqrt(|p|^2 + eps^2))
     s_t        = sum over offsets d of w_td phat(z_t, z_{t-d})
 
+Parallel vectors span no plane: p is 0, and phat too. In floating point what is left of p there is
+rounding, which must not be made a plane of length 1 (a run of one token would have planes that
+differ between decoding and the whole sequence), nor be divided by eps in the backward. So phat is
+0, and a constant, wherever |p| <= rounding |u| |v|.
+
 `mean_features` never holds more than a few hundred rows of any single pair's features, forward or
 backward: what is kept for the backward is z alone, so memory is O(L c) whatever the offsets are.
 
@@ -47,17 +52,22 @@ def plucker(u: Tensor, v: Tensor) -> Tensor:
 
 def normalised(p: Tensor, eps: float = 1e-8, smooth: bool = False) -> Tensor:
     """phat: p over its length; `smooth` has a bounded gradient where p is 0."""
-    return p / _length(p, eps, smooth)
+    return p / _length(p.square().sum(-1, keepdim=True), eps, smooth)
 
 
-def _length(p: Tensor, eps: float, smooth: bool) -> Tensor:
-    square = p.square().sum(-1, keepdim=True)
+def _length(square: Tensor, eps: float, smooth: bool) -> Tensor:
     return (square + eps * eps).sqrt() if smooth else square.sqrt().clamp_min(eps)
 
 
+def rounding_of(dtype: torch.dtype) -> float:
+    """The sine of an angle that is told from 0 where vectors were computed in this dtype."""
+    return float(min(32 * torch.finfo(dtype).eps, 2**-5))
+
+
 def mean_features(
-    z: Tensor, start: int, shifts: Sequence[int], weight: Tensor, eps: float, smooth: bool
-) -> Tensor:
+    z: Tensor, start: int, shifts: Sequence[int], weight: Tensor, eps: float, smooth: bool,
+    rounding: float | None = None,
+) -> Tensor:  # fmt: skip
     """sum_d weight_d phat(z_t, z_{t-d}) for the tokens t from `start` on.
 
     Args:
@@ -67,11 +77,14 @@ def mean_features(
         weight: (len(shifts), 1 or B, N - start), 0 where the pair doesn't count (as it must be
             where z_{t-d} isn't there).
         eps, smooth: as in `normalised`.
+        rounding: the sine of the angle below which vectors are parallel; None is that of z's dtype,
+            see `rounding_of`.
 
     Returns:
         (B, N - start, r (r - 1) / 2), differentiable in z.
     """
-    out: Tensor = _MeanFeatures.apply(z, start, tuple(shifts), weight, eps, smooth)
+    least = rounding_of(z.dtype) if rounding is None else rounding
+    out: Tensor = _MeanFeatures.apply(z, start, tuple(shifts), weight, eps, smooth, least)
     return out
 
 
@@ -81,6 +94,7 @@ class _Rows:
     def __init__(self, z: Tensor, start: int, shifts: Sequence[int]) -> None:
         self.back, self.ahead = max(0, *shifts), max(0, *(-d for d in shifts))
         self.padded = functional.pad(z, (0, 0, self.back, self.ahead))
+        self.norms = self.padded.norm(dim=-1, keepdim=True)
         self.start = start
         self.pairs = pair_index(z.shape[-1], z.device)
         self.step = max(16, _NUMBERS // max(1, len(z) * len(self.pairs[0])))
@@ -94,6 +108,13 @@ class _Rows:
         some = self.padded[:, self.span(low, high)]
         return some.index_select(2, self.pairs[0]), some.index_select(2, self.pairs[1])
 
+    def parallel(
+        self, square: Tensor, low: int, own: slice, other: slice, rounding: float
+    ) -> Tensor:
+        """Where |p|^2 of the rows `own` and `other` of a span is rounding: (B, rows, 1) bool."""
+        norms = self.norms[:, self.start + low :]
+        return square <= (rounding * norms[:, own] * norms[:, other]).square()
+
 
 class _MeanFeatures(torch.autograd.Function):
     """See `mean_features`."""
@@ -101,10 +122,10 @@ class _MeanFeatures(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, z: Tensor, start: int, shifts: tuple[int, ...], weight: Tensor, eps: float,
-        smooth: bool,
+        smooth: bool, rounding: float,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(z, weight)
-        ctx.options = (start, shifts, eps, smooth)
+        ctx.options = (start, shifts, eps, smooth, rounding)
         rows = _Rows(z, start, shifts)
         batch, count = len(z), z.shape[1] - start
         out = z.new_zeros(batch, count, len(rows.pairs[0]))
@@ -116,14 +137,17 @@ class _MeanFeatures(torch.autograd.Function):
                 other = slice(own.start - d, own.stop - d)
                 p = za[:, own] * zb[:, other]
                 p -= zb[:, own] * za[:, other]
-                out[:, low:high] += p.mul_(w[:, low:high, None] / _length(p, eps, smooth))
+                square = p.square().sum(-1, keepdim=True)
+                factor = w[:, low:high, None] / _length(square, eps, smooth)
+                flat = rows.parallel(square, low, own, other, rounding)
+                out[:, low:high] += p.mul_(factor.masked_fill(flat, 0.0))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z, weight = ctx.saved_tensors
-        start, shifts, eps, smooth = ctx.options
+        start, shifts, eps, smooth, rounding = ctx.options
         rows = _Rows(z, start, shifts)
         count = z.shape[1] - start
         found = torch.zeros_like(rows.padded)
@@ -138,9 +162,11 @@ class _MeanFeatures(torch.autograd.Function):
                 other = slice(own.start - d, own.stop - d)
                 p = za[:, own] * zb[:, other]
                 p -= zb[:, own] * za[:, other]
-                length = _length(p, eps, smooth)
+                square = p.square().sum(-1, keepdim=True)
+                length = _length(square, eps, smooth)
+                flat = rows.parallel(square, low, own, other, rounding)
                 p /= length
-                g = grad[:, low:high] * (w[:, low:high, None] / length)
+                g = grad[:, low:high] * (w[:, low:high, None] / length).masked_fill(flat, 0.0)
                 # Only what turns the plane counts; a clamped length is a constant.
                 along = (p * g).sum(-1, keepdim=True)
                 if not smooth:
@@ -152,4 +178,4 @@ class _MeanFeatures(torch.autograd.Function):
                 da[:, other] -= g * zb[:, own]
             found[:, rows.span(low, high)] += da @ into_a + db @ into_b
         found = found[:, rows.back : rows.back + z.shape[1]]
-        return found, None, None, None, None, None
+        return found, None, None, None, None, None, None

@@ -22,10 +22,12 @@ from foveate.ops import AttentionOutput, Mask
 from foveate.ops.errors import InputError
 from foveate.ops.masks.algebra import And
 from foveate.ops.masks.checks import whole
-from foveate.parts.attention import Attention, mask_layout, remember
+from foveate.parts.attention import Attention, remember
 from foveate.parts.context import Context
 from foveate.parts.tokens import Tokens, tokens_of
 from foveate.parts.tree import Tree
+
+_ROWS = 256  # queries whose keys are asked for at once
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,8 @@ class HSA(Attention):
         ):
             if value is not None:
                 raise InputError(f"hsa doesn't take {name}: {why}. Run this layer with 'full'.")
+        if ctx.mask is not None:
+            ctx.mask._check(q.shape[2], k.shape[2])
         tokens = tokens_of(q, k, ctx)
         if self.ties == "blocks" and q.shape[2] != k.shape[2]:
             raise InputError(
@@ -160,7 +164,7 @@ class HSA(Attention):
                 f"got {q.shape[2]} and {k.shape[2]}. To decode, use hsa(ties='columns')."
             )
         key = (HSA, "fits", self.ties, ctx.mask, q.shape, k.shape)
-        if remember(ctx, key, lambda: self._fits(tokens, q, k, ctx)):
+        if remember(ctx, key, lambda: self._fits(tokens, ctx)):
             return
         if self.ties == "columns":
             raise InputError(
@@ -173,7 +177,7 @@ class HSA(Attention):
             f"so that a causal or windowed mask can't be kept; {hint}."
         )
 
-    def _fits(self, tokens: Tokens, q: Tensor, k: Tensor, ctx: Context) -> bool:
+    def _fits(self, tokens: Tokens, ctx: Context) -> bool:
         """Whether the mask lets all real tokens see all real ones, or all earlier ones."""
         causal = self.ties == "columns"
         if causal and not tokens.regular:
@@ -182,11 +186,24 @@ class HSA(Attention):
         kinds = {_kind(part) for part in parts}
         if kinds <= {"none", "causal", "padding"}:
             return causal == ("causal" in kinds)
-        seen = mask_layout(ctx.mask, q, k, ctx).dense()  # some table of pairs: as large as itself
-        wanted = tokens.q_real[:, None, :, None] & tokens.k_real[:, None, None, :]
-        if causal:
-            wanted = wanted & (tokens.q_pos[:, None, :, None] >= tokens.k_pos[:, None, None, :])
-        return bool(((seen & tokens.q_real[:, None, :, None]) == wanted).all())
+        assert ctx.mask is not None
+        return _sees_all(ctx.mask, tokens, causal)
+
+
+def _sees_all(mask: Mask, tokens: Tokens, causal: bool) -> bool:
+    """Whether each real query sees every real key, or every one that isn't later, and no other.
+
+    Some queries at a time: a mask that says no mostly does at once, and none is ever held whole.
+    """
+    for b, real in enumerate(tokens.k_real):
+        q, k = (x[b if len(x) > 1 else 0] for x in (tokens.q_pos, tokens.k_pos))
+        for rows in q[tokens.q_real[b]].split(_ROWS):
+            at = rows[:, None]
+            wanted = (real & (k <= at)) if causal else real.expand(len(at), -1)
+            for h in range(mask.groups()[1]):
+                if not torch.equal(mask._element(at, k[None], b, h).expand_as(wanted), wanted):
+                    return False
+    return True
 
 
 def _kind(mask: Mask | None) -> str:
