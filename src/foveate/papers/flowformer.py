@@ -6,7 +6,9 @@ without competition and without allocation:
 - small language models on bytes, 4 layers of width 64 with 4 heads and learned positions, in
   windows of 64: softmax, Flow, linear, and the two ablations;
 - sequences of 1,024 tokens whose class is the marker that comes first, in an encoder of 2 layers
-  of width 32 that answers by the mean of its tokens; positions begin as sinusoids and are learnt.
+  of width 32 that answers at its first token; positions begin as sinusoids and are learnt. Training
+  begins with 64 and 256 tokens: at 1,024 alone neither arm left chance in 600 steps. The
+  learning rate is tuned for both arms.
 
 The claim holds if Flow gains on linear attention in one of them: 0.02 nats or one point of
 accuracy. On bytes alone the sheet's author couldn't separate them in 400 steps, so a loss there
@@ -30,7 +32,7 @@ from typing_extensions import override
 from foveate.methods import make
 from foveate.methods.flowformer import Flowformer
 from foveate.ops import AttentionOutput, causal
-from foveate.papers.harness import Check, Found, Paper, Trial, at_least, at_most
+from foveate.papers.harness import Check, Found, Grid, Paper, Trial, at_least, at_most
 from foveate.papers.tasks import standard_library
 from foveate.papers.tasks.markers import FirstMarker
 from foveate.papers.training.classify import encoder_classifier
@@ -53,10 +55,12 @@ ARMS = {
     "no competition": "flowformer(competition=False)",
     "no allocation": "flowformer(allocation=False)",
 }
-MARKERS = {f"{arm}, markers": arm for arm in ("linear", "Flow")}
+LINEAR_FIRST, FLOW_FIRST = "linear, markers", "Flow, markers"
+MARKERS = {LINEAR_FIRST: "linear", FLOW_FIRST: "Flow"}
 SPEED = "speed"
 STEPS, LR = 1200, 3e-3
-MARKER_STEPS, MARKER_LR, MARKER_DIM = 600, 3e-3, 32
+MARKER_STEPS, MARKER_DIM = 1000, 32
+SHORTER = ((64, 400), (256, 200))  # tokens, and steps of so many
 LENGTHS = (1024, 2048, 4096, 8192)
 
 
@@ -65,7 +69,7 @@ def run(trial: Trial) -> Found:
     if trial.cell == SPEED:
         return speed(trial)
     if trial.cell in MARKERS:
-        return {MARKERS[trial.cell]: on_markers(trial, ARMS[MARKERS[trial.cell]])}
+        return {trial.cell: on_markers(trial, ARMS[MARKERS[trial.cell]])}
     sizes = Sizes(layers=4, dim=64, heads=4, length=64)
 
     def make_model() -> Any:
@@ -80,10 +84,12 @@ def run(trial: Trial) -> Found:
 
 def on_markers(trial: Trial, attention: str) -> dict[str, Any]:
     """Train an encoder to tell which marker comes first."""
-    task = FirstMarker(128 if trial.quick else 1024, held=32 if trial.quick else 512)
+    task = FirstMarker(shorter=SHORTER)
+    if trial.quick:
+        task = FirstMarker(128, held=32, shorter=((64, 2),))
     regime = Regime(
         steps=4 if trial.quick else MARKER_STEPS,
-        lr=MARKER_LR,
+        lr=trial.tuned,
         weight_decay=0.01,
         every=2 if trial.quick else MARKER_STEPS // 4,
         seed=trial.seed,
@@ -93,6 +99,7 @@ def on_markers(trial: Trial, attention: str) -> dict[str, Any]:
         task.classes,
         attention=attention,
         position="learned",
+        pooling="cls",
         max_position_embeddings=task.length,
     )
     encoder: Any = model.model.encoder
@@ -100,7 +107,7 @@ def on_markers(trial: Trial, attention: str) -> dict[str, Any]:
     model.to(trial.device)
     done = train(model, task, regime, folder=trial.folder, tell=trial.tell)
     found = evaluate(model, task, "test", regime.batch)
-    return {"accuracy": found["accuracy"], "marker loss": done.history[-1]["validation"]}
+    return {"accuracy": found["accuracy"], "validation": done.history[-1]["validation"]}
 
 
 def sinusoids(length: int, dim: int) -> Tensor:
@@ -173,7 +180,7 @@ def speed(trial: Trial) -> Found:
 def gain(at: Mapping[str, Mapping[str, Any]]) -> float:
     """The larger of both gains of Flow on linear attention, each by what is asked of it."""
     bytes_ = (at["linear"]["loss"] - at["Flow"]["loss"]) / 0.02
-    return max(bytes_, (at["Flow"]["accuracy"] - at["linear"]["accuracy"]) / 0.01)
+    return max(bytes_, (at[FLOW_FIRST]["accuracy"] - at[LINEAR_FIRST]["accuracy"]) / 0.01)
 
 
 def _between(arm: str) -> tuple[Check, Check]:
@@ -203,8 +210,8 @@ PAPER = Paper(
     metric="test loss in nats for each byte; accuracy on 1,024 tokens",
     cells=(*ARMS, *MARKERS, SPEED),
     run=run,
-    baseline=("softmax", "linear"),
-    ours=("Flow", "no competition", "no allocation"),
+    baseline=("softmax", "linear", LINEAR_FIRST),
+    ours=("Flow", "no competition", "no allocation", FLOW_FIRST),
     checks=(
         at_least("gain of Flow on linear, of 0.02 nats or 1 point", gain, 1.0),
         at_least(
@@ -224,10 +231,11 @@ PAPER = Paper(
         learnt("softmax"),
         at_least(
             "accuracy of the better one",
-            lambda at: max(at[arm]["accuracy"] for arm in ("Flow", "linear")), 0.7,
+            lambda at: max(at[arm]["accuracy"] for arm in MARKERS), 0.7,
         ),
     ),
     requires=REQUIRES,
-    data=lambda: f"{standard_library(64).describe()}; {FirstMarker().describe()}",
+    data=lambda: f"{standard_library(64).describe()}; {FirstMarker(shorter=SHORTER).describe()}",
+    grid=Grid("learning rate", (1.5e-3, 3e-3, 6e-3), cells=tuple(MARKERS)),
     alone=("speed",),
 )  # fmt: skip

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from typing_extensions import override
 
 from foveate.ops.errors import InputError
 from foveate.papers.tasks.base import Batch, Generated, distinct
@@ -26,21 +27,41 @@ class FirstMarker(Generated):
         times: each marker occurs.
         filler: different tokens of filler.
         held: sequences in each of validation and test.
+        shorter: (length, batches) of shorter sequences that training begins with: a place among
+            many is found by a model that has found it among few.
 
     Raises:
-        InputError: the markers don't fit.
+        InputError: the markers don't fit, or what is shorter isn't.
     """
 
     length: int = 1024
     times: int = 2
     filler: int = 11
     held: int = 512
+    shorter: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if min(self.times, self.filler, self.held) < 1 or self.length <= 2 * self.times:
             raise InputError(
                 f"{self!r}: each number must be 1 or more, and the length above {2 * self.times}."
             )
+
+        for length, batches in self.shorter:
+            if batches < 1 or not 2 * self.times < length < self.length:
+                raise InputError(
+                    f"{self!r}: expected 1 batch or more of each shorter length, and lengths from "
+                    f"{2 * self.times + 1} to {self.length - 1}."
+                )
+
+    @override
+    def batch(self, seed: int, number: int, size: int) -> Batch:
+        """Training batch `number` of a seed; the first ones are shorter."""
+        before = 0
+        for length, batches in self.shorter:
+            before += batches
+            if number < before:
+                return replace(self, length=length, shorter=()).batch(seed, number, size)
+        return super().batch(seed, number, size)
 
     @property
     def vocab(self) -> int:
