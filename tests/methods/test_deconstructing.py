@@ -334,6 +334,20 @@ def test_time_and_memory_are_linear():
 
 
 @pytest.mark.parametrize("key", BOTH)
+def test_what_training_writes_is_linear(key):
+    """Forward and backward: no gradient of a chunk is as long as the sequence."""
+    from foveate.runs.work import Work
+
+    written = []
+    for length in (1024, 4096):
+        given = [x.float().requires_grad_() for x in heads(length)]
+        with Work() as work:
+            make(key)(*given, ahead()).out.sum().backward()
+        written.append(work.numbers)
+    assert written[1] < 4.2 * written[0]
+
+
+@pytest.mark.parametrize("key", BOTH)
 @pytest.mark.parametrize("mask", [causal(), None])
 def test_backward_keeps_no_features_of_tokens(key, mask):
     """What is held for the backward is about the inputs, not d^2 / 2 numbers for each token."""

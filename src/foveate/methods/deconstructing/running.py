@@ -78,9 +78,10 @@ def in_chunks(
     """
     length = rows[0].shape[axes[0]]
     outs = []
-    for low in range(0, length, chunk):
-        n = min(chunk, length - low)
-        some = [x if x is None else x.narrow(axis, low, n) for x, axis in zip(rows, axes)]
+    # Split, not sliced: the gradient of each slice would be as long as the whole.
+    parts = [None if x is None else x.split(chunk, axis) for x, axis in zip(rows, axes)]
+    for at in range(-(-length // chunk)):
+        some = [None if part is None else part[at] for part in parts]
         if torch.is_grad_enabled() and length > chunk:
             made = checkpoint(run, *sums, *some, use_reentrant=False, preserve_rng_state=False)
         else:
