@@ -31,13 +31,17 @@ SETTINGS = {
     "combiner": Setting("combiner(size={root})", 1.5),
     "flowformer": Setting("flowformer", 1.0),
     "lucid": Setting("lucid", 2.0),
-    "tensor-attention": Setting("tensor-attention", 3.0),
+    "tensor-attention": Setting("tensor-attention(form='exact')", 3.0),
     # At one degree, however near it comes: which degree keeps a tolerance depends on the logits.
     "tensor-attention(form='features')": Setting(
         "tensor-attention(form='features', degree=4, tolerance=1e999)", 1.0
     ),
     "hsa": Setting("hsa", 1.0),  # b^2 pairs for each of N / b groups, and of N / b^2 above, ...
     "gaam": Setting("gaam", 1.0),
+    "gaam(axis='tokens', heads=1)": Setting("gaam(axis='tokens', heads=1)", 1.0),
+    "gaam(form='density', axis='tokens', heads=1)": Setting(
+        "gaam(form='density', axis='tokens', heads=1)", 1.0
+    ),
     "grassmann": Setting("grassmann", 1.0),
     "deconstructed-mlp": Setting("deconstructed-mlp", 1.0),
     "deconstructed-approximate": Setting("deconstructed-approximate", 1.0),
