@@ -139,7 +139,16 @@ def test_a_process_that_is_killed_is_named(tmp_path, monkeypatch):
     assert not any(process.is_alive() for process in started)
 
 
+@pytest.fixture
+def interrupts():
+    """Ctrl-C is heard, also where these tests run in a shell's background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("interrupts")
 def test_interrupted_it_ends_at_once_and_leaves_no_process_behind(tmp_path):
     command = [
         sys.executable, "-m", "foveate.cli", "reproduce", "rectified-spaattn", "--workers", "2",
@@ -170,6 +179,7 @@ def test_interrupted_it_ends_at_once_and_leaves_no_process_behind(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_that_python_drops_is_heard_all_the_same(monkeypatch, tmp_path):
     """As one that comes while a finaliser runs."""
     began = signal.getsignal(signal.SIGINT)
