@@ -121,6 +121,17 @@ def test_blocks_mix_tokens_by_any_bidirectional_formula(run, tmp_path, name):
     assert seen == (name != "deconstructed-mlp")  # the one that mixes nothing
 
 
+def test_the_model_is_named_by_what_it_is_made_of(run):
+    blocks = ("--layers", "2", "--pooling", "mean")
+    hybrid = ("--mixer", "gaam(axis='tokens', heads=1),none")
+    code, printed, err = run("--recurrent", "0", *blocks, *hybrid)
+    assert code == 0, err
+    assert "gaam(axis='tokens', heads=1); mha, full -> mean" in " ".join(printed.split())
+    code, printed, err = run(*blocks, "--attention", "flowformer", out="other")
+    assert code == 0, err
+    assert "GRU x 1 -> mha, flowformer x 2 -> mean" in " ".join(printed.split())
+
+
 def test_what_stands_in_blocks_needs_blocks(run, tmp_path):
     for given in (("--attention", "flowformer"), ("--mixer", "gaam(axis='tokens', heads=1)")):
         code, _, err = run(*given)

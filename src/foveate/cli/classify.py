@@ -120,7 +120,9 @@ def _missing(error: ModuleNotFoundError) -> Exception:
 
 def _model(shape: dict[str, Any]) -> str:
     parts = [f"GRU x {shape['recurrent']}"] if shape["recurrent"] else []
-    parts += [f"{told(shape)} x {shape['layers']}"] if shape["layers"] else []
+    if shape["layers"]:
+        by_block = isinstance(shape["mixer"], list | tuple)  # names each block itself
+        parts.append(told(shape) if by_block else f"{told(shape)} x {shape['layers']}")
     return " -> ".join([*parts, shape["pooling"]])
 
 

@@ -7,8 +7,8 @@ without competition and without allocation:
   windows of 64: softmax, Flow, linear, and the two ablations;
 - sequences of 1,024 tokens whose class is the marker that comes first, in an encoder of 2 layers
   of width 32 that answers at its first token; positions begin as sinusoids and are learnt. Training
-  begins with 64 and 256 tokens: at 1,024 alone neither arm left chance in 600 steps. The
-  learning rate is tuned for both arms.
+  begins with 64 and 256 tokens: on 1,024 alone, read by their mean, neither arm left chance in 600
+  steps, nor did either on 256 alone, read at the first. The learning rate is tuned for both arms.
 
 The claim holds if Flow gains on linear attention in one of them: 0.02 nats or one point of
 accuracy. On bytes alone the sheet's author couldn't separate them in 400 steps, so a loss there
