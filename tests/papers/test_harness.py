@@ -13,7 +13,7 @@ import torch
 from toys import GRID, paper
 
 from foveate.ops.errors import InputError
-from foveate.papers.harness import Grid, at_least, at_most, stopwatch
+from foveate.papers.harness import Grid, Verdict, at_least, at_most, either, stopwatch
 from foveate.papers.harness.run import Run
 from foveate.papers.harness.table import judged_again
 from foveate.papers.harness.verdict import FIELDS, figures_of
@@ -68,6 +68,31 @@ def test_what_no_arm_is_named_for_is_kept_and_judged_again(tmp_path):
 )
 def test_each_verdict_can_come_out(tmp_path, gap, noise, expected):
     assert run(paper(gap, noise), tmp_path).verdict["verdict"] == expected
+
+
+def test_one_of_two_tasks_is_enough_but_not_the_better_of_two_noisy_ones():
+    check = either(
+        "gains",
+        at_least("a", lambda at: at["x"]["a"], 0.02),
+        at_least("b", lambda at: at["x"]["b"], 1.0),
+    )
+    assert check.text == "gains: a >= 0.02 or b >= 1"
+
+    def seeds(a, b):
+        return [{"x": {"a": one, "b": other}} for one, other in zip(a, b)]
+
+    assert check.verdict(seeds([0.03] * 3, [-5.0] * 3)) is Verdict.HOLDS
+    assert check.verdict(seeds([0.0] * 3, [2.0, 2.1, 2.2])) is Verdict.HOLDS
+    assert check.verdict(seeds([0.0, 0.01, 0.0], [-5.0] * 3)) is Verdict.REFUTED
+    assert check.verdict(seeds([0.0] * 3, [-5.0, 0.0, 6.0])) is Verdict.INCONCLUSIVE
+    # Seed by seed the better one is always good; neither is, over the seeds.
+    noisy = seeds([0.05, -0.05, 0.05], [-3.0, 3.0, -3.0])
+    assert min(check.figure(one) for one in noisy) > 1
+    assert check.verdict(noisy) is not Verdict.HOLDS
+    assert check.values(noisy) == pytest.approx([2.5, -2.5, 2.5])
+    for wrong in (at_most("c", len, 1.0), at_least("c", len, 0.0), at_least("c", len, -1.0)):
+        with pytest.raises(ValueError, match="at least a number above 0"):
+            either("gains", wrong)
 
 
 def test_an_unmet_need_makes_it_inconclusive(tmp_path):
