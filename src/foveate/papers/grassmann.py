@@ -6,9 +6,13 @@ paper (A) and pre-norm (B), against a transformer of as many weights (within 3%)
 mixes no tokens; learning rates are tuned for all alike. The paper has a perplexity 11% above the
 transformer's, a public reproduction 40 to 45%: within 15% is asked for, of the better wiring.
 
-Sentence pairs: the paper's head (pairs inside a window, 4 heads) against an attention head, two
-layers each, on frozen random embeddings, where it is told whether a set of symbols lies inside,
-across or outside of another. At most 2 points of accuracy may be lost.
+Sentence pairs: the paper's head (pairs inside a window, 4 heads) against an attention head and one
+that mixes no tokens, two layers each, on the features of a frozen random encoder, where it is told
+whether a set of symbols lies inside, across or outside of another. At most 2 points of accuracy may
+be lost. On bare random embeddings, which know no context, the paper's head never left chance
+(0.37, attention 0.99): equal tokens span no plane, and places made them unequal. The paper's
+encoder is a trained one. Of the encoders tried, this is one whose features alone don't give the
+answer away: without mixing, the head reads half of the pairs right.
 
 Cost: products are counted, and one layer's forward and backward timed, L = 256 ... 8192.
 """
@@ -24,9 +28,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from foveate.ops import causal
 from foveate.papers.harness import Found, Grid, Paper, Trial, at_least, at_most, difference
 from foveate.papers.tasks import standard_library
-from foveate.papers.tasks.classification import PADDING
-from foveate.papers.tasks.entailment import Entailment
+from foveate.papers.tasks.entailment import MARK, Entailment
 from foveate.papers.training.classify import encoder_classifier
+from foveate.papers.training.frozen import OnFrozen, RandomEncoder
 from foveate.papers.training.growth import growth
 from foveate.papers.training.language import (
     REQUIRES,
@@ -57,8 +61,9 @@ HEADS: dict[str, str | None] = {
     "pairs: attention": None,
     "pairs: Grassmann": "grassmann(rank=16, wiring='B', dropout=0.1, heads=4, window=16, "
     "offsets=[1, 2, 3, 4, 5, 6, 7, 8, 9])",
+    "pairs: no mixing": "deconstructed-mlp",
 }
-STEPS, PAIR_STEPS = 1200, 1500
+STEPS, PAIR_STEPS = 1200, 2000
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -78,21 +83,23 @@ def run(trial: Trial) -> Found:
 
 
 def head(trial: Trial) -> dict[str, Any]:
-    """Train two layers on frozen random embeddings to tell three kinds of pairs apart."""
+    """Train two layers on frozen features to tell three kinds of pairs apart.
+
+    Rates are tried for all steps: the heads leave chance late, and at different steps.
+    """
     task = Entailment(held=32 if trial.quick else 1024)
     sizes = Sizes(layers=2, dim=64, heads=4, length=16, vocab=task.vocab)
-    model = encoder_classifier(
+    encoder = RandomEncoder(task.vocab, length=sizes.length, mark=MARK)
+    classifier = encoder_classifier(
         sizes,
         task.classes,
         mixer=HEADS[trial.cell],
         hidden_dropout=0.1,
-        max_position_embeddings=16,
+        max_position_embeddings=sizes.length,
         **AS_THE_PAPER,
     )
-    for name, parameter in model.named_parameters():
-        if "embed_tokens" in name:
-            parameter.requires_grad_(False)
-    steps = 4 if trial.quick else PAIR_STEPS * 2 // 5 if trial.tuning else PAIR_STEPS
+    model = OnFrozen(encoder, classifier.model)
+    steps = 4 if trial.quick else PAIR_STEPS
     regime = Regime(
         steps=steps,
         batch=64,
@@ -144,7 +151,6 @@ def _parameters(at: Found) -> float:
     return abs(most / at["Transformer"]["parameters"] - 1)
 
 
-assert PADDING == 0  # no symbol of `Entailment`
 PAPER = Paper(
     key="grassmann",
     claim="Attention-free Grassmann layers come within 15% of a transformer's perplexity, and "
@@ -152,7 +158,7 @@ PAPER = Paper(
     metric="test loss in nats for each byte; accuracy on pairs; products and seconds of a layer",
     cells=("cost", *MODELS, *HEADS),
     run=run,
-    baseline=("Transformer", "no mixing", "pairs: attention", "attention"),
+    baseline=("Transformer", "no mixing", "pairs: attention", "pairs: no mixing", "attention"),
     ours=(*WIRINGS, "pairs: Grassmann", "Grassmann"),
     checks=(
         at_most("|parameters: Grassmann / Transformer - 1|", _parameters, 0.03, exact=True),
@@ -178,7 +184,12 @@ PAPER = Paper(
     needs=(
         learnt("Transformer"),
         at_least(
-            "accuracy: pairs: attention", lambda at: at["pairs: attention"]["accuracy"], 0.6
+            "accuracy: better head on pairs",
+            lambda at: max(at[arm]["accuracy"] for arm in HEADS), 0.9,
+        ),
+        at_least(
+            "accuracy: pairs: attention - no mixing",
+            lambda at: at["pairs: attention"]["accuracy"] - at["pairs: no mixing"]["accuracy"], 0.1,
         ),
     ),
     requires=REQUIRES,

@@ -373,6 +373,8 @@ PAPER = Paper(
         at_least("accuracy: layer 3 - layer 1",
                  lambda at: at[LATE]["accuracy"] - at["layer 1"]["accuracy"], 0.0,
                  refuted=-math.inf),
+        *(difference(f"layer {i}{WRONG}", f"layer {i}", 0.0, metric="accuracy", refuted=math.inf)
+          for i in (1, 2, 3)),
         at_most("accuracy: permuted tree - tree, mean of the layers", _mean_gain, 0.0,
                 refuted=0.01),
         at_most("accuracy: all layers", lambda at: at[EVERY]["accuracy"], 0.5, refuted=math.inf),
@@ -388,6 +390,7 @@ PAPER = Paper(
         at_least(f"accuracy: {MINI}", lambda at: at[MINI]["accuracy"], 0.7),
     ),
     data=_data,
+    seeds=(0, 1, 2, 3, 4),
     grid=Grid("learning rate", (1e-3, 2e-3, 4e-3), cells=(FLAT, FRESH)),
     requires=("transformers", "safetensors"),
 )  # fmt: skip

@@ -10,6 +10,7 @@ from foveate.ops.errors import InputError
 from foveate.papers.tasks.base import Batch, Generated, distinct
 
 ENTAILED, NEUTRAL, CONTRADICTED = range(3)
+MARK = 1
 
 
 @dataclass(frozen=True)
@@ -68,5 +69,5 @@ class Entailment(Generated):
         places = torch.arange(self.hypothesis)
         chosen = torch.where(places < inside, own, others[:, : self.hypothesis])
         mixed = chosen.gather(1, distinct(count, self.hypothesis, self.hypothesis, random))
-        mark = torch.ones(count, 1, dtype=torch.int64)
+        mark = torch.full((count, 1), MARK)
         return Batch(torch.cat([premise + 2, mark, mixed + 2], 1), label)
