@@ -61,10 +61,11 @@ class RandomEncoder(nn.Module):
             nn.ModuleList(nn.Linear(wide, tall) for _ in range(layers))
             for wide, tall in ((dim, dim), (dim, dim), (dim, 4 * dim), (4 * dim, dim))
         )
-        for query in self.query:
-            query.weight.normal_(std=dim**-0.5)
-            query.bias.zero_()
         self.requires_grad_(False)
+        for query in self.query:
+            weight, bias = query.parameters()
+            nn.init.normal_(weight, std=dim**-0.5)
+            nn.init.zeros_(bias)
 
     @torch.no_grad()
     def forward(self, ids: Tensor) -> Tensor:
