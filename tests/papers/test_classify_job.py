@@ -137,9 +137,10 @@ def test_what_stands_in_blocks_needs_blocks(run, tmp_path):
         code, _, err = run(*given)
         assert code == 2
         assert "--layers" in err
-    for given, said in (("gaam,none,gaam", "3 mixers for 2 layers"),
-                        ("flowformer", "give it as attention")):  # fmt: skip
-        code, _, err = run("--layers", "2", "--mixer", given)
+    for given, said in ((("gaam,none,gaam",), "3 mixers for 2 layers"),
+                        (("flowformer",), "give it as attention"),
+                        (("gaam", "--attention", "lucid"), "would do nothing")):  # fmt: skip
+        code, _, err = run("--layers", "2", "--mixer", *given)
         assert code == 2
         assert said in err
     assert not (tmp_path / "model").exists()

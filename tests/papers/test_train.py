@@ -204,6 +204,8 @@ def test_other_formulas_train_and_decode_from_their_state(run, tmp_path, args):
         (("--mixer", "full"), "give it as attention= (in commands --attention)"),
         (("--mixer", "top-k"), "no mixer"),
         (("--mixer", "grassmann,none"), "2 mixers for 4 layers"),
+        (("--mixer", "grassmann", "--attention", "lucid"), "--attention lucid would do nothing"),
+        (("--mixer", "gaam,gaam,gaam,gaam", "--projection", "mfa"), "--projection mfa would do"),
         (("--projection", "mfaa"), "did you mean 'mfa'"),
         (("--projection", "full"), "no projection"),
         (("--attention", "mfa"), "no attention"),

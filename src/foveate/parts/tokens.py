@@ -41,9 +41,14 @@ class Tokens:
 
 
 def tokens_of(q: Tensor, k: Tensor, ctx: Context) -> Tokens:
-    """The tokens of this call; q (B, Hq, Lq, D), k (B, Hkv, Lkv, D). Kept in `ctx.store`."""
+    """The tokens of this call; q (B, Hq, Lq, D), k (B, Hkv, Lkv, D). Kept in `ctx.store`.
+
+    Raises:
+        InputError: the mask is for other lengths.
+    """
     mask = EVERYTHING if ctx.mask is None else ctx.mask
     lengths = (q.shape[2], k.shape[2])
+    mask._check(*lengths)
 
     def build() -> Tokens:
         places = positions(*lengths, ctx.q_positions, ctx.kv_positions, q.device)
