@@ -25,6 +25,9 @@ rank saves (1.67 at rank 8, 2.0 and more from 32 on), whatever the policy does, 
 and no check is made of it. The paper sees savings from 4,096 tokens on, and there the check is:
 the same mean rank, segments of 128, bases made anew where the past has doubled. It takes a mean
 rank of about 51 or less. "flops, 32,768" is the same at that length.
+
+A policy that takes the lowest rank everywhere, or full rank, is one of the fixed ranks: there all
+arms are equal but for rounding, and nothing is said.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ from torch import Tensor, nn
 
 from foveate.methods.drrl import DRRLLayer
 from foveate.methods.drrl.costs import Shape, causal_flops, key_bytes
-from foveate.papers.harness import Found, Paper, Trial, at_most, difference
+from foveate.papers.harness import Found, Paper, Trial, at_least, at_most, difference
 from foveate.papers.tasks import ByteText, standard_library
 from foveate.papers.training.language import (
     REQUIRES,
@@ -273,7 +276,13 @@ PAPER = Paper(
         at_most("mean rank", lambda at: at[OURS]["rank"], 40.0, refuted=math.inf),
         at_most("flops over full rank's at 4,096 tokens", lambda at: at[OURS]["flops, 4,096"], 1.0),
     ),
-    needs=(learnt(FULL),),
+    needs=(
+        learnt(FULL),
+        at_least(
+            "ranks from the policy's mean to the nearer end of 8 ... 64",
+            lambda at: min(at[OURS]["rank"] - RANKS[0], RANKS[-1] - at[OURS]["rank"]), 4.0,
+        ),
+    ),
     requires=REQUIRES,
     data=lambda: standard_library().describe(),
 )  # fmt: skip
