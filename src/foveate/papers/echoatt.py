@@ -9,7 +9,8 @@ batches:
 - **EchoAtt**: 320 steps of distillation, 80 on the true next bytes;
 - **cross entropy**: 400 steps on the true next bytes;
 - **untrained**: none;
-- **least alike**: as EchoAtt, with the three admissible layers least like their leaders;
+- **least alike**: as EchoAtt, with the three admissible layers least like their leaders (where
+  both choices are the same layers, nothing is said);
 - **continued**: the teacher itself, 400 steps on the true next bytes.
 
 Nothing is tuned. The teacher is still learning after 1,200 steps, so that every arm which trains on
@@ -64,7 +65,7 @@ def run(trial: Trial) -> Found:
         LEAST: (least, parts),
         ON: ((), (0, sum(parts))),
     }
-    figures: dict[str, dict[str, Any]] = {TEACHER: found | layers_facts(sim, alike)}
+    figures: dict[str, dict[str, Any]] = {TEACHER: found | layers_facts(sim, alike, least)}
     for number, (name, (followers, (first, second))) in enumerate(arms.items()):
         student = echo_student(teacher, followers)
         if first + second:
@@ -107,10 +108,11 @@ def choices(sim: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return most_alike(sim, FOLLOWERS, kept), most_alike(sim, FOLLOWERS, kept, least=True)
 
 
-def layers_facts(sim: Tensor, alike: tuple[int, ...]) -> dict[str, Any]:
-    """What the choice was made by, for the record."""
+def layers_facts(sim: Tensor, alike: tuple[int, ...], least: tuple[int, ...]) -> dict[str, Any]:
+    """What the choice was made by, for the record, and in how many layers the other one differs."""
     return {
         "neighbours": float(sim.diagonal(1).mean()),
+        "chosen otherwise": float(len(set(alike) - set(least))),
         **{f"follower {i}": float(n) for i, n in enumerate(alike)},
     }
 
@@ -147,7 +149,13 @@ PAPER = Paper(
         at_most("weights lost - 3 D (h d + h_kv d)", _lost, 0.0, exact=True),
         at_most("cache left - (1 - 3 / 16)", _cache, 1e-9, exact=True),
     ),
-    needs=(learnt(TEACHER),),
+    needs=(
+        learnt(TEACHER),
+        at_least(
+            "followers that the least alike don't share",
+            lambda at: at[TEACHER]["chosen otherwise"], 1.0, exact=True,
+        ),
+    ),
     requires=REQUIRES,
     data=lambda: standard_library().describe(),
 )  # fmt: skip
