@@ -14,7 +14,7 @@ from foveate.ops.errors import InputError
 from foveate.papers.harness import at_least
 from foveate.papers.harness.overview import NO_MINIATURE, NOT_RUN, met, rows, summary, took
 from foveate.papers.harness.run import Run
-from foveate.papers.harness.table import duration, place
+from foveate.papers.harness.table import duration, kept_verdicts, place, section
 
 ROOT = Path(foveate.__file__).resolve().parents[2]
 
@@ -98,6 +98,17 @@ def test_the_catalogs_papers_and_all_miniatures_are_in_the_table():
     assert {row["key"] for row in found} >= set(papers.available())
     assert {row["key"] for row in found} >= {r.sheet for r in foveate.catalog.rows() if r.sheet}
     assert summary(found).startswith(f"Of {len(found)} papers: 0 hold, 0 refuted")
+
+
+def test_what_is_refuted_is_explained():
+    """A page that says "refuted" says what we make of it, behind the conditions."""
+    for key, verdict in kept_verdicts(ROOT / "benchmarks" / "results" / "claims").items():
+        made = papers.load(key)
+        if verdict["verdict"] == "refuted":
+            assert made.remark, f"{key}: say in the miniature's remark why"
+        if made.remark:
+            assert made.remark in section(made, verdict)
+            assert made.remark not in section(made, None)
 
 
 def test_readme_shows_todays_counts():

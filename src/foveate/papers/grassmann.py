@@ -196,4 +196,9 @@ PAPER = Paper(
     data=lambda: f"{standard_library(SIZES.length).describe()}; {Entailment().describe()}",
     grid=Grid("learning rate", (1e-3, 2e-3, 4e-3), cells=(*MODELS, *HEADS)),
     alone=("cost",),
+    remark="What the planes of fixed pairs tell is worth 0.3 to 0.4 nats over no mixing, in linear "
+    "time, and stays a third of the perplexity behind attention. The paper's 11% stand beside "
+    "transformers of perplexity 248 and 235 on WikiText-2; a public reproduction has 182 and 169 "
+    "there, and gaps of 40 to 45%. On sentence pairs the Grassmann head learns late: one seed of "
+    "three read all of them right after 2,000 steps, two were still falling.",
 )  # fmt: skip

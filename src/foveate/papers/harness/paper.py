@@ -162,6 +162,7 @@ class Paper:
         alone: cells that take times, or start processes: they never run beside others.
         again: makes this miniature in another process, to which it can be sent; None is
             `foveate.papers.load(key)`.
+        remark: what to make of the kept verdict, where it is refuted or says less than it might.
     """
 
     key: str
@@ -180,6 +181,7 @@ class Paper:
     axes: tuple[str, str] = ("step", "validation loss")
     alone: tuple[str, ...] = ()
     again: Callable[[], Paper] | None = None
+    remark: str = ""
 
     def __post_init__(self) -> None:
         if len(set(self.cells)) < len(self.cells) or not self.cells or not self.checks:

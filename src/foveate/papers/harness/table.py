@@ -97,7 +97,8 @@ def section(paper: Paper, verdict: dict[str, Any] | None) -> str:
         interval = "counted" if one.check.exact else f"{low:.4g} to {high:.4g}"
         text = ("needs " if one.need else "") + one.check.text
         lines.append(f"| {_cell(text)} | {one.found.mean:.4g} | {interval} | {one.verdict} |")
-    lines += ["", *_arms(verdict), "", _circumstances(verdict), ""]
+    remark = [paper.remark, ""] if paper.remark else []
+    lines += ["", *remark, *_arms(verdict), "", _circumstances(verdict), ""]
     return "\n".join(lines)
 
 
