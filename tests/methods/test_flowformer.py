@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import foveate
-from foveate import Context, causal, padding
+from foveate import Context, causal, documents, padding
 from foveate.methods import make
 from foveate.methods.flowformer import Flowformer
 from foveate.ops.errors import InputError
@@ -478,3 +478,10 @@ def test_causal_calls_need_all_queries():
     for mask in (None, padding([37, 20])):
         with pytest.raises(InputError, match=r"mask=causal\(\)"):
             Flowformer()(*tensors(), Context(mask=mask, cache=state))
+
+
+@pytest.mark.parametrize("mask", [padding([9, 12]), causal() & documents([0, 4, 12])], ids=repr)
+def test_a_mask_for_other_lengths_is_refused(mask):
+    q = torch.randn(2, 1, 8, 4)
+    with pytest.raises(InputError, match="8 keys"):
+        Flowformer()(q, q, q, Context(mask=mask))

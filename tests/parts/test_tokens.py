@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from foveate.ops import blocks, causal, documents, padding, prefix, sinks, window
-from foveate.ops.errors import InputError
 from foveate.parts import Context
 from foveate.parts.tokens import tokens_of
 
@@ -89,9 +88,3 @@ def test_positions_out_of_order_are_told():
 
 def test_a_mask_that_shows_no_token_itself_makes_all_queries_real():
     assert told(causal() & ~window(0, 0)).q_real.all()
-
-
-def test_a_mask_for_other_lengths_is_refused():
-    for mask in (causal() & documents([0, 15, 30]), padding([40, 50])):
-        with pytest.raises(InputError, match="there are"):
-            told(mask)

@@ -41,8 +41,8 @@ def refuse_idle(
     idle = [f"{name} {value}" for name, (value, default) in given.items() if value != default]
     if idle:
         raise InputError(
-            f"{' and '.join(idle)} would do nothing: mixers stand in all layers. Leave out one of "
-            'the two, or say which layers keep attention, such as "--mixer grassmann,none".'
+            f"{' and '.join(idle)} would do nothing: mixers stand in all layers. Leave it out, or "
+            'name a mixer for each layer and "none" where attention is to stay.'
         )
 
 

@@ -152,8 +152,8 @@ PAPER = Paper(
     needs=(
         learnt(TEACHER),
         at_least(
-            "followers that the least alike don't share",
-            lambda at: at[TEACHER]["chosen otherwise"], 1.0, exact=True,
+            "seeds with a follower that the least alike don't share",
+            lambda at: min(1.0, at[TEACHER]["chosen otherwise"]), 1.0,
         ),
     ),
     requires=REQUIRES,

@@ -10,11 +10,11 @@ without competition and without allocation:
   begins with 64 and 256 tokens: on 1,024 alone, read by their mean, neither arm left chance in 600
   steps, nor did either on 256 alone, read at the first. The learning rate is tuned for both arms.
 
-The claim holds if Flow gains on linear attention in one of them: 0.02 nats or one point of
-accuracy. On bytes alone the sheet's author couldn't separate them in 400 steps, so a loss there
-refutes nothing by itself. Beside it: whether the ablations lie between, whether rows of weights are
-less spread out ("entropy" of the renormalised rows, in nats, on the test split), and whether the
-time of forward and backward is linear in the length.
+The claim is refuted if Flow gains on linear attention in neither of them: 0.02 nats, or one point
+of accuracy. It holds if it gains on bytes; the sheet's author couldn't separate them there in 400
+steps, so a loss there refutes nothing by itself. Beside it: whether the ablations lie between,
+whether rows of weights are less spread out ("entropy" of the renormalised rows, in nats, on the
+test split), and whether the time of forward and backward is linear in the length.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ PAPER = Paper(
     ours=("Flow", "no competition", "no allocation", FLOW_FIRST),
     checks=(
         either("Flow gains", *GAINS),
-        *(replace(check, refuted=-math.inf) for check in GAINS),
+        replace(GAINS[0], refuted=-math.inf),
         *_between("no competition"),
         *_between("no allocation"),
         at_most(

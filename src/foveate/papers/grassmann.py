@@ -11,8 +11,8 @@ that mixes no tokens, two layers each, on the features of a frozen random encode
 whether a set of symbols lies inside, across or outside of another. At most 2 points of accuracy may
 be lost. On bare random embeddings, which know no context, the paper's head never left chance
 (0.37, attention 0.99): equal tokens span no plane, and places made them unequal. The paper's
-encoder is a trained one. This one is frozen as it was drawn, and tells of its context a little: the
-head that mixes nothing shows how much of the answer it gives away by itself.
+encoder is a trained one. This one is frozen as it was drawn; how much of the answer its features
+give away is what the head that mixes nothing reads: 0.89, with its own best rate.
 
 Cost: products are counted, and one layer's forward and backward timed, L = 256 ... 8192.
 """
@@ -189,7 +189,7 @@ PAPER = Paper(
     needs=(
         learnt("Transformer"),
         at_least(
-            "accuracy: pairs: attention", lambda at: at["pairs: attention"]["accuracy"], 0.6
+            "accuracy: pairs: attention", lambda at: at["pairs: attention"]["accuracy"], 0.95
         ),
     ),
     requires=REQUIRES,
@@ -200,5 +200,6 @@ PAPER = Paper(
     "time, and stays a third of the perplexity behind attention. The paper's 11% stand beside "
     "transformers of perplexity 248 and 235 on WikiText-2; a public reproduction has 182 and 169 "
     "there, and gaps of 40 to 45%. On sentence pairs the Grassmann head learns late: one seed of "
-    "three read all of them right after 2,000 steps, two were still falling.",
+    "three read all of them right after 2,000 steps; two read little more than half, below a head "
+    "that mixes nothing (0.89), and were still falling.",
 )  # fmt: skip

@@ -393,8 +393,8 @@ PAPER = Paper(
     seeds=(0, 1, 2, 3, 4),
     grid=Grid("learning rate", (1e-3, 2e-3, 4e-3), cells=(FLAT, FRESH)),
     requires=("transformers", "safetensors"),
-    remark="Replacing trained layers works, as the claim says; what is refuted is the paper's other "
-    "part, training from scratch. With 300 sequences to learn from, hierarchical attention fits "
-    "them (a training loss of 0.00) and reads fewer new ones right than softmax. From outside of a "
-    "sentence all of its tokens get one weight, and here two of eight tell the topic.",
+    remark="Replacing trained layers works, as the claim says; what is refuted is the paper's "
+    "other part, training from scratch. With 300 sequences to learn from, hierarchical attention "
+    "fits them (a training loss of 0.00) and reads fewer new ones right than softmax. From outside "
+    "of a sentence all of its tokens get one weight, and here two of eight tell the topic.",
 )  # fmt: skip

@@ -43,12 +43,11 @@ class Tokens:
 def tokens_of(q: Tensor, k: Tensor, ctx: Context) -> Tokens:
     """The tokens of this call; q (B, Hq, Lq, D), k (B, Hkv, Lkv, D). Kept in `ctx.store`.
 
-    Raises:
-        InputError: the mask is for other lengths.
+    The mask may be for more keys than these: a memory holds the last ones. Whoever takes all tokens
+    asks the mask itself whether it fits.
     """
     mask = EVERYTHING if ctx.mask is None else ctx.mask
     lengths = (q.shape[2], k.shape[2])
-    mask._check(*lengths)
 
     def build() -> Tokens:
         places = positions(*lengths, ctx.q_positions, ctx.kv_positions, q.device)

@@ -89,6 +89,8 @@ class Flowformer(Stateful):
 
     def _full(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> AttentionOutput:
         self._check(q, k, v, ctx)
+        if ctx.mask is not None:
+            ctx.mask._check(q.shape[2], k.shape[2])
         if not q.shape[0] or not q.shape[2] or not k.shape[2]:
             return _output(v.new_zeros(*q.shape[:3], v.shape[3]))
         tokens = _tokens(q, k, ctx)
