@@ -49,7 +49,7 @@ ARMS = {
 }
 RECALLS = {f"{arm}, recall": arm for arm in ("RMHA", "RCMHA")}
 STEPS, BATCH = 600, 32
-RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
+RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
 RECALL_STEPS, RECALL_LR = 800, 3e-3
 
 
