@@ -177,7 +177,9 @@ def test_mixers_in_attentions_place(run, tmp_path):
     facts = json.loads((tmp_path / "model" / "training.json").read_text())
     assert facts["mixer"] == ["grassmann(rank=8, offsets=[1, 2])", None]
     assert "model.layers.0.attention.mixer.reduce.weight" in weights(tmp_path / "model")
-    code, out, err = run(*SMALL, "--mixer", "fixed-seq-qk(length=40)", out="other")
+    code, out, err = run(
+        *SMALL, "--projection", "mha", "--mixer", "fixed-seq-qk(length=40)", out="other"
+    )
     assert code == 0, err
     assert weights(tmp_path / "other")["model.reference.start"][:3].tolist() == [87, 107, 104]
 
@@ -186,8 +188,8 @@ def test_mixers_in_attentions_place(run, tmp_path):
     "args",
     [
         ("--projection", "mha", "--attention", "flowformer(clamp=5)"),
-        ("--mixer", "gaam"),
-        ("--mixer", "gaam(axis='tokens', form='density', heads=1)"),
+        ("--projection", "mha", "--mixer", "gaam"),
+        ("--projection", "mha", "--mixer", "gaam(axis='tokens', form='density', heads=1)"),
     ],
 )
 def test_other_formulas_train_and_decode_from_their_state(run, tmp_path, args):
