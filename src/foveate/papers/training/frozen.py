@@ -5,8 +5,9 @@
     x   += softmax(c q q^T / sqrt(d_h)) h W_v,  then  x += W_down gelu(W_up LN(x))
     out  = LN(x)
 
-Queries that are their own keys make equal tokens attend to each other more than to others, a
-little at the default c, so that features tell of their context as those of a trained encoder do.
+Queries that are their own keys make equal tokens attend to each other more than to others, so that
+features tell of their context, as those of a trained encoder would; the larger c, the more of the
+answer they give away. A head that mixes no tokens, on the same features, shows how much that is.
 """
 
 from __future__ import annotations
