@@ -13,7 +13,7 @@ import torch
 from toys import GRID, paper
 
 from foveate.ops.errors import InputError
-from foveate.papers.harness import Grid, Verdict, at_least, at_most, either, stopwatch
+from foveate.papers.harness import Grid, Trial, Verdict, at_least, at_most, either, stopwatch
 from foveate.papers.harness.run import Run
 from foveate.papers.harness.table import judged_again
 from foveate.papers.harness.verdict import FIELDS, figures_of
@@ -203,6 +203,19 @@ def test_a_cell_that_is_no_training_is_not_tuned_and_adds_to_the_arms(tmp_path):
     assert verdict["environment"]["tuned"]["rate"] == {"dense": 3, "ours": 3}
     assert verdict["ours"]["ours"]["cache"]["values"] == [16.0] * 3
     assert verdict["ours"]["ours"]["loss"]["values"][0] > 0
+
+
+@pytest.mark.parametrize(("share", "steps"), [(1.0, 500), (0.4, 200), (1e-4, 1)])
+def test_trials_take_their_share_of_the_steps_and_judged_cells_all(tmp_path, share, steps):
+    plain, seen = paper().run, set()
+
+    def noted(trial):
+        seen.add((trial.tuning, trial.quick, trial.steps(500), trial.steps(500, 7)))
+        return plain(trial)
+
+    run(paper(run=noted, grid=Grid("rate", (1, 3), share=share)), tmp_path)
+    assert seen == {(True, False, steps, steps), (False, False, 500, 500)}
+    assert Trial("dense", 0, quick=True, share=share).steps(500, 7) == 7
 
 
 def test_a_point_that_diverges_is_not_taken(tmp_path):

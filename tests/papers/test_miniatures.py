@@ -20,7 +20,7 @@ def cell(key, name, tmp_path, **more):
 
 @pytest.mark.parametrize(
     ("more", "steps", "held"),
-    [({}, 500, 512), ({"tuning": True}, 200, 512), ({"quick": True}, 4, 16)],
+    [({}, 500, 512), ({"tuning": True, "share": 0.4}, 200, 512), ({"quick": True}, 4, 16)],
 )
 def test_an_arm_trains_by_its_seed_and_is_judged_on_the_test_split(monkeypatch, more, steps, held):
     from foveate.papers.training import language

@@ -137,14 +137,14 @@ def run(trial: Trial) -> Found:
 
 
 def _regime(trial: Trial, steps: int, batch: int, warmup: float) -> Regime:
-    steps = steps * 2 // 5 if trial.tuning else steps
+    steps = trial.steps(steps)
     return Regime(
-        steps=4 if trial.quick else steps,
+        steps=steps,
         batch=batch,
         lr=trial.tuned,
         warmup=warmup,
         weight_decay=0.01,
-        every=2 if trial.quick else max(1, steps // 4),
+        every=max(2, steps // 4),
         seed=trial.seed,
     )
 
@@ -292,5 +292,5 @@ PAPER = Paper(
         at_least("accuracy: dense, digits", _accuracy("dense, digits"), 0.9),
     ),
     data=lambda: f"{MatchingRegions().describe()}; {Digits(SIDE, shift=4).describe()}",
-    grid=Grid("learning rate", (2e-3, 4e-3)),
+    grid=Grid("learning rate", (2e-3, 4e-3), share=0.4),
 )

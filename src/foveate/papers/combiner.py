@@ -123,10 +123,9 @@ def run(trial: Trial) -> Found:
     if trial.cell == "counts":
         return counts()
     task = Images(held=16 if trial.quick else 512)
-    steps = STEPS * 2 // 5 if trial.tuning else STEPS
+    steps = trial.steps(STEPS)
     regime = Regime(
-        steps=4 if trial.quick else steps, batch=16, lr=trial.tuned,
-        every=2 if trial.quick else max(1, steps // 4), seed=trial.seed,
+        steps=steps, batch=16, lr=trial.tuned, every=max(2, steps // 4), seed=trial.seed,
     )  # fmt: skip
     model = model_of(trial.cell).to(trial.device)
     done = train(model, task, regime, folder=trial.folder, tell=trial.tell)

@@ -237,7 +237,7 @@ PAPER = Paper(
     ),
     requires=REQUIRES,
     data=lambda: f"{standard_library(64).describe()}; {FirstMarker(shorter=SHORTER).describe()}",
-    grid=Grid("learning rate", (1.5e-3, 3e-3, 6e-3, 1.2e-2), cells=tuple(MARKERS)),
+    grid=Grid("learning rate", (1.5e-3, 3e-3, 6e-3, 1.2e-2), cells=tuple(MARKERS), share=0.4),
     alone=("speed",),
     remark="On bytes Flow loses 0.085 nats against linear attention, at every seed, and it is "
     "competition that costs them: with allocation alone the loss is linear attention's but for "

@@ -161,7 +161,7 @@ def run(trial: Trial) -> Found:
     task = Speech(setting, trial.seed, trial.quick)
     gat = GAT(LAYERS, DIM, CLASSES, MODULES[module](), CHANNELS)
     model = OneLabel(gat).to(trial.device)
-    steps = 4 if trial.quick else STEPS * 2 // 5 if trial.tuning else STEPS
+    steps = trial.steps(STEPS)
     regime = Regime(
         steps=steps, batch=32, lr=trial.tuned, weight_decay=0.1, every=max(2, steps // 6),
         seed=trial.seed,
@@ -230,6 +230,6 @@ PAPER = Paper(
         ),
     ),
     requires=REQUIRES,
-    grid=Grid("learning rate", (1e-3, 3e-3)),
+    grid=Grid("learning rate", (1e-3, 3e-3), share=0.4),
     data=lambda: Speech("changing", 0).describe(),
 )  # fmt: skip

@@ -194,7 +194,7 @@ PAPER = Paper(
     ),
     requires=REQUIRES,
     data=lambda: f"{standard_library(SIZES.length).describe()}; {Entailment().describe()}",
-    grid=Grid("learning rate", (1e-3, 2e-3, 4e-3), cells=(*MODELS, *HEADS)),
+    grid=Grid("learning rate", (1e-3, 2e-3, 4e-3), cells=(*MODELS, *HEADS), share=0.4),
     alone=("cost",),
     remark="What the planes of fixed pairs tell is worth 0.3 to 0.4 nats over no mixing, in linear "
     "time, and stays a third of the perplexity behind attention. The paper's 11% stand beside "

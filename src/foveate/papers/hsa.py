@@ -184,7 +184,7 @@ def scratch(trial: Trial) -> Found:
     """Train one arm on few sequences with noisier sentences."""
     task = Topics(carriers=2, pool=300, held=128 if trial.quick else 1024)
     model = Reader(task, "hsa" if trial.cell == FRESH else "full").to(trial.device)
-    steps = 4 if trial.quick else 200 if trial.tuning else 500
+    steps = trial.steps(500)
     regime = Regime(
         steps=steps, batch=32, lr=trial.tuned, weight_decay=0.1, every=max(1, steps // 10),
         seed=trial.seed, patience=4,
@@ -391,7 +391,7 @@ PAPER = Paper(
     ),
     data=_data,
     seeds=(0, 1, 2, 3, 4),
-    grid=Grid("learning rate", (1e-3, 2e-3, 4e-3), cells=(FLAT, FRESH)),
+    grid=Grid("learning rate", (1e-3, 2e-3, 4e-3), cells=(FLAT, FRESH), share=0.4),
     requires=("transformers", "safetensors"),
     remark="Replacing trained layers works, as the claim says; what is refuted is the paper's "
     "other part, training from scratch. With 300 sequences to learn from, hierarchical attention "

@@ -129,7 +129,7 @@ def run(trial: Trial) -> Found:
     """Train one arm."""
     arm = ARMS[trial.cell]
     data = dataset(arm.data, trial.seed, trial.quick)
-    epochs = 2 if trial.quick else EPOCHS[arm.data] // (2 if trial.tuning else 1)
+    epochs = trial.steps(EPOCHS[arm.data], 2)
     setting = setting_of(arm, trial.tuned)
     plan = loop.Plan(epochs, max(1, epochs // 12), patience=6, seed=trial.seed)
     start, told = None, {}
@@ -204,6 +204,8 @@ PAPER = Paper(
     ),
     seeds=(0, 1, 2, 3, 4),
     data=lambda: f"generated, and {dataset('films', 0).describe()}",
-    grid=Grid("learning rate and weight decay", tuple((r, d) for r in RATES for d in DECAYS)),
+    grid=Grid(
+        "learning rate and weight decay", tuple((r, d) for r in RATES for d in DECAYS), share=0.5
+    ),
     requires=("safetensors",),
 )  # fmt: skip

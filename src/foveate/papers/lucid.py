@@ -157,7 +157,7 @@ def recall(trial: Trial, arm: str) -> dict[str, Any]:
     model = language_model(Sizes(2, 64, 2, task.length, task.vocab), "mha", ARMS[arm])
     model.model.embed_tokens = Bindings(task, 64)
     model.to(trial.device)
-    steps = 4 if trial.quick else STEPS // 2 if trial.tuning else STEPS
+    steps = trial.steps(STEPS)
     regime = Regime(
         steps=steps, lr=trial.tuned, every=min(EVERY, steps // 2), seed=trial.seed,
         weight_decay=0.01,
@@ -304,6 +304,6 @@ PAPER = Paper(
     ),
     requires=REQUIRES,
     data=lambda: standard_library().describe(),
-    grid=Grid("learning rate", RATES, cells=tuple(f"recall {arm}" for arm in ARMS)),
+    grid=Grid("learning rate", RATES, cells=tuple(f"recall {arm}" for arm in ARMS), share=0.5),
     alone=("cost",),
 )  # fmt: skip

@@ -124,5 +124,5 @@ PAPER = Paper(
     needs=(learnt("MHA"),),
     requires=REQUIRES,
     data=lambda: standard_library().describe(),
-    grid=Grid("learning rate", (2e-3, 3e-3)),
+    grid=Grid("learning rate", (2e-3, 3e-3), share=0.4),
 )

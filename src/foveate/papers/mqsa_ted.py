@@ -101,7 +101,7 @@ def run(trial: Trial) -> Found:
     data = made(trial.seed, users) if name == "made" else read("ml-100k")
     if trial.quick:
         data = replace(data, sequences=data.sequences[:users])
-    epochs = 2 if trial.quick else EPOCHS[name] // (2 if trial.tuning else 1)
+    epochs = trial.steps(EPOCHS[name], 2)
     plan = loop.Plan(epochs, max(1, epochs // 20), patience=6, seed=trial.seed)
     trainee = Sequential(setting, data, trial.seed)
     path = None if trial.folder is None else trial.folder / "training.safetensors"
@@ -140,6 +140,6 @@ PAPER = Paper(
     ),
     seeds=(0, 1, 2, 3, 4),
     data=lambda: f"generated, and {read('ml-100k').describe()}",
-    grid=Grid("learning rate", RATES),
+    grid=Grid("learning rate", RATES, share=0.5),
     requires=("safetensors",),
 )  # fmt: skip

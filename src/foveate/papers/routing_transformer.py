@@ -111,10 +111,9 @@ def run(trial: Trial) -> Found:
     """Train one arm."""
     task = Stores(held=16 if trial.quick else 512)
     sizes = Sizes(layers=2, dim=48, heads=4, length=task.length, vocab=task.values)
-    steps = STEPS * 2 // 5 if trial.tuning else STEPS
     early = 2 if trial.quick else EARLY
     chosen = Regime(
-        steps=4 if trial.quick else steps, lr=trial.tuned, every=early, floor=1.0, seed=trial.seed
+        steps=trial.steps(STEPS), lr=trial.tuned, every=early, floor=1.0, seed=trial.seed
     )
     model = Model(task, ARMS[trial.cell], sizes).to(trial.device)
     done = train(model, task, chosen, folder=trial.folder, tell=trial.tell)
@@ -225,5 +224,5 @@ PAPER = Paper(
     ),
     needs=(at_least("accuracy: full", lambda at: at["full"]["accuracy"], 0.95),),
     requires=REQUIRES,
-    grid=Grid("learning rate", (2e-3, 4e-3)),
+    grid=Grid("learning rate", (2e-3, 4e-3), share=0.4),
 )

@@ -159,6 +159,6 @@ PAPER = Paper(
     needs=(learnt("MHA"),),
     requires=REQUIRES,
     data=lambda: standard_library().describe(),
-    grid=Grid("learning rate", (2e-3, 3e-3), cells=tuple(SHARES)),
+    grid=Grid("learning rate", (2e-3, 3e-3), cells=tuple(SHARES), share=0.4),
     alone=("speed",),
 )  # fmt: skip

@@ -111,6 +111,6 @@ PAPER = Paper(
     needs=(learnt("MHA 8x16"),),
     requires=REQUIRES,
     data=lambda: standard_library().describe(),
-    grid=Grid("learning rate", (2e-3, 3e-3), cells=tuple(ARMS)),
+    grid=Grid("learning rate", (2e-3, 3e-3), cells=tuple(ARMS), share=0.4),
     alone=("afd",),
 )

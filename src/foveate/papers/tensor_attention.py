@@ -103,7 +103,7 @@ def match3(trial: Trial) -> dict[str, Any]:
     """Train one arm; balanced accuracy along the way."""
     model = Detector(trial.cell).to(trial.device)
     optimizer = torch.optim.Adam(model.parameters(), trial.tuned)
-    steps = 8 if trial.quick else 800 if trial.tuning else STEPS
+    steps = trial.steps(STEPS, 8)
     split = "validation" if trial.tuning else "test"
     every = max(1, steps // 16)
     curve = []
@@ -260,6 +260,6 @@ PAPER = Paper(
         _more(("order 4", 2.0), ("order 3", 2.0)),
         _more(("order 3", 0.5), ("order 4", 0.5)),
     ),
-    grid=Grid("learning rate", (1e-3, 2e-3, 4e-3), cells=(TENSOR, SOFTMAX)),
+    grid=Grid("learning rate", (1e-3, 2e-3, 4e-3), cells=(TENSOR, SOFTMAX), share=0.2),
     alone=("time",),
 )  # fmt: skip

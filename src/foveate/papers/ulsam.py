@@ -56,13 +56,13 @@ def run(trial: Trial) -> Found:
     arm, _, on = trial.cell.partition(", ")
     held = 32 if trial.quick else None
     task: Any = Textures(held=held or 512) if on else Digits(SIDE, held=held)
-    steps = STEPS * 2 // 5 if trial.tuning else STEPS
+    steps = trial.steps(STEPS)
     regime = Regime(
-        steps=4 if trial.quick else steps,
+        steps=steps,
         batch=BATCH,
         lr=trial.tuned,
         weight_decay=0.01,
-        every=2 if trial.quick else max(1, steps // 3),
+        every=max(2, steps // 3),
         seed=trial.seed,
     )
     model: nn.Module = ImageClassifier(network(arm, task.vocab)).to(trial.device)
@@ -130,7 +130,7 @@ PAPER = Paper(
     needs=(at_least("accuracy: MobileNet", lambda at: at["MobileNet"]["accuracy"], 0.9),),
     data=lambda: f"{Digits(SIDE).describe()}; {Textures().describe()}",
     seeds=tuple(range(8)),
-    grid=Grid("learning rate", (2e-3, 5e-3)),
+    grid=Grid("learning rate", (2e-3, 5e-3), share=0.4),
 )
 
 

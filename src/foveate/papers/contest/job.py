@@ -161,8 +161,7 @@ class Runner:
             task = replace(task, held=16)  # type: ignore[type-var]
         sizes = Sizes(contest.layers, contest.dim, contest.heads, LENGTH, task.vocab)
         model = language_model(sizes, attention=contest.arms[arm]).to(trial.device)
-        steps = contest.steps * 2 // 5 if trial.tuning else contest.steps
-        steps = 4 if trial.quick else max(1, steps)
+        steps = trial.steps(contest.steps)
         regime = Regime(
             steps=steps,
             batch=contest.batch,

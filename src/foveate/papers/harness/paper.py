@@ -30,7 +30,8 @@ class Trial:
         quick: the same path, at a size that takes seconds.
         tuned: the point of the miniature's grid that was best for this cell, or that is tried for
             it; None without a grid.
-        tuning: a point is tried, so that fewer steps will do.
+        tuning: a point is tried.
+        share: of a whole run that is trained: the grid's while tuning, else 1.
         folder: where a training may keep its checkpoints; None keeps none.
         device: to run on.
         tell: takes the share of the cell that is done, 0 to 1, and what it is doing.
@@ -41,9 +42,19 @@ class Trial:
     quick: bool = False
     tuned: Any = None
     tuning: bool = False
+    share: float = 1.0
     folder: Path | None = None
     device: torch.device = torch.device("cpu")
     tell: Callable[[float, str], None] = _say_nothing
+
+    def steps(self, whole: int, quick: int = 4) -> int:
+        """Steps (or epochs) to train for.
+
+        Args:
+            whole: of a run that is judged; while tuning, `share` of them.
+            quick: where all is quick.
+        """
+        return quick if self.quick else max(1, round(whole * self.share))
 
 
 @dataclass(frozen=True)
@@ -129,6 +140,8 @@ class Grid:
             the data that the verdict is taken on.
         seed: of the trials; none of the seeds that are judged.
         cells: that are tuned; empty is all.
+        share: of a whole run's steps that a trial takes. Short trials favour learning rates that
+            are too high for the whole run, so that less than 1 is a saving which is paid for.
     """
 
     name: str
@@ -136,6 +149,11 @@ class Grid:
     metric: str = "validation"
     seed: int = 1000
     cells: tuple[str, ...] = ()
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"{self.name}: a trial's share must be above 0, at most 1")
 
 
 @dataclass(frozen=True)

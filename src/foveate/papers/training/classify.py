@@ -96,8 +96,7 @@ def trained_on_texts(
         trial: whose checkpoints are kept while it runs.
         task: the texts; a quick trial holds out few of them.
         make: builds the model, from torch's random state as the trial's seed has set it.
-        steps: of a whole run; two fifths of them where a learning rate is tried, four where all is
-            quick.
+        steps: of a whole run; `Trial.steps` of them.
         lr: the learning rate; None is the trial's tuned point.
         regime: further fields of `Regime`.
 
@@ -107,12 +106,11 @@ def trained_on_texts(
     """
     if trial.quick:
         task = replace(task, held=32)
-    if trial.tuning:
-        steps = steps * 2 // 5
+    steps = trial.steps(steps)
     chosen = Regime(
-        steps=4 if trial.quick else steps,
+        steps=steps,
         lr=trial.tuned if lr is None else lr,
-        every=2 if trial.quick else max(1, steps // 5),
+        every=max(2, steps // 5),
         seed=trial.seed,
         **({"batch": 32, "weight_decay": 0.01} | regime),
     )

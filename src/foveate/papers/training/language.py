@@ -97,8 +97,7 @@ def trained_on(
         trial: whose checkpoints are kept while it runs.
         task: of next tokens.
         make: builds the model, from torch's random state as the trial's seed has set it.
-        steps: of a whole run; two fifths of them where a learning rate is tried, four where all
-            is quick.
+        steps: of a whole run; `Trial.steps` of them.
         lr: the learning rate; None is the trial's tuned point.
         watch: as in `train`.
         regime: further fields of `Regime`.
@@ -107,12 +106,11 @@ def trained_on(
         The model, and by metric: loss (test split, nats for each token), validation (at the end),
         parameters, cache (numbers kept for each token, mean of the layers), curve.
     """
-    if trial.tuning:
-        steps = steps * 2 // 5
+    steps = trial.steps(steps)
     chosen = Regime(
-        steps=4 if trial.quick else steps,
+        steps=steps,
         lr=trial.tuned if lr is None else lr,
-        every=2 if trial.quick else max(1, steps // 5),
+        every=max(2, steps // 5),
         seed=trial.seed,
         **regime,
     )
