@@ -79,8 +79,9 @@ def test_a_cell_is_trained_by_its_rate_and_seed(monkeypatch, tmp_path):
     ((task, regime),) = seen
     assert task is job.TASKS["needle"]
     assert (regime.steps, regime.lr, regime.seed, regime.batch) == (500, 2e-3, 3, 32)
-    job.Runner(contest)(Trial("recall: full", 1000, tuned=1e-3, tuning=True))
-    assert seen[1][1].steps == 500
+    job.Runner(contest)(Trial("recall: full", 1000, tuned=1e-3, tuning=True, share=0.4))
+    assert seen[1][1].steps == 200
+    assert job.paper_of(contest).grid.share == 1
 
 
 def job_done():

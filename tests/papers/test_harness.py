@@ -205,17 +205,39 @@ def test_a_cell_that_is_no_training_is_not_tuned_and_adds_to_the_arms(tmp_path):
     assert verdict["ours"]["ours"]["loss"]["values"][0] > 0
 
 
-@pytest.mark.parametrize(("share", "steps"), [(1.0, 500), (0.4, 200), (1e-4, 1)])
+@pytest.mark.parametrize(("share", "steps"), [(1.0, 234), (0.4, 93), (1e-4, 1)])
 def test_trials_take_their_share_of_the_steps_and_judged_cells_all(tmp_path, share, steps):
     plain, seen = paper().run, set()
 
     def noted(trial):
-        seen.add((trial.tuning, trial.quick, trial.steps(500), trial.steps(500, 7)))
+        seen.add((trial.tuning, trial.quick, trial.steps(234), trial.steps(234, 7)))
         return plain(trial)
 
-    run(paper(run=noted, grid=Grid("rate", (1, 3), share=share)), tmp_path)
-    assert seen == {(True, False, steps, steps), (False, False, 500, 500)}
+    found = run(paper(run=noted, grid=Grid("rate", (1, 3), share=share)), tmp_path)
+    assert seen == {(True, False, steps, steps), (False, False, 234, 234)}
+    told = {} if share == 1 else {"trials": {"dense": share, "ours": share}}
+    assert {k: v for k, v in found.verdict["environment"].items() if k == "trials"} == told
     assert Trial("dense", 0, quick=True, share=share).steps(500, 7) == 7
+    assert Trial("dense", 0, share=0.4).steps(1000) == 400
+
+
+def test_another_share_is_another_trial_and_some_cells_may_take_whole_runs(tmp_path):
+    plain, seen = paper().run, []
+
+    def noted(trial):
+        seen.append((trial.cell, trial.share))
+        return plain(trial)
+
+    for share in (0.5, 0.25):
+        grid = Grid("rate", (3,), share=share, whole=("ours",))
+        verdict = run(paper(run=noted, grid=grid), tmp_path).verdict
+        assert verdict["environment"]["trials"] == {"dense": share, "ours": 1.0}
+        assert seen[:2] == [("dense", share), ("ours", 1.0)][: len(seen[:2])]
+        assert ("dense", share) in seen
+        seen.clear()
+    for wrong in (0, 1.1):
+        with pytest.raises(ValueError, match="share"):
+            Grid("rate", (3,), share=wrong)
 
 
 def test_a_point_that_diverges_is_not_taken(tmp_path):

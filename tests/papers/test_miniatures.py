@@ -18,6 +18,24 @@ def cell(key, name, tmp_path, **more):
     return made, made.run(trial)
 
 
+class Asked(Exception):
+    """Raised where a trial is asked for its steps."""
+
+
+@pytest.mark.parametrize(
+    "key", [key for key in papers.available() if papers.load(key).grid is not None]
+)
+def test_every_tuned_cell_takes_its_steps_from_the_trial(key, monkeypatch, tmp_path):
+    def asked(*_):
+        raise Asked
+
+    monkeypatch.setattr(Trial, "steps", asked)
+    made = papers.load(key)
+    for name in made.grid.cells or made.cells:
+        with pytest.raises(Asked):
+            cell(key, name, tmp_path, tuning=True)
+
+
 @pytest.mark.parametrize(
     ("more", "steps", "held"),
     [({}, 500, 512), ({"tuning": True, "share": 0.4}, 200, 512), ({"quick": True}, 4, 16)],

@@ -203,6 +203,8 @@ def test_other_formulas_train_and_decode_from_their_state(run, tmp_path, args):
     ("args", "said"),
     [
         (("--mixer", "grassman"), "did you mean 'grassmann'"),
+        (("--mixer", "grassman", "--attention", "lucid"), "did you mean 'grassmann'"),
+        (("--mixer", "full", "--projection", "mfa"), "give it as attention="),
         (("--mixer", "full"), "give it as attention= (in commands --attention)"),
         (("--mixer", "top-k"), "no mixer"),
         (("--mixer", "grassmann,none"), "2 mixers for 4 layers"),

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from foveate.cli.composition import by_layer, refuse_idle, told
+from foveate.cli.composition import by_layer, told
 from foveate.cli.progress import Screen, console
 from foveate.ops.errors import InputError, MissingPackageError
 
@@ -84,8 +84,6 @@ def classify(
     except ModuleNotFoundError as error:
         raise _missing(error) from error
     mixers = by_layer(mixer, layers) if layers else mixer
-    if layers:
-        refuse_idle(mixers, projection, attention)
     made = job.Job(
         data=data,
         folder=folder,

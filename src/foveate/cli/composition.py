@@ -27,25 +27,6 @@ def by_layer(mixer: str | None, layers: int) -> str | tuple[str | None, ...] | N
     return found[0] if len(found) == 1 else found
 
 
-def refuse_idle(
-    mixer: str | tuple[str | None, ...] | None, projection: str, attention: str
-) -> None:
-    """Refuse a projection or an attention that no layer would have.
-
-    Raises:
-        InputError: mixers stand in all layers, and one was given.
-    """
-    if mixer is None or (isinstance(mixer, tuple) and None in mixer):
-        return
-    given = {"--projection": (projection, "mha"), "--attention": (attention, "full")}
-    idle = [f"{name} {value}" for name, (value, default) in given.items() if value != default]
-    if idle:
-        raise InputError(
-            f"{' and '.join(idle)} would do nothing: mixers stand in all layers. Leave it out, or "
-            'name a mixer for each layer and "none" where attention is to stay.'
-        )
-
-
 def told(facts: dict[str, Any]) -> str:
     """A composition for people, from its "projection", "attention" and "mixer"."""
     attention, mixer = f"{facts['projection']}, {facts['attention']}", facts["mixer"]

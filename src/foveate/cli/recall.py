@@ -33,7 +33,10 @@ def recall(
     tasks: Annotated[str, typer.Option(help="recall, needle.")] = "recall,needle",
     steps: Annotated[int, typer.Option(help="Of each training, up to 2500.")] = 2000,
     rates: Annotated[
-        str, typer.Option(help="Learning rates; of several, each arm's best is taken.")
+        str,
+        typer.Option(
+            help="Learning rates; of several, each arm's best is taken, at a training each."
+        ),
     ] = "0.001,0.003",
     seeds: Annotated[int, typer.Option(help="How many.")] = 3,
     quick: Annotated[

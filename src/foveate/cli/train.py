@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from foveate.cli.composition import by_layer, refuse_idle, told
+from foveate.cli.composition import by_layer, told
 from foveate.cli.progress import Screen, console
 from foveate.ops.errors import InputError, MissingPackageError
 
@@ -120,7 +120,6 @@ def train(
     if experts is None and (router, top_k) != ("top-k", 2):
         raise InputError("--router and --top-k are for experts; say how many with --experts.")
     mixers = by_layer(mixer, layers)
-    refuse_idle(mixers, projection, attention)
     made = job.Job(
         projection=projection,
         attention=attention,

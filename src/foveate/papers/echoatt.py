@@ -158,4 +158,7 @@ PAPER = Paper(
     ),
     requires=REQUIRES,
     data=lambda: standard_library().describe(),
+    remark="At this size training on the true next bytes repairs the student better than "
+    "distillation does, and the least alike layers do as well as the most alike ones: neither "
+    "idea is seen to help.",
 )  # fmt: skip

@@ -86,11 +86,12 @@ def on_markers(trial: Trial, attention: str) -> dict[str, Any]:
     task = FirstMarker(shorter=SHORTER)
     if trial.quick:
         task = FirstMarker(128, held=32, shorter=((64, 2),))
+    steps = trial.steps(MARKER_STEPS)
     regime = Regime(
-        steps=4 if trial.quick else MARKER_STEPS,
+        steps=steps,
         lr=trial.tuned,
         weight_decay=0.01,
-        every=2 if trial.quick else MARKER_STEPS // 4,
+        every=max(2, steps // 4),
         seed=trial.seed,
     )
     model = encoder_classifier(
@@ -237,7 +238,7 @@ PAPER = Paper(
     ),
     requires=REQUIRES,
     data=lambda: f"{standard_library(64).describe()}; {FirstMarker(shorter=SHORTER).describe()}",
-    grid=Grid("learning rate", (1.5e-3, 3e-3, 6e-3, 1.2e-2), cells=tuple(MARKERS), share=0.4),
+    grid=Grid("learning rate", (1.5e-3, 3e-3, 6e-3, 1.2e-2), cells=tuple(MARKERS)),
     alone=("speed",),
     remark="On bytes Flow loses 0.085 nats against linear attention, at every seed, and it is "
     "competition that costs them: with allocation alone the loss is linear attention's but for "

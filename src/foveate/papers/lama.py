@@ -174,4 +174,8 @@ PAPER = Paper(
     grid=Grid("learning rate", RATES),
     requires=REQUIRES,
     data=lambda: task().describe(),
+    remark="The better LAMA is 1.3 points (0.7 to 1.8) below the mean of the GRU's states, and the "
+    "maximum is better still: on these intents no attention helps. Among the attentions LAMA is "
+    "what the paper says, as accurate as self-attentive pooling with a quarter of its numbers and "
+    "as the transformer with a thirtieth; and it looks at words of the intents' names.",
 )  # fmt: skip

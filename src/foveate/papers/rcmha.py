@@ -160,7 +160,7 @@ PAPER = Paper(
     ),
     needs=(learnt("RMHA"),),
     seeds=(0, 1, 2, 3, 4),
-    grid=Grid("learning rate", RATES, cells=tuple(ARMS)),
+    grid=Grid("learning rate", RATES, cells=tuple(ARMS), share=0.4),
     requires=REQUIRES,
     data=lambda: f"{standard_library(SIZES.length).describe()}; {recall().describe()}",
 )  # fmt: skip

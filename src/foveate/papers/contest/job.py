@@ -53,7 +53,8 @@ class Contest:
             `foveate.Attention` takes them, with {n}, {root} and {rest}.
         tasks: recall, needle.
         steps: of each training, at most 2,500.
-        rates: learning rates; of several, each arm's best one on a seed of its own is taken.
+        rates: learning rates; of several, each arm's best one on a seed of its own is taken. Each
+            costs a whole training of each arm.
         seeds: that are judged.
         small: keys that the small window sees.
         layers, dim, heads, batch: of the models and their training.

@@ -77,7 +77,7 @@ def run_cell(
         quick=quick,
         tuned=tuned if cell.point is None or grid is None else grid.points[cell.point],
         tuning=cell.point is not None,
-        share=1.0 if cell.point is None or grid is None else grid.share,
+        share=1.0 if cell.point is None or grid is None else grid.share_of(cell.name),
         folder=checkpoints,
         device=device,
         tell=said,

@@ -51,10 +51,10 @@ class Trial:
         """Steps (or epochs) to train for.
 
         Args:
-            whole: of a run that is judged; while tuning, `share` of them.
+            whole: of a run that is judged; while tuning, `share` of them, rounded down.
             quick: where all is quick.
         """
-        return quick if self.quick else max(1, round(whole * self.share))
+        return quick if self.quick else max(1, int(whole * self.share + 1e-9))
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,7 @@ class Grid:
         cells: that are tuned; empty is all.
         share: of a whole run's steps that a trial takes. Short trials favour learning rates that
             are too high for the whole run, so that less than 1 is a saving which is paid for.
+        whole: cells whose trials take all steps whatever the share.
     """
 
     name: str
@@ -150,10 +151,15 @@ class Grid:
     seed: int = 1000
     cells: tuple[str, ...] = ()
     share: float = 1.0
+    whole: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise ValueError(f"{self.name}: a trial's share must be above 0, at most 1")
+
+    def share_of(self, cell: str) -> float:
+        """Of a whole run, what a trial of a cell takes."""
+        return 1.0 if cell in self.whole else self.share
 
 
 @dataclass(frozen=True)

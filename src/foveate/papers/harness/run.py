@@ -127,7 +127,11 @@ class Run:
         if self.workers > 1:
             here = here | {"workers": self.workers}
         if tuned:
-            here = here | {"tuned": {self.paper.grid.name: tuned}}  # type: ignore[union-attr]
+            grid = self.paper.grid
+            assert grid is not None
+            here = here | {"tuned": {grid.name: tuned}}
+            if grid.share < 1:
+                here = here | {"trials": {name: grid.share_of(name) for name in tuned}}
         verdict = verdict_object(
             self.paper, found, sum(values["seconds"] for values in kept.values()), here
         )
@@ -165,7 +169,10 @@ class Run:
         return len(jobs)
 
     def _named(self, cell: Cell, tuned: dict[str, Any]) -> dict[str, Any]:
-        return dataclasses.asdict(cell) | {"tuned": tuned.get(cell.name), "quick": self.quick}
+        named = dataclasses.asdict(cell) | {"tuned": tuned.get(cell.name), "quick": self.quick}
+        if cell.point is not None and self.paper.grid is not None:
+            named["share"] = self.paper.grid.share_of(cell.name)
+        return named
 
     def _beside(self, cell: Cell) -> bool:
         """Whether it runs beside others."""

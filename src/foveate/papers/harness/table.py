@@ -146,6 +146,9 @@ def _circumstances(verdict: dict[str, Any]) -> str:
     for name, points in where.get("tuned", {}).items():
         tuned = ", ".join(f"{arm} {point}" for arm, point in points.items())
         said += f" Tuned {name}: {tuned}."
+    shares = sorted({share for share in where.get("trials", {}).values() if share < 1})
+    if shares:
+        said += f" Short trials: {' and '.join(f'{share:.0%}' for share in shares)} of a run."
     return said
 
 

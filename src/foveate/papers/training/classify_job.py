@@ -19,6 +19,7 @@ from foveate.papers.tasks.classification import PADDING, SEPARATOR, Classificati
 from foveate.papers.tasks.labelled import load
 from foveate.papers.training.classify import Classifier
 from foveate.papers.training.experts import Experts
+from foveate.papers.training.idle import refuse_idle
 from foveate.papers.training.loop import train
 from foveate.papers.training.objective import evaluate
 from foveate.papers.training.regime import Regime
@@ -44,7 +45,8 @@ class Shape:
         experts: in the place of the blocks' dense feed-forward layers; None is none.
 
     Raises:
-        InputError: what stands in blocks, and no blocks.
+        InputError: what stands in blocks, and no blocks; or an attention or a projection that no
+            block would have, beside mixers in all of them.
     """
 
     pooling: str = "lama(heads=8)"
@@ -60,6 +62,7 @@ class Shape:
 
     def __post_init__(self) -> None:
         if self.layers:
+            refuse_idle(self.mixer, self.projection, self.attention)
             return
         if self.experts is not None:
             raise InputError("Experts stand in transformer blocks; say how many with --layers.")

@@ -15,6 +15,7 @@ from foveate.hf.demo_models import quiet
 from foveate.ops.errors import InputError, nearest
 from foveate.papers.tasks.text import ByteText, text_file
 from foveate.papers.training.experts import BALANCE, Experts
+from foveate.papers.training.idle import refuse_idle
 from foveate.papers.training.language import Sizes, language_model
 from foveate.papers.training.loop import Trained, train
 from foveate.papers.training.objective import BySegments, evaluate
@@ -46,6 +47,9 @@ class Job:
         out: folder of the model, in transformers' form, and of checkpoints.
         device: to run on.
         resume: go on from the checkpoints in `out`.
+
+    Raises:
+        InputError: an attention or a projection that no layer would have, beside mixers in all.
     """
 
     projection: str
@@ -61,6 +65,9 @@ class Job:
     segment: int | None = None
     experts: Experts | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        refuse_idle(self.mixer, self.projection, self.attention)
 
 
 def run(job: Job, tell: Callable[[float, str], None], say: Callable[[str], None]) -> dict[str, Any]:
