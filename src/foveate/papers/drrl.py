@@ -7,8 +7,9 @@ alpha 1, beta 0.8, gamma 0.1 on the cosine, guard "tail" with eps 0.3. Beta was 
 rank earns in a frozen decoder: cosines of 0.5 to 0.73 at rank 8, 0.83 to 0.89 at 24, 0.92 to 0.95
 at 32, 0.98 at 40. With the default of 0.05 full rank earns most in every layer; with 0.4 it is
 level with 32 to 40 in the first layer and ahead elsewhere, and a first run's policies chose it
-everywhere at both seeds; with 0.8 the best rank of a layer is 24 or 32. The sheet has 300 updates
-and four minutes of training; halved so that three seeds take half an hour.
+everywhere at all three seeds (without the guard at two); with 0.8 the best rank of a layer is 24 or
+32. The sheet has 300 updates and four minutes of training; halved so that three seeds take half an
+hour.
 
 All arms are compared at the policy's mean rank m, over decided segments: each of the others is
 measured at the settings next to m on both sides and interpolated. A chord lies above a curve that
