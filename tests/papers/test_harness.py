@@ -15,7 +15,7 @@ from toys import GRID, paper
 from foveate.ops.errors import InputError
 from foveate.papers.harness import Grid, Trial, Verdict, at_least, at_most, either, stopwatch
 from foveate.papers.harness.run import Run
-from foveate.papers.harness.table import judged_again
+from foveate.papers.harness.table import judged_again, section
 from foveate.papers.harness.verdict import FIELDS, figures_of
 from foveate.papers.training import DivergedError
 
@@ -238,6 +238,17 @@ def test_another_share_is_another_trial_and_some_cells_may_take_whole_runs(tmp_p
     for wrong in (0, 1.1):
         with pytest.raises(ValueError, match="share"):
             Grid("rate", (3,), share=wrong)
+
+
+def test_the_page_says_whose_best_point_lies_at_an_end_of_the_grid(tmp_path):
+    def page(points):
+        made = paper(grid=Grid("rate", points))
+        return section(made, run(made, tmp_path / str(points)).verdict)
+
+    assert page((1, 3, 4)).count("At an end") == 0  # 3 is best
+    assert page((3, 4)).count("At an end of what was tried (3 to 4): all.") == 1
+    assert Grid("rate", (4, 1, 3)).ends == (1, 4)
+    assert Grid("rate", (3,)).ends == Grid("two", ([1, 2], [3, 4])).ends == ()
 
 
 def test_a_point_that_diverges_is_not_taken(tmp_path):

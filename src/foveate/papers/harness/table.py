@@ -98,7 +98,7 @@ def section(paper: Paper, verdict: dict[str, Any] | None) -> str:
         text = ("needs " if one.need else "") + one.check.text
         lines.append(f"| {_cell(text)} | {one.found.mean:.4g} | {interval} | {one.verdict} |")
     remark = [paper.remark, ""] if paper.remark else []
-    lines += ["", *remark, *_arms(verdict), "", _circumstances(verdict), ""]
+    lines += ["", *remark, *_arms(verdict), "", _circumstances(paper, verdict), ""]
     return "\n".join(lines)
 
 
@@ -136,7 +136,7 @@ def _arms(verdict: dict[str, Any]) -> list[str]:
     return lines[:-1]
 
 
-def _circumstances(verdict: dict[str, Any]) -> str:
+def _circumstances(paper: Paper, verdict: dict[str, Any]) -> str:
     where = verdict["environment"]
     said = (
         f"**{verdict['verdict']}**, seeds {', '.join(map(str, verdict['seeds']))}; "
@@ -146,6 +146,11 @@ def _circumstances(verdict: dict[str, Any]) -> str:
     for name, points in where.get("tuned", {}).items():
         tuned = ", ".join(f"{arm} {point}" for arm, point in points.items())
         said += f" Tuned {name}: {tuned}."
+        ends = () if paper.grid is None else paper.grid.ends
+        last = [arm for arm, point in points.items() if point in ends]
+        if last:
+            who = "all" if len(last) == len(points) else ", ".join(last)
+            said += f" At an end of what was tried ({ends[0]:g} to {ends[1]:g}): {who}."
     shares = sorted({share for share in where.get("trials", {}).values() if share < 1})
     if shares:
         said += f" Short trials: {' and '.join(f'{share:.0%}' for share in shares)} of a run."
