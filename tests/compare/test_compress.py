@@ -89,7 +89,9 @@ def test_the_whole_command(five, prose, tmp_path, capsys, monkeypatch):
     lost = facts["parameters"]["original"] - facts["parameters"]["student"]
     assert lost == 2 * 64 * 16 * (4 + 2)
     assert facts["cache_numbers_per_token"] == {"original": 5 * 64, "student": 5 * 64 - 2 * 32}
-    assert set(facts["perplexity"]) == {"original", "before distillation", "after distillation"}
+    assert set(facts["perplexity"]) == {
+        "original", "before distillation", "after distillation", "original, second stage",
+    }  # fmt: skip
     assert all(v["perplexity"] > 1 for v in facts["perplexity"].values())
     speed = facts["speed"]
     assert speed["original"]["decode_times_faster"]["median"] == 1
@@ -161,9 +163,41 @@ def test_it_goes_on_after_a_kill(five, prose, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(job, "adjust", rest)
     assert run(out("cut")) == 0
     got = json.loads(capsys.readouterr().out)
-    assert numbers == [10, 11, 12, 13, 14, 15]
+    assert numbers == [10, 11, 12, 13, 14, 15, 0, 1]  # the original's second stage is the last
     assert got["perplexity"] == want["perplexity"]
     assert not (tmp_path / "cut" / job.TRAINING).exists()
+    assert not (tmp_path / "cut" / job.CONTROL).exists()
+
+
+def test_the_original_is_trained_as_the_students_second_stage_is(
+    five, prose, tmp_path, capsys, monkeypatch
+):
+    from foveate.compress import job
+
+    args = ["compress", str(five), "--text", str(prose), "--out", str(tmp_path), *SMALL]
+    assert run(args) == 0
+    facts = json.loads(capsys.readouterr().out)
+    less = dict(facts["perplexity"])
+    wanted = less.pop(job.ADJUSTED)
+    assert wanted["perplexity"] < less["original"]["perplexity"]
+    (tmp_path / job.REPORT).write_text(json.dumps(facts | {"perplexity": less}))
+    seen, once = [], job.adjust
+
+    def noted(model, teacher, batch, stages, **more):
+        last = range(stages.first, stages.first + stages.second)
+        seen.append((stages, torch.stack([batch(n) for n in last])))
+        return once(model, teacher, batch, stages, **more)
+
+    monkeypatch.setattr(job, "adjust", noted)
+    assert run(args) == 0  # a report without it gets it, and nothing else is done
+    again = json.loads(capsys.readouterr().out)
+    assert again["perplexity"] == less | {job.ADJUSTED: wanted}
+    assert again["speed"] == facts["speed"]
+    assert len(seen) == 1
+    assert run([*args, "--fresh"]) == 0
+    (student, batches), (control, others) = seen[1:]
+    assert control == student._replace(first=0)
+    assert torch.equal(batches, others)
 
 
 def want_sha(path):

@@ -127,6 +127,7 @@ def show(facts: dict[str, Any], screen: Console) -> None:
 
     row("transformers", "transformers", "original")
     row("original", "original", "original")
+    row("original, trained alike", "original", "original, second stage", timed=False)
     row("shared, untrained", "student", "before distillation", timed=False)
     row("shared, distilled", "student", "after distillation")
     screen.print(Text(f"{facts['model']}: {len(facts['followers'])} of {facts['layers']} layers"

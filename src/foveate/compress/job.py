@@ -3,6 +3,10 @@
     look at real text -> choose followers -> build the student -> distil, then adjust -> measure,
     save, load again
 
+Training on the user's text makes any model better at it. So that this isn't taken for what sharing
+does, the original goes through the second stage as well, and its perplexity stands beside the
+student's.
+
 What was found out and trained so far lies in the output folder; the same command goes on from it.
 """
 
@@ -10,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +40,7 @@ from foveate.runs.text import Text
 Tell = Callable[[float, str], None]
 HELD_OUT = 0.2
 REPORT, PROFILE, TRAINING, MODEL = "report.json", "layers.json", "training.safetensors", "model"
+CONTROL, ADJUSTED = "control.safetensors", "original, second stage"
 
 
 @dataclass(frozen=True)
@@ -115,12 +121,12 @@ def run(job: Job, tell: Tell, say: Callable[[str], None] = lambda text: None) ->
     key = digest(job.setting(info.fingerprint))
     done = _found(job.out / REPORT, key)
     timed = done is not None and all(done["speed"].get(n) == v for n, v in job.timing().items())
-    if done is not None and timed and not job.fresh:
+    if done is not None and timed and ADJUSTED in done["perplexity"] and not job.fresh:
         return done | {"found": True}
     tokenizer = load_tokenizer(info)
     windows = _windows(job, tokenizer)
     if done is not None and not job.fresh and Path(done["folder"], "config.json").is_file():
-        return _timed_again(job, info, done, windows, tell)
+        return _completed(job, info, done, windows, timed, tell)
     say(f"Loading {info.name}")
     original = load_weights(info, device=job.device)
     profile = _profile(job, info, original, tokenizer, tell)
@@ -139,14 +145,9 @@ def run(job: Job, tell: Tell, say: Callable[[str], None] = lambda text: None) ->
     if job.fresh:
         state.clear()
 
-    def batch(number: int) -> Tensor:
-        random = torch.Generator().manual_seed(number)
-        starts = torch.randint(len(windows["train"]) - job.length, (job.batch,), generator=random)
-        return torch.stack([windows["train"][s : s + job.length] for s in starts.tolist()])
-
     history = adjust(
-        student, teacher, batch, job.stages,
-        progress=lambda share, doing: tell(0.1 + 0.8 * share, doing),
+        student, teacher, _batches(job, windows), job.stages,
+        progress=lambda share, doing: tell(0.1 + 0.7 * share, doing),
         state=state, every=job.every, setting={"key": key},
     )  # fmt: skip
     quality["after distillation"] = measure.perplexity(student, windows["judged"])
@@ -157,6 +158,8 @@ def run(job: Job, tell: Tell, say: Callable[[str], None] = lambda text: None) ->
         same = torch.equal(again(probe).logits, student(probe).logits)
     if not same:
         raise InputError(f"{folder}: the saved student gives other logits than the trained one.")
+    del student
+    quality[ADJUSTED] = _control(job, info, teacher, windows, key, tell)
     facts = {
         "key": key, "found": False, "model": info.name, "text": job.text.title,
         "folder": str(folder), "followers": list(followers),
@@ -164,9 +167,9 @@ def run(job: Job, tell: Tell, say: Callable[[str], None] = lambda text: None) ->
         "layers": len(teacher.model.layers),
         "similarity": profile["held_out"], "unchanged_by_the_gap": profile["unchanged"],
         "parameters": {"original": measure.parameters(teacher),
-                       "student": measure.parameters(student)},
+                       "student": measure.parameters(again)},
         "cache_numbers_per_token": {"original": teacher.new_cache().elements_per_token,
-                                    "student": student.new_cache().elements_per_token},
+                                    "student": again.new_cache().elements_per_token},
         "perplexity": quality,
         "training": {"first": job.stages.first, "second": job.stages.second,
                      "tokens": (job.stages.first + job.stages.second) * job.batch * job.length,
@@ -175,9 +178,48 @@ def run(job: Job, tell: Tell, say: Callable[[str], None] = lambda text: None) ->
         "speed": _speed(job, original, teacher, again, windows, tell),
         "environment": machine(job.device),
     }  # fmt: skip
-    (job.out / REPORT).write_text(json.dumps(facts, indent=2, allow_nan=False), encoding="utf-8")
+    _report(job, facts)
     state.clear()
     return facts
+
+
+def _batches(job: Job, windows: dict[str, Tensor], skipped: int = 0) -> Callable[[int], Tensor]:
+    """Token ids (B, L) by the number of a step, which alone decides them."""
+
+    def batch(number: int) -> Tensor:
+        random = torch.Generator().manual_seed(number + skipped)
+        starts = torch.randint(len(windows["train"]) - job.length, (job.batch,), generator=random)
+        return torch.stack([windows["train"][s : s + job.length] for s in starts.tolist()])
+
+    return batch
+
+
+def _control(
+    job: Job,
+    info: ModelInfo,
+    teacher: FoveateForCausalLM,
+    windows: dict[str, Tensor],
+    key: str,
+    tell: Tell,
+) -> dict[str, float]:
+    """Perplexity of the original after the student's second stage: same steps, tokens and rates."""
+    copy = deepcopy(teacher)
+    state = FileState(job.out / CONTROL, key, "echoatt")
+    if job.fresh:
+        state.clear()
+    adjust(
+        copy, teacher, _batches(job, windows, job.stages.first), job.stages._replace(first=0),
+        progress=lambda share, doing: tell(0.8 + 0.1 * share, f"original: {doing}"),
+        state=state, every=job.every, setting={"key": key, "of": info.name},
+    )  # fmt: skip
+    found = measure.perplexity(copy, windows["judged"])
+    state.clear()
+    return found
+
+
+def _report(job: Job, facts: dict[str, Any]) -> None:
+    text = json.dumps(facts, indent=2, allow_nan=False)
+    (job.out / REPORT).write_text(text, encoding="utf-8")
 
 
 def as_foveate(original: Any, info: ModelInfo) -> FoveateForCausalLM:
@@ -278,16 +320,25 @@ def _speed(
     return job.timing() | found
 
 
-def _timed_again(
-    job: Job, info: ModelInfo, done: dict[str, Any], windows: dict[str, Tensor], tell: Tell
+def _completed(
+    job: Job,
+    info: ModelInfo,
+    done: dict[str, Any],
+    windows: dict[str, Tensor],
+    timed: bool,
+    tell: Tell,
 ) -> dict[str, Any]:
-    """The figures of a student that is there, its speed measured as is asked for now."""
+    """The figures of a student that is there, with those that are asked for now and lack yet."""
     original = load_weights(info, device=job.device)
     teacher = as_foveate(original, info)
-    student = FoveateForCausalLM.from_pretrained(done["folder"]).to(job.device).eval()
-    facts = done | {
-        "speed": _speed(job, original, teacher, student, windows, tell),
-        "environment": machine(job.device),
-    }
-    (job.out / REPORT).write_text(json.dumps(facts, indent=2, allow_nan=False), encoding="utf-8")
+    facts = dict(done)
+    if ADJUSTED not in facts["perplexity"]:
+        found = _control(job, info, teacher, windows, done["key"], tell)
+        facts["perplexity"] = facts["perplexity"] | {ADJUSTED: found}
+        _report(job, facts)
+    if not timed:
+        student = FoveateForCausalLM.from_pretrained(done["folder"]).to(job.device).eval()
+        facts["speed"] = _speed(job, original, teacher, student, windows, tell)
+        facts["environment"] = machine(job.device)
+        _report(job, facts)
     return facts
