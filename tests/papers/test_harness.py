@@ -15,7 +15,7 @@ from toys import GRID, paper
 from foveate.ops.errors import InputError
 from foveate.papers.harness import Grid, Trial, Verdict, at_least, at_most, either, stopwatch
 from foveate.papers.harness.run import Run
-from foveate.papers.harness.table import judged_again, section
+from foveate.papers.harness.table import ends_of, judged_again, section
 from foveate.papers.harness.verdict import FIELDS, figures_of
 from foveate.papers.training import DivergedError
 
@@ -240,15 +240,27 @@ def test_another_share_is_another_trial_and_some_cells_may_take_whole_runs(tmp_p
             Grid("rate", (3,), share=wrong)
 
 
-def test_the_page_says_whose_best_point_lies_at_an_end_of_the_grid(tmp_path):
-    def page(points):
-        made = paper(grid=Grid("rate", points))
-        return section(made, run(made, tmp_path / str(points)).verdict)
+def test_the_page_says_whose_best_point_lies_at_an_end_of_what_was_tried(tmp_path):
+    plain = paper().run
 
-    assert page((1, 3, 4)).count("At an end") == 0  # 3 is best
-    assert page((3, 4)).count("At an end of what was tried (3 to 4): all.") == 1
-    assert Grid("rate", (4, 1, 3)).ends == (1, 4)
-    assert Grid("rate", (3,)).ends == Grid("two", ([1, 2], [3, 4])).ends == ()
+    def uneven(trial):  # ours is best at 4
+        found = plain(trial)
+        if trial.cell == "ours":
+            found["ours"]["validation"] = 9.0 - (trial.tuned or 0)
+        return found
+
+    def page(points, later=None, **more):
+        made = paper(grid=Grid("rate", points), **more)
+        verdict = run(made, tmp_path / f"{points} {len(more)}").verdict
+        assert verdict["environment"]["tried"] == {"rate": list(points)}
+        return section(made if later is None else paper(grid=Grid("rate", later)), verdict)
+
+    assert "At an end" not in page((1, 3, 4))  # 3 is best
+    assert "At an end of what was tried (3 to 4): all." in page((3, 4))
+    assert "At an end of what was tried (1 to 4): ours." in page((1, 3, 4), run=uneven)
+    assert "At an end of what was tried (1 to 3): all." in page((1, 3), later=(1, 3, 4))
+    assert ends_of((4, 1, 3)) == (1, 4)
+    assert ends_of((3,)) == ends_of(([1, 2], [3, 4])) == ()
 
 
 def test_a_point_that_diverges_is_not_taken(tmp_path):

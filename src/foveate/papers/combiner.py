@@ -213,5 +213,5 @@ PAPER = Paper(
     ),
     requires=REQUIRES,
     data=lambda: Images().describe(),
-    grid=Grid("learning rate", (8e-3, 1.6e-2, 3.2e-2), cells=tuple(ARMS)),
+    grid=Grid("learning rate", (4e-3, 8e-3, 1.6e-2, 3.2e-2), cells=tuple(ARMS)),
 )  # fmt: skip

@@ -13,8 +13,9 @@ everywhere at all three seeds (without the guard at two); with 0.8 the best rank
 The guard stays as it is through training and after it (eps_decay 1). With the default decay eps
 would end at 0.07, and three layers of four couldn't go below rank 48 or 56 whatever the policy has
 learnt: a step from full rank costs 0.002 to 0.08 to rank 48, 0.07 to 0.21 to 32, 0.16 to 0.31 to
-24, 0.28 to 0.45 to 16 (means by layer in one decoder), so that 0.3 vetoes 16 and less. Exploration
-decays as by default, from 0.1.
+24, 0.28 to 0.45 to 16 and 0.47 to 0.63 to 8 (means by layer, in the decoder of a seed that isn't
+judged), so that 0.3 vetoes rank 8 at once, and 16 in most layers. Exploration decays as by default,
+from 0.1. Settings were changed after runs at seeds 0 to 2, so that 3 to 5 are judged.
 
 All arms are compared at the policy's mean rank m, over decided segments: each of the others is
 measured at the settings next to m on both sides and interpolated. A chord lies above a curve that
@@ -23,8 +24,8 @@ for "fixed", every second one for "by layer", 8 for "random" (two windows mixed 
 
 - **fixed**: one rank everywhere; **random**: uniform from a window of ranks around the mean;
 - **energy**: the smallest rank whose energy ratio reaches tau, tau found by bisection;
-- **by layer**: a fixed rank for each layer, the best of all assignments of that mean, judged by
-  what each layer alone costs on validation text;
+- **by layer**: a fixed rank for each layer; of all assignments of that mean the four that cost
+  least by what each layer alone costs, and of these the best as a whole, on validation text;
 - **no guard**: the policy trained without one, at its own mean rank, against fixed at that rank.
 
 "flops" is the sum of the honest count (scores, values, projections, Gram matrices, eigenvectors,
@@ -35,8 +36,9 @@ and no check is made of it. The paper sees savings from 4,096 tokens on, and the
 the same mean rank, segments of 128, bases made anew where the past has doubled. It takes a mean
 rank of about 51 or less. "flops, 32,768" is the same at that length.
 
-A policy that takes the lowest rank everywhere, or full rank, is one of the fixed ranks: there all
-arms are equal but for rounding, and nothing is said.
+A policy that takes one rank everywhere is a fixed rank, and one that takes a rank for each layer is
+an assignment: it ties, which isn't better. The sheet refutes the claim where the energy rule or the
+layers' fixed ranks match the policy, so that a tie with either does.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ from torch import Tensor, nn
 
 from foveate.methods.drrl import DRRLLayer
 from foveate.methods.drrl.costs import Shape, causal_flops, key_bytes
-from foveate.papers.harness import Found, Paper, Trial, at_least, at_most, difference
+from foveate.papers.harness import Found, Paper, Trial, at_most, difference
 from foveate.papers.tasks import ByteText, standard_library
 from foveate.papers.training.language import (
     REQUIRES,
@@ -65,7 +67,7 @@ from foveate.papers.training.objective import cross_entropy
 STEPS, UPDATES, BATCH, LENGTH, SEGMENT = 300, 300, 8, 512, 64
 SIZES = Sizes(4, 256, 4, LENGTH)
 RANKS = tuple(range(8, 65, 8))
-TIE = 1e-6  # nats: a policy that takes one rank everywhere is as good as that rank, not better
+TIE = 1e-6  # nats: rounding; a policy that takes one rank everywhere is that rank, not better
 ACTIONS = f"r_min=8, r_max=64, step=8, segment={SEGMENT}"
 GUARDED = "eps=0.3, eps_decay=1.0"
 POLICY = f"drrl({ACTIONS}, beta=0.8, initial=-1, {GUARDED}, guard={{guard!r}})"
@@ -144,7 +146,7 @@ class Bench:
         loss = count = 0.0
         ranks: list[Tensor] = []
         pairs: list[Tensor] = []
-        few = 1 if self.trial.quick else 6 if split == "test" else 2
+        few = 1 if self.trial.quick else 6
         for batch in itertools.islice(self.task.held_out(split, 8), few):  # type: ignore[arg-type]
             batch = batch.to(self.trial.device)
             out = self.model(batch.inputs, use_cache=False)
@@ -182,14 +184,17 @@ class Bench:
             lost[layer, rank] = self.measure(text, "validation")[0] - base
         lost |= {(layer, RANKS[-1]): 0.0 for layer in layers}
 
+        def given(ranks: tuple[int, ...]) -> str:
+            return f"drrl(control='fixed', rank={ranks}, segment={SEGMENT})"
+
         def best(rank: int) -> tuple[float, float]:
-            chosen = min(
-                (c for c in itertools.product(RANKS, repeat=SIZES.layers)
-                 if sum(c) == rank * SIZES.layers),
+            every = itertools.product(RANKS, repeat=SIZES.layers)
+            likely = sorted(
+                (c for c in every if sum(c) == rank * SIZES.layers),
                 key=lambda c: sum(lost[layer, r] for layer, r in enumerate(c)),
-            )  # fmt: skip
-            given = f"drrl(control='fixed', rank={chosen}, segment={SEGMENT})"
-            return self.measure(given)[0], float(rank)
+            )[: 1 if self.trial.quick else 4]
+            chosen = min(likely, key=lambda c: self.measure(given(c), "validation")[0])
+            return self.measure(given(chosen))[0], float(rank)
 
         return best
 
@@ -280,20 +285,16 @@ PAPER = Paper(
     checks=(
         difference(OURS, FIXED, -TIE, refuted=math.inf),
         difference(OURS, RANDOM, -TIE, refuted=math.inf),
-        difference(OURS, ENERGY, 0.0),
-        difference(OURS, LAYERS, 0.0),
+        difference(OURS, ENERGY, -TIE),
+        at_most(f"loss: {OURS} - the better of {LAYERS} and {FIXED}",
+                lambda at: at[OURS]["loss"] - min(at[LAYERS]["loss"], at[FIXED]["loss"]), -TIE),
         at_most("loss: policy - full rank",
                 lambda at: at[OURS]["loss"] - at[FULL]["loss"], math.log(1.02), refuted=math.inf),
         at_most("mean rank", lambda at: at[OURS]["rank"], 40.0, refuted=math.inf),
         at_most("flops over full rank's at 4,096 tokens", lambda at: at[OURS]["flops, 4,096"], 1.0),
     ),
-    needs=(
-        learnt(FULL),
-        at_least(
-            "ranks from the policy's mean to the nearer end of 8 ... 64",
-            lambda at: min(at[OURS]["rank"] - RANKS[0], RANKS[-1] - at[OURS]["rank"]), 4.0,
-        ),
-    ),
+    needs=(learnt(FULL),),
+    seeds=(3, 4, 5),
     requires=REQUIRES,
     data=lambda: standard_library().describe(),
 )  # fmt: skip

@@ -161,13 +161,6 @@ class Grid:
         """Of a whole run, what a trial of a cell takes."""
         return 1.0 if cell in self.whole else self.share
 
-    @property
-    def ends(self) -> tuple[float, ...]:
-        """Its lowest and highest point, beyond which none was tried; () if it isn't a line."""
-        if len(self.points) < 2 or not all(isinstance(p, int | float) for p in self.points):
-            return ()
-        return min(self.points), max(self.points)
-
 
 @dataclass(frozen=True)
 class Paper:

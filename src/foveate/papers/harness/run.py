@@ -129,7 +129,7 @@ class Run:
         if tuned:
             grid = self.paper.grid
             assert grid is not None
-            here = here | {"tuned": {grid.name: tuned}}
+            here = here | {"tuned": {grid.name: tuned}, "tried": {grid.name: list(grid.points)}}
             if grid.share < 1:
                 here = here | {"trials": {name: grid.share_of(name) for name in tuned}}
         verdict = verdict_object(

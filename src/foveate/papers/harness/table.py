@@ -7,7 +7,7 @@ thresholds, so that a threshold that was changed after a run shows.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,8 @@ def _circumstances(paper: Paper, verdict: dict[str, Any]) -> str:
     for name, points in where.get("tuned", {}).items():
         tuned = ", ".join(f"{arm} {point}" for arm, point in points.items())
         said += f" Tuned {name}: {tuned}."
-        ends = () if paper.grid is None else paper.grid.ends
+        tried = where.get("tried", {}).get(name) or (paper.grid.points if paper.grid else ())
+        ends = ends_of(tried)
         last = [arm for arm, point in points.items() if point in ends]
         if last:
             who = "all" if len(last) == len(points) else ", ".join(last)
@@ -155,6 +156,13 @@ def _circumstances(paper: Paper, verdict: dict[str, Any]) -> str:
     if shares:
         said += f" Short trials: {' and '.join(f'{share:.0%}' for share in shares)} of a run."
     return said
+
+
+def ends_of(tried: Sequence[Any]) -> tuple[float, ...]:
+    """The lowest and highest point, beyond which none was tried; () if they aren't numbers."""
+    if len(tried) < 2 or not all(isinstance(p, int | float) for p in tried):
+        return ()
+    return min(tried), max(tried)
 
 
 def place(where: dict[str, Any]) -> str:
