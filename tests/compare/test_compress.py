@@ -110,7 +110,11 @@ def test_the_whole_command(five, prose, tmp_path, capsys, monkeypatch):
     assert run([*args, "--share", "0.4"]) == 0  # it was there already
     assert json.loads(capsys.readouterr().out)["found"]
     assert run([*args[:-1], "--share", "0.4"]) == 0  # for people
-    assert "shared, distilled" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "shared, distilled" in said
+    (row,) = [line for line in said.splitlines() if line.startswith("original, second stage alone")]
+    assert row.endswith(f"{facts['perplexity']['original, second stage']['perplexity']:.2f}")
+    assert "6 steps" in said
 
     def never(*given, **more):
         raise AssertionError("the student is there")
@@ -167,6 +171,64 @@ def test_it_goes_on_after_a_kill(five, prose, tmp_path, capsys, monkeypatch):
     assert got["perplexity"] == want["perplexity"]
     assert not (tmp_path / "cut" / job.TRAINING).exists()
     assert not (tmp_path / "cut" / job.CONTROL).exists()
+
+
+@pytest.mark.parametrize("where", ["speeds", "control"])
+def test_no_stop_after_the_students_training_loses_it(
+    five, prose, tmp_path, capsys, monkeypatch, where
+):
+    from foveate.compress import job
+
+    args = ["compress", str(five), "--text", str(prose), "--out", str(tmp_path), *SMALL]
+    args += ["--second", "12"]  # the control is kept after its tenth step
+    once, trained = job.adjust, []
+    stops = [16 + 11] if where == "control" else []
+
+    def stopped(*given, **more):
+        raise KeyboardInterrupt
+
+    def some(model, teacher, batch, stages, **more):
+        def counted(number):
+            if stops and len(trained) == stops[0]:
+                stops.clear()
+                raise KeyboardInterrupt
+            trained.append((stages.first, number))
+            return batch(number)
+
+        return once(model, teacher, counted, stages, **more)
+
+    monkeypatch.setattr(job, "adjust", some)
+    if where == "speeds":
+        with monkeypatch.context() as patch:
+            patch.setattr(job.measure, "speeds", stopped)
+            assert run(args) != 0
+        assert len(trained) == 16
+    else:
+        assert run(args) != 0
+        assert json.loads((tmp_path / job.REPORT).read_text())["speed"]  # before the control
+        assert len(trained) == 16 + 11
+    capsys.readouterr()
+    before = len(trained)
+    assert run(args) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert job.ADJUSTED in facts["perplexity"]
+    again = trained[before:]
+    wanted = range(12) if where == "speeds" else (10, 11)
+    assert again == [(0, number) for number in wanted]
+
+
+def test_a_report_whose_model_moved_still_gets_its_control(five, prose, tmp_path, capsys):
+    from foveate.compress import job
+
+    args = ["compress", str(five), "--text", str(prose), "--out", str(tmp_path), *SMALL]
+    assert run(args) == 0
+    facts = json.loads(capsys.readouterr().out)
+    wanted = facts["perplexity"].pop(job.ADJUSTED)
+    (tmp_path / job.REPORT).write_text(json.dumps(facts))
+    (tmp_path / job.MODEL).rename(tmp_path / "elsewhere")
+    assert run(args) == 0
+    assert json.loads(capsys.readouterr().out)["perplexity"][job.ADJUSTED] == wanted
+    assert not (tmp_path / job.MODEL).exists()
 
 
 def test_the_original_is_trained_as_the_students_second_stage_is(

@@ -127,18 +127,21 @@ def show(facts: dict[str, Any], screen: Console) -> None:
 
     row("transformers", "transformers", "original")
     row("original", "original", "original")
-    row("original, trained alike", "original", "original, second stage", timed=False)
+    row("original, second stage alone", "original", "original, second stage", timed=False)
     row("shared, untrained", "student", "before distillation", timed=False)
     row("shared, distilled", "student", "after distillation")
     screen.print(Text(f"{facts['model']}: {len(facts['followers'])} of {facts['layers']} layers"
                       f" copy, {facts['followers']}"), soft_wrap=True)  # fmt: skip
     screen.print(table)
+    steps = facts["training"]
     fill, step = (speed["student"][f"{n}_times_faster"]["median"] for n in ("prefill", "decode"))
     screen.print(
         Text(
             f"The student has {weights['student'] / weights['original']:.1%} of the weights and "
             f"{cache['student'] / cache['original']:.1%} of the cache; prefill {fill:.2f}x, decode "
-            f"{step:.2f}x the original's speed in the same layers.\n\n"
+            f"{step:.2f}x the original's speed in the same layers. Any model gets better at a text "
+            f"that it is trained on: the student had {steps['first'] + steps['second']} steps, the "
+            f"original, second stage alone, the last {steps['second']} of them.\n\n"
             "import foveate\nfrom transformers import AutoModelForCausalLM\n"
             f"model = AutoModelForCausalLM.from_pretrained({facts['folder']!r})"
         ),

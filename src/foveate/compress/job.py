@@ -125,7 +125,8 @@ def run(job: Job, tell: Tell, say: Callable[[str], None] = lambda text: None) ->
         return done | {"found": True}
     tokenizer = load_tokenizer(info)
     windows = _windows(job, tokenizer)
-    if done is not None and not job.fresh and Path(done["folder"], "config.json").is_file():
+    there = done is not None and (timed or Path(done["folder"], "config.json").is_file())
+    if done is not None and there and not job.fresh:
         return _completed(job, info, done, windows, timed, tell)
     say(f"Loading {info.name}")
     original = load_weights(info, device=job.device)
@@ -144,6 +145,7 @@ def run(job: Job, tell: Tell, say: Callable[[str], None] = lambda text: None) ->
     state = FileState(job.out / TRAINING, key, "echoatt")
     if job.fresh:
         state.clear()
+        FileState(job.out / CONTROL, key, "echoatt").clear()
 
     history = adjust(
         student, teacher, _batches(job, windows), job.stages,
@@ -158,8 +160,6 @@ def run(job: Job, tell: Tell, say: Callable[[str], None] = lambda text: None) ->
         same = torch.equal(again(probe).logits, student(probe).logits)
     if not same:
         raise InputError(f"{folder}: the saved student gives other logits than the trained one.")
-    del student
-    quality[ADJUSTED] = _control(job, info, teacher, windows, key, tell)
     facts = {
         "key": key, "found": False, "model": info.name, "text": job.text.title,
         "folder": str(folder), "followers": list(followers),
@@ -180,7 +180,8 @@ def run(job: Job, tell: Tell, say: Callable[[str], None] = lambda text: None) ->
     }  # fmt: skip
     _report(job, facts)
     state.clear()
-    return facts
+    del student, again, original  # the control's optimizer needs the room
+    return _with_control(job, info, facts, teacher, windows, tell)
 
 
 def _batches(job: Job, windows: dict[str, Tensor], skipped: int = 0) -> Callable[[int], Tensor]:
@@ -194,27 +195,30 @@ def _batches(job: Job, windows: dict[str, Tensor], skipped: int = 0) -> Callable
     return batch
 
 
-def _control(
+def _with_control(
     job: Job,
     info: ModelInfo,
+    facts: dict[str, Any],
     teacher: FoveateForCausalLM,
     windows: dict[str, Tensor],
-    key: str,
     tell: Tell,
-) -> dict[str, float]:
-    """Perplexity of the original after the student's second stage: same steps, tokens and rates."""
+) -> dict[str, Any]:
+    """The figures with the original's perplexity after a second stage like the student's.
+
+    It has the student's steps, tokens and rates of that stage, and a fresh optimizer.
+    """
     copy = deepcopy(teacher)
-    state = FileState(job.out / CONTROL, key, "echoatt")
-    if job.fresh:
-        state.clear()
+    state = FileState(job.out / CONTROL, facts["key"], "echoatt")
     adjust(
         copy, teacher, _batches(job, windows, job.stages.first), job.stages._replace(first=0),
-        progress=lambda share, doing: tell(0.8 + 0.1 * share, f"original: {doing}"),
-        state=state, every=job.every, setting={"key": key, "of": info.name},
+        progress=lambda share, doing: tell(0.85 + 0.15 * share, f"original: {doing}"),
+        state=state, every=min(job.every, 10), setting={"key": facts["key"], "of": info.name},
     )  # fmt: skip
     found = measure.perplexity(copy, windows["judged"])
+    facts = facts | {"perplexity": facts["perplexity"] | {ADJUSTED: found}}
+    _report(job, facts)
     state.clear()
-    return found
+    return facts
 
 
 def _report(job: Job, facts: dict[str, Any]) -> None:
@@ -315,7 +319,7 @@ def _speed(
     models = {"transformers": original, "original": teacher, "student": student}
     found = measure.speeds(
         models, "original", ids, job.decode, job.rounds,
-        lambda share, doing: tell(0.9 + 0.1 * share, f"speed: {doing}"),
+        lambda share, doing: tell(0.8 + 0.05 * share, f"speed: {doing}"),
     )  # fmt: skip
     return job.timing() | found
 
@@ -331,14 +335,16 @@ def _completed(
     """The figures of a student that is there, with those that are asked for now and lack yet."""
     original = load_weights(info, device=job.device)
     teacher = as_foveate(original, info)
-    facts = dict(done)
-    if ADJUSTED not in facts["perplexity"]:
-        found = _control(job, info, teacher, windows, done["key"], tell)
-        facts["perplexity"] = facts["perplexity"] | {ADJUSTED: found}
-        _report(job, facts)
+    facts = done
     if not timed:
         student = FoveateForCausalLM.from_pretrained(done["folder"]).to(job.device).eval()
-        facts["speed"] = _speed(job, original, teacher, student, windows, tell)
-        facts["environment"] = machine(job.device)
+        facts = facts | {
+            "speed": _speed(job, original, teacher, student, windows, tell),
+            "environment": machine(job.device),
+        }
         _report(job, facts)
-    return facts
+        del student
+    if ADJUSTED in facts["perplexity"]:
+        return facts
+    del original
+    return _with_control(job, info, facts, teacher, windows, tell)
