@@ -48,7 +48,7 @@ def test_row_is_whole(row):
     for paper in row.papers:
         assert re.fullmatch(r"\d{4}\.\d{5}", paper.arxiv)
         assert paper.url.endswith(paper.arxiv)
-    assert row.papers or row.sheet == ""
+    assert row.papers or row.miniature == ""
 
 
 @ROWS

@@ -49,12 +49,12 @@ def test_page_of_a_method_is_whole(row):
     for paper in row.papers:
         assert paper.url in text
     assert "see the module's text" not in text
-    if row.sheet in KEPT:
-        assert f"**{KEPT[row.sheet]['verdict']}**, seeds" in text
-        borrowed = f"the claim of the paper `{row.sheet}`, among whose methods" in text
-        assert borrowed == (row.key != row.sheet)
-    elif row.sheet in papers.available():
-        assert f"Not run yet: `foveate reproduce {row.sheet}`" in text
+    if row.miniature in KEPT:
+        assert f"**{KEPT[row.miniature]['verdict']}**, seeds" in text
+        borrowed = f"the claim of the paper `{row.miniature}`, among whose methods" in text
+        assert borrowed == (row.key != row.miniature)
+    elif row.miniature in papers.available():
+        assert f"Not run yet: `foveate reproduce {row.miniature}`" in text
 
 
 @ROWS

@@ -176,28 +176,28 @@ def _capabilities(row: Row) -> str:
 
 # -- its claim -------------------------------------------------------------------------------------
 def _claim(row: Row, kept: dict[str, dict[str, Any]]) -> Iterator[str]:
-    if not row.sheet:
+    if not row.miniature:
         yield "It is here to be measured against and composed with; no claim of its own is tested."
-    elif row.sheet not in papers.available():
+    elif row.miniature not in papers.available():
         yield "Its miniature isn't written yet, so nothing has been tested."
     else:
-        if row.key != row.sheet:
-            yield f"This is the claim of the paper `{row.sheet}`, among whose methods it is."
-        verdict = kept.get(row.sheet)
-        yield section(papers.load(row.sheet), verdict).strip()
-        again = "" if verdict is None else f"Run it again: `foveate reproduce {row.sheet}`. "
+        if row.key != row.miniature:
+            yield f"This is the claim of the paper `{row.miniature}`, among whose methods it is."
+        verdict = kept.get(row.miniature)
+        yield section(papers.load(row.miniature), verdict).strip()
+        again = "" if verdict is None else f"Run it again: `foveate reproduce {row.miniature}`. "
         yield f"{again}[All claims](../claims.md)."
 
 
 def verdict_of(row: Row, kept: dict[str, dict[str, Any]]) -> str:
     """One or a few words for the list of methods."""
-    if not row.sheet:
+    if not row.miniature:
         return ""
-    if row.sheet not in papers.available():
+    if row.miniature not in papers.available():
         return "no miniature yet"
-    verdict = kept.get(row.sheet)
+    verdict = kept.get(row.miniature)
     word = "not run yet" if verdict is None else str(verdict["verdict"])
-    return word if row.key == row.sheet else f"{word} ({row.sheet})"
+    return word if row.key == row.miniature else f"{word} ({row.miniature})"
 
 
 # -- the list --------------------------------------------------------------------------------------

@@ -107,9 +107,9 @@ def use(row: Row) -> Iterator[str]:
             what, command = COMMANDS[job]
             yield what
             yield fence("sh", command.format(key=key))
-    if row.sheet in papers.available():
+    if row.miniature in papers.available():
         yield "Its paper's claim, checked in small:"
-        yield fence("sh", f"foveate reproduce {row.sheet}")
+        yield fence("sh", f"foveate reproduce {row.miniature}")
     others = [
         IN_PYTHON.get(job, f"foveate {MEASURED.get((job, key), job)}")
         for job in row.jobs

@@ -77,7 +77,7 @@ def draw(row: Row) -> Picture | None:
     except InputError:  # it must be fitted, or runs on something else than q, k and v
         return None
     whole = mask.layout(length, length)
-    if layout is None or (layout.pairs >= whole.pairs and row.sheet):  # nothing to see
+    if layout is None or (layout.pairs >= whole.pairs and row.miniature):  # nothing to see
         return None
     shares, allowed = (one.picture(CELLS).clamp(0, 1) for one in (layout, whole))
     of = f"a grid of {'×'.join(map(str, grid))} tokens" if grid else f"{length} tokens"

@@ -1,4 +1,4 @@
-"""The catalogue against the sheet's worked example, plain predicates, and its own layouts."""
+"""The catalogue against the spec's worked example, plain predicates, and its own layouts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The planner: volumes of the sheet's table, time of a worked example, the command."""
+"""The planner: volumes of the spec's table, time of a worked example, the command."""
 
 from __future__ import annotations
 

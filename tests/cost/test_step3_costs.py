@@ -1,4 +1,4 @@
-"""Step-3's cost model against every cell that its report prints (the sheet's oracles 6 and 7)."""
+"""Step-3's cost model against every cell that its report prints (the spec's oracles 6 and 7)."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_step3_oracle_6_all_108_prices_to_a_tenth_of_a_cent():
             worst = max(worst, abs(mine - float(printed)))
             compared += 1
     assert compared == 108
-    assert worst <= 4.955e-4  # as the sheet found it, so nothing is right by luck alone
+    assert worst <= 4.955e-4  # as the spec found it, so nothing is right by luck alone
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_kernels_need_fewer_operations_for_mla_than_the_report_counts():
     assert kernel_values(made("deepseek-v3")).attention(1) == 61 * 2 * 128 * (576 + 512)
 
 
-# -- several ranks (sheet tpla) --------------------------------------------------------------------
+# -- several ranks (spec of tpla) -----------------------------------------------------------------
 def test_tpla_costs_on_ranks():
     """Numbers cached on a device and operations for each cached token, DeepSeek-V3 (cost table)."""
     layer = mla(7168, 128, 1536, value="latent")

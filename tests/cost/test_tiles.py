@@ -1,4 +1,4 @@
-"""Visited tiles against brute force and the sheet's counts; search; Amdahl; the command."""
+"""Visited tiles against brute force and the spec's counts; search; Amdahl; the command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The planner's totals against the ones that VMoBA's authors print (oracle 9 of its sheet)."""
+"""The planner's totals against the ones that VMoBA's authors print (oracle 9 of its spec)."""
 
 import json
 

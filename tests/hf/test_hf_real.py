@@ -102,7 +102,7 @@ def test_full_budgets_are_dense(smollm: tuple[Any, Any, Tensor]) -> None:
 
 
 def test_streaming_in_bounded_memory(smollm: tuple[Any, Any, Tensor]) -> None:
-    """Of caches of 256 tokens the one with sinks is far better (miniature 2 of the sheet).
+    """Of caches of 256 tokens the one with sinks is far better (miniature 2 of the spec).
 
     How near it comes to a full cache depends on the text; this one repeats itself over more than
     256 tokens. Several layers re-indexed and the mask, which isn't, come out alike.

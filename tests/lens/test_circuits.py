@@ -1,4 +1,4 @@
-"""Circuits and composition: the oracles of the talking-heads sheet, on maps and on models."""
+"""Circuits and composition: the oracles of the talking-heads spec, on maps and on models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Interventions: on activations, on weights, along one path; oracles of the talking-heads sheet."""
+"""Interventions: on activations, on weights, along one path; oracles of the talking-heads spec."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Out-of-context reasoning: the oracles of the ocr sheet."""
+"""Out-of-context reasoning: the oracles of the ocr spec."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The oracles of the sheet attention-sink that concern masks, caches and sink logits."""
+"""The oracles of the spec attention-sink that concern masks, caches and sink logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Routers that share: the sheet's oracles, and the routers in whole models."""
+"""Routers that share: the spec's oracles, and the routers in whole models."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def routes_of(u):
 
 
 def explicit(u, form, tau, mask=None):
-    """S as the sheet writes it, held whole."""
+    """S as the spec writes it, held whole."""
     scores = torch.einsum("bid,de,bje->bij", u, form, u) / tau
     if mask is not None:
         scores = scores.masked_fill(~mask.dense(L, L)[0, 0], -torch.inf)
@@ -75,7 +75,7 @@ def filled(layer, x, mask):
     return again, layer(x, ctx=Context(mask=mask, again=again)).y
 
 
-# -- the sheet's oracles ---------------------------------------------------------------------------
+# -- the spec's oracles ---------------------------------------------------------------------------
 def test_oracle_1_the_identity_is_the_plain_router():
     u = tokens()
     plain = Router(D, E, 2, renormalize=True).double()

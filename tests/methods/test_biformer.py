@@ -1,4 +1,4 @@
-"""Bi-level routing: the sheet's oracles, against attention under a mask and brute force."""
+"""Bi-level routing: the spec's oracles, against attention under a mask and brute force."""
 
 from __future__ import annotations
 

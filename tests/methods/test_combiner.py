@@ -1,4 +1,4 @@
-"""Combiner by its definition: the sheet's oracles."""
+"""Combiner by its definition: the spec's oracles."""
 
 from __future__ import annotations
 

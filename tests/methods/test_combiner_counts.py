@@ -32,7 +32,7 @@ def test_items_are_those_of_the_explicit_lists(name, length):
 
 
 def test_items_of_the_sheets_example():
-    # Half of each own block, half of the blocks: the sheet counts them whole.
+    # Half of each own block, half of the blocks: the spec counts them whole.
     counted = items(Combiner(size=64), 4096)
     assert counted.direct == 64 * 64 * 65 // 2
     assert counted.spans == 64 * 64 * 63 // 2

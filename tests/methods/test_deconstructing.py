@@ -48,7 +48,7 @@ def repeated(q, x):
 
 
 def taylor(q, k, v, form, allowed):
-    """The quadratic form, by the sheet's equations."""
+    """The quadratic form, by the spec's equations."""
     k, v = repeated(q, k), repeated(q, v)
     s = q @ k.mT / math.sqrt(D)
     squares = (q**2 / math.sqrt(2)) @ (k**2 / math.sqrt(2)).mT / D
@@ -99,7 +99,7 @@ def test_oracle_1_non_approximate_recurrent_is_quadratic(chunk):
         out, lse_, cache = stepped(method, q, k, v, cuts)
         torch.testing.assert_close(out, expected, atol=1e-10, rtol=1e-10)
         torch.testing.assert_close(lse_, lse, atol=1e-10, rtol=1e-10)
-    # N, D and m of each head: the sheet's 2 B d + 4 B h bytes in half precision
+    # N, D and m of each head: the spec's 2 B d + 4 B h bytes in half precision
     assert cache.bytes() == 8 * (B * 4 * DV + 2 * B * 4)
 
 

@@ -1,4 +1,4 @@
-"""DHSA: the sheet's oracles by their number, the predictor, and decoding."""
+"""DHSA: the spec's oracles by their number, the predictor, and decoding."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Dynamic mask attention: the oracles of its sheet, its variants, and its bounded cache."""
+"""Dynamic mask attention: the oracles of its spec, its variants, and its bounded cache."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tensors(length, batch=2, kv=2, width=8, value_width=8, q_len=None, dtype=tor
 
 
 def delta_of(made, v):
-    """The sheet's formula, head by head."""
+    """The spec's formula, head by head."""
     together = torch.cat(v.unbind(1), -1)  # (B, L, G d)
     weight = made.importance
     log = weight.A * softplus(linear(together, weight.dt_proj.weight, weight.dt_proj.bias))
@@ -61,7 +61,7 @@ def by_definition(made, q, k, v, sets):
     return z.masked_fill(~sets, -torch.inf).softmax(-1).nan_to_num() @ v
 
 
-# -- the sheet's oracles ---------------------------------------------------------------------------
+# -- the spec's oracles ---------------------------------------------------------------------------
 @pytest.mark.parametrize("window", [12, 64])
 def test_oracle_1_transformers_doge_attention_is_reproduced(window):
     transformers = pytest.importorskip("transformers")

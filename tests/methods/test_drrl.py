@@ -1,4 +1,4 @@
-"""DR-RL: the oracles of its sheet, and what a layer that changes its rank owes."""
+"""DR-RL: the oracles of its spec, and what a layer that changes its rank owes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def layer(text, dim=32, heads=2, seed=0, **more):
 SMALL = "r_min=2, r_max=16, step=2, segment=8"
 
 
-# -- oracles of the sheet --------------------------------------------------------------------------
+# -- oracles of the spec --------------------------------------------------------------------------
 @pytest.mark.parametrize("form", ["whole", "causal"])
 @pytest.mark.parametrize("basis", ["separate", "joint"])
 def test_oracle_1_full_rank_is_sdpa(form, basis):
@@ -157,7 +157,7 @@ def test_oracle_6_separate_truncation_is_never_better_than_the_best():
         maps = joint_maps(grouped_gram(q, 2), gram(k))
         for r in (2, 8, 12):
             joint = (q @ maps.left[..., :r]) @ (k @ maps.right[..., :r]).mT / 4
-            zq, rq = torch.linalg.qr(q)  # the sheet's way: SVD of the d x d core
+            zq, rq = torch.linalg.qr(q)  # the spec's way: SVD of the d x d core
             zk, rk = torch.linalg.qr(k)
             best = zq @ cut(rq @ rk.mT, r) @ zk.mT / 4
             torch.testing.assert_close(joint, best, atol=1e-6, rtol=1e-6)

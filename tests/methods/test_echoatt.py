@@ -1,4 +1,4 @@
-"""EchoAtt: the oracles of its sheet, and what a layer that copies owes."""
+"""EchoAtt: the oracles of its spec, and what a layer that copies owes."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def block_of_three(method, q, k, values, ctx=None, **more):
     return out
 
 
-# -- oracles of the sheet --------------------------------------------------------------------------
+# -- oracles of the spec --------------------------------------------------------------------------
 def test_oracle_1_without_followers_student_is_teacher():
     teacher = model()
     student = echo_student(teacher, ())

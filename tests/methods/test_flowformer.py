@@ -69,7 +69,7 @@ def mask_of(is_causal):
     return Context(mask=causal() if is_causal else None)
 
 
-# -- the sheet's oracles ---------------------------------------------------------------------------
+# -- the spec's oracles ---------------------------------------------------------------------------
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
 def test_oracle_1_linear_form_is_the_quadratic_form(is_causal, eps):

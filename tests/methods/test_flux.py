@@ -1,4 +1,4 @@
-"""Flux: the sheet's oracles by their number, routing, decoding, and its fit on a small model."""
+"""Flux: the spec's oracles by their number, routing, decoding, and its fit on a small model."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The Gaussian gate against its definition, written out, and the sheet's examples."""
+"""The Gaussian gate against its definition, written out, and the spec's examples."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def package(x: Tensor, made: GaussianGate, padding_value=None) -> Tensor:
     return torch.cat(outs, made.axis)
 
 
-# -- the sheet's oracles ---------------------------------------------------------------------------
+# -- the spec's oracles ---------------------------------------------------------------------------
 @pytest.mark.parametrize("axis", [0, 1, 2, -1])
 @pytest.mark.parametrize("gaussians", [1, 3])
 @pytest.mark.parametrize("heads", [1, 4])

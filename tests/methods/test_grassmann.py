@@ -57,7 +57,7 @@ def by_definition(made, x, sees):
     return functional.layer_norm(out, (DIM,), made.norm.weight, made.norm.bias)
 
 
-# -- the oracles of the sheet ----------------------------------------------------------------------
+# -- the oracles of the spec ----------------------------------------------------------------------
 def test_oracle_1_lagranges_identity_and_signs():
     u, v = torch.randn(2, 7, 6, dtype=torch.float64).unbind()
     p = plucker(u, v)

@@ -1,4 +1,4 @@
-"""Grid, tri-shape and boundaries between modalities: oracles of the sheet mminference."""
+"""Grid, tri-shape and boundaries between modalities: oracles of the spec mminference."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def close(one, two, tolerance=1e-12):
 
 
 def planted(n, stride, phase, strength=6.0, dim=64, heads=1, dtype=torch.float32):
-    """The sheet's grid head: q = N(0, 1) + strength u, k[phase::stride] += strength u."""
+    """The spec's grid head: q = N(0, 1) + strength u, k[phase::stride] += strength u."""
     u = torch.nn.functional.normalize(torch.randn(dim, dtype=dtype), dim=0)
     q, k = torch.randn(2, 1, heads, n, dim, dtype=dtype)
     q = q + strength * u
@@ -42,7 +42,7 @@ def planted(n, stride, phase, strength=6.0, dim=64, heads=1, dtype=torch.float32
 
 # -- grid ---------------------------------------------------------------------------------------
 def grid_mask(rows, n, stride, phase, method, diagonal=None):
-    """The sheet's mask, pair by pair."""
+    """The spec's mask, pair by pair."""
 
     def seen(i, j):
         lines = (method.vertical and j % stride == phase) or (
@@ -292,7 +292,7 @@ def test_oracle_8_with_one_modality_all_boundaries_are_the_same(text):
 
 
 def mixed(seed, n_vision=400):
-    """The sheet's mixed prompt: text between four vision segments, vision queries on a grid."""
+    """The spec's mixed prompt: text between four vision segments, vision queries on a grid."""
     torch.manual_seed(seed)
     kinds = []
     for _ in range(4):

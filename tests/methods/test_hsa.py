@@ -1,4 +1,4 @@
-"""Hierarchical self-attention: the oracles of its sheet, and that the fast form is its matrix."""
+"""Hierarchical self-attention: the oracles of its spec, and that the fast form is its matrix."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def logits(q: Tensor, k: Tensor, scale: float = 0.5) -> Tensor:
     return scale * q[0, 0] @ k[0, 0].T
 
 
-# -- the sheet's oracles ---------------------------------------------------------------------------
+# -- the spec's oracles ---------------------------------------------------------------------------
 @pytest.mark.parametrize(("dtype", "band"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_oracle_1_a_flat_tree_is_softmax(dtype, band):
     q, k, v = (x.to(dtype) for x in drawn(37, heads=2, dim=8, batch=2))

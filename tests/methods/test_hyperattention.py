@@ -69,7 +69,7 @@ def merged(one, two):
 
 
 def practical_form(q, k, v, w, draw, method):
-    """D of the sheet, for one head: (out, lse)."""
+    """D of the spec, for one head: (out, lse)."""
     scale, b, n, n_k = q.shape[1] ** -0.5, method.block_size, len(q), len(k)
     scores = scale * q @ k.T
     blocks = -(-n_k // b)
@@ -91,7 +91,7 @@ def practical_form(q, k, v, w, draw, method):
 
 
 def recursive(q, k, v, w, draw, method):
-    """E of the sheet, for one head."""
+    """E of the spec, for one head."""
     n = len(q)
     if n <= method.min_seq_len:
         scores = q.shape[1] ** -0.5 * q @ k.T
@@ -154,7 +154,7 @@ def test_fewer_queries_than_keys():
     torch.testing.assert_close(rough.lse, dense(q, k, v, causal()).lse, atol=1.0, rtol=0)
 
 
-# -- the sheet's oracles ------------------------------------------------------------------------
+# -- the spec's oracles ------------------------------------------------------------------------
 @pytest.mark.parametrize("length", [300, 301])
 def test_oracle_1_one_block_without_samples_is_exact(length):
     q, k, v = qkv(q_len=length, kv_len=length)
@@ -237,7 +237,7 @@ def test_oracle_6_error_falls_like_the_root_of_the_samples():
     ys = torch.tensor(errors, dtype=torch.float64).log()
     slope = float(((xs - xs.mean()) * (ys - ys.mean())).sum() / (xs - xs.mean()).square().sum())
     assert -0.56 < slope < -0.40
-    # The sheet's own figures, on other data of the same kind.
+    # The spec's own figures, on other data of the same kind.
     for error, figure in zip(errors, (4.42, 2.38, 1.27, 0.65)):
         assert error == pytest.approx(figure, rel=0.25)
 

@@ -31,7 +31,7 @@ def states(length=9, batch=3, dim=DIM, seed=2):
     return torch.randn(batch, length, dim, generator=random, dtype=torch.float64)
 
 
-# -- the sheet's oracles ---------------------------------------------------------------------------
+# -- the spec's oracles ---------------------------------------------------------------------------
 @pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize("context", ["learned", "mean"])
 def test_oracle_1_scores_are_those_of_whole_matrices(rank, context):

@@ -1,4 +1,4 @@
-"""LUCID: the oracles of its sheet, and what only it does."""
+"""LUCID: the oracles of its spec, and what only it does."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def plain(q: Tensor, k: Tensor, y: Tensor, mask=None) -> Tensor:
     return attention(q, k, y, causal() if mask is None else mask, backend="reference").out
 
 
-# -- the sheet's oracles ---------------------------------------------------------------------------
+# -- the spec's oracles ---------------------------------------------------------------------------
 @pytest.mark.parametrize("block", [1, 5, 16, 256])
 def test_oracle_1_explicit_inverse(block):
     q, k, v = drawn()

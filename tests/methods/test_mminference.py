@@ -1,4 +1,4 @@
-"""A-shape and block-sparse heads, and the miniature comparison of the sheet mminference."""
+"""A-shape and block-sparse heads, and the miniature comparison of the spec mminference."""
 
 from __future__ import annotations
 

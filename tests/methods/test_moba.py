@@ -1,4 +1,4 @@
-"""MoBA: the sheet's oracles by their number, documents, padding, and decoding with kept means."""
+"""MoBA: the spec's oracles by their number, documents, padding, and decoding with kept means."""
 
 from dataclasses import replace
 

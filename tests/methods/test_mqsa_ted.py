@@ -32,7 +32,7 @@ def model(**more):
 
 
 def loop_of_shifts(h, real, window):
-    """The sheet's sum over l = 0 ... L-1, place by place."""
+    """The spec's sum over l = 0 ... L-1, place by place."""
     out = torch.zeros_like(h)
     for b in range(len(h)):
         for t in range(h.shape[1]):
@@ -73,7 +73,7 @@ def test_oracle_1_window_one_is_the_item_and_the_usual_block():
 
 
 def by_definition(block, h, real):
-    """The sheet's steps a to f with a dense softmax, one sequence at a time."""
+    """The spec's steps a to f with a dense softmax, one sequence at a time."""
     heads, length = block.heads, h.shape[1]
     mean = loop_of_shifts(h, real, block.window)
     out = torch.zeros_like(h)

@@ -1,4 +1,4 @@
-"""Random-feature attention: the sheet's oracles, the score type in layers, fit and targets."""
+"""Random-feature attention: the spec's oracles, the score type in layers, fit and targets."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def model_of(**more):
 
 
 def by_loops(model, query, keys, activation=torch.relu):
-    """f as the sheet writes it, without its features' scale."""
+    """f as the spec writes it, without its features' scale."""
     v = model.values.view(model.heads, -1) * len(model.values) ** -0.5
     one = torch.ones(1, dtype=F64)
     out = []
@@ -49,7 +49,7 @@ def by_loops(model, query, keys, activation=torch.relu):
     return torch.stack(out)[:, None]
 
 
-# -- the sheet's oracles ---------------------------------------------------------------------------
+# -- the spec's oracles ---------------------------------------------------------------------------
 @pytest.mark.parametrize("bias", [0.0, 1.0])
 def test_oracle_1_scores_are_standard_normal_around_the_bias(bias):
     (x0,), ((x,),) = on_sphere(1, 1, 4)

@@ -82,7 +82,7 @@ def identity_filters(made):
         conv.bias.zero_()
 
 
-# -- the sheet's oracles ---------------------------------------------------------------------------
+# -- the spec's oracles ---------------------------------------------------------------------------
 @pytest.mark.parametrize("memory", [0, 5])
 def test_oracle_1_identity_filters_are_transformer_xl_with_learnt_keys(memory):
     made, x = layer(), tokens(11)

@@ -1,4 +1,4 @@
-"""Rectified SpaAttn: the sheet's oracles by their number, a slow definition, padding, gradients."""
+"""Rectified SpaAttn: the spec's oracles by their number, a slow definition, padding, gradients."""
 
 import math
 from dataclasses import replace

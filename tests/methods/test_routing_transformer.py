@@ -1,4 +1,4 @@
-"""The Routing Transformer: the oracles of its sheet, and what only it does."""
+"""The Routing Transformer: the oracles of its spec, and what only it does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SEA's mask and estimator: the sheet's oracles 1 to 6 and 8."""
+"""SEA's mask and estimator: the spec's oracles 1 to 6 and 8."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SEA's outputs by hand, its gradients and its decoding: the sheet's oracle 7."""
+"""SEA's outputs by hand, its gradients and its decoding: the spec's oracle 7."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FORMS = pytest.mark.parametrize("form", ["causal", "bidirectional"])
 
 # -- outputs ---------------------------------------------------------------------------------------
 def by_hand(method, q, k, v, scores, gates, causally):
-    """Steps 7 to 11 of the sheet for one sequence, element by element: (H, L, Dv)."""
+    """Steps 7 to 11 of the spec for one sequence, element by element: (H, L, Dv)."""
     heads, length = q.shape[:2]
     k, v = (x.repeat_interleave(heads // len(k), 0) for x in (k, v))
     probs = scores.softmax(-1)

@@ -1,4 +1,4 @@
-"""Attentions that need no sink, and redistribution: the oracles of the sheet attention-sink."""
+"""Attentions that need no sink, and redistribution: the oracles of the spec attention-sink."""
 
 from __future__ import annotations
 

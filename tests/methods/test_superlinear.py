@@ -1,4 +1,4 @@
-"""Superlinear attention: the oracles of its sheet, its search, padding and counted work."""
+"""Superlinear attention: the oracles of its spec, its search, padding and counted work."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def by_definition(made, q, k, v, routing, first=None):
     return out
 
 
-# -- the sheet's oracles ---------------------------------------------------------------------------
+# -- the spec's oracles ---------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "more",
     [{"index": 3}, {"index": 0}, {"index": 3, "backward": 3.0, "forward": 1.0},
@@ -399,7 +399,7 @@ def test_counted_pairs_are_those_of_the_nearest_anchors():
 
 
 def test_search_pairs_and_shares_are_the_papers():
-    """The sheet's table; its spans differ from ours by a constant 268 pairs among the first few."""
+    """The spec's table; its spans differ from ours by a constant 268 pairs among the first few."""
     shares = {1024: 0.299, 4096: 0.148, 16384: 0.073, 65536: 0.037}
     search = {1024: 21_360, 4096: 172_768, 16384: 1_390_016, 65536: 11_152_256}
     for length, share in shares.items():

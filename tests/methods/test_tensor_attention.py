@@ -1,4 +1,4 @@
-"""Tensor attention: the oracles of its sheet, on given queries, keys and values."""
+"""Tensor attention: the oracles of its spec, on given queries, keys and values."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def by_definition(q, keys, values, mask=None, scale=None, weigh=torch.exp):
     return out / total.masked_fill(total == 0, 1.0)[..., None], total.log()
 
 
-# -- the sheet's oracles ---------------------------------------------------------------------------
+# -- the spec's oracles ---------------------------------------------------------------------------
 @pytest.mark.parametrize("mask", [None, causal()])
 @pytest.mark.parametrize(("order", "n"), [(2, 13), (3, 13), (4, 7)])
 def test_oracle_1_streaming_equals_einsum(order, n, mask):

@@ -1,4 +1,4 @@
-"""ULSAM: the sheet's oracles, against the formula group by group, and counts against tables."""
+"""ULSAM: the spec's oracles, against the formula group by group, and counts against tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The oracles of the sheet mminference that concern vertical-slash heads."""
+"""The oracles of the spec mminference that concern vertical-slash heads."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def by_definition(q, k, v, table):
 SMALL = VerticalSlash(verticals=12, slashes=50, last=32, forced_verticals=5, forced_slashes=48)
 
 
-# -- the sheet's choice, step by step, one head at a time -----------------------------------------
+# -- the spec's choice, step by step, one head at a time -----------------------------------------
 def chosen_by_loops(q, k, method, nv, ns, allowed=None):
     """V and T of one head as sets; q (Lq, D), k (Lkv, D)."""
     q_len, kv_len = len(q), len(k)
@@ -111,7 +111,7 @@ def test_oracle_1_all_columns_or_all_offsets_is_dense(method, q_len):
 
 # -- oracle 2 ------------------------------------------------------------------------------------
 def walked_by_loops(columns, offsets, rows, tile):
-    """Step 4 of the sheet, word for word: for each row block its runs and its single columns."""
+    """Step 4 of the spec, word for word: for each row block its runs and its single columns."""
     found = []
     for m in range(-(-rows // tile)):
         end = tile * m + tile

@@ -1,4 +1,4 @@
-"""VMoBA: the sheet's oracles by their number, all selections against a slow rule, padding, text."""
+"""VMoBA: the spec's oracles by their number, all selections against a slow rule, padding, text."""
 
 import itertools
 
@@ -191,7 +191,7 @@ def test_oracle_7_density_rises_with_the_threshold():
             kept = choose_pairs(g, torch.arange(60) // 7, "head", tau=tau)[0]
             total += float(kept.repeat_interleave(7, 1)[:, :60].double().mean())
         found.append(total / 20)
-    # The sheet's figures are of one draw; single draws lie within 8% of the mean.
+    # The spec's figures are of one draw; single draws lie within 8% of the mean.
     assert found == pytest.approx([0.115, 0.209, 0.417, 0.663], rel=0.08)
     assert found == sorted(found)
 

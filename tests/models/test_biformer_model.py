@@ -1,4 +1,4 @@
-"""BiFormer whole: counts equal to the sheet's, maps for a pyramid, what timm asks of a backbone."""
+"""BiFormer whole: counts equal to the spec's, maps for a pyramid, what timm asks of a backbone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_oracle_7_parameters_and_multiply_adds(make, count, giga):
     model = make()
     assert parameters(model) == count
     found = macs(model, IMAGE)
-    head = model.head.weight.numel()  # which the sheet's figures leave out
+    head = model.head.weight.numel()  # which the spec's figures leave out
     assert round((found.total - head) / 1e9, 3) == giga
 
 
@@ -42,7 +42,7 @@ def test_swin_layout_has_the_published_size():
 
 
 def test_multiply_adds_against_torchs_counter():
-    """All that torch sees, routing among it; attention itself by the sheet's formula."""
+    """All that torch sees, routing among it; attention itself by the spec's formula."""
     model = biformer_tiny()
     found = macs(model, IMAGE)
     with FlopCounterMode(display=False) as counter, torch.no_grad():

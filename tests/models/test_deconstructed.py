@@ -1,4 +1,4 @@
-"""Deconstructed attention in whole models: the sheet's oracles on streams, counts and skipping."""
+"""Deconstructed attention in whole models: the spec's oracles on streams, counts and skipping."""
 
 from __future__ import annotations
 

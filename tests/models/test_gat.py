@@ -73,7 +73,7 @@ def test_layer_attention_is_multi_head_attention():
 
 
 def test_a_gate_has_a_thousandth_of_attentions_parameters():
-    """The sheet: 2 H D' against 4 d^2, at WavLM-Large's 1,024 features."""
+    """The spec: 2 H D' against 4 d^2, at WavLM-Large's 1,024 features."""
     gate = GaussianGate(8, form="density", features=1024)
     counts = [sum(p.numel() for p in m.parameters()) for m in (gate, LayerAttention(1024))]
     assert counts == [2 * 8 * 1024, 4 * 1024**2 + 4 * 1024]

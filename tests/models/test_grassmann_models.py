@@ -36,7 +36,7 @@ def ids(length=17, batch=2):
 
 @pytest.mark.parametrize(("layers", "length", "millions"), [(6, 128, 12.61), (12, 256, 17.41)])
 def test_parameters_of_the_papers_models(layers, length, millions):
-    """By the sheet's formula; the published counts are about 65.5k a layer higher."""
+    """By the spec's formula; the published counts are about 65.5k a layer higher."""
     made = FoveateForCausalLM(
         config(
             vocab_size=30522, hidden_size=256, num_hidden_layers=layers, intermediate_size=1024,

@@ -158,7 +158,7 @@ def step3_tensors():
 
 
 def step3_logits(w, ids):
-    """The sheet's algorithm A and D, token mixing and experts written out."""
+    """The spec's algorithm A and D, token mixing and experts written out."""
 
     def norm(x, weight):
         return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight

@@ -22,7 +22,7 @@ def layer(**more) -> BiLevelRoutingAttention:
 
 
 def by_hand(m: BiLevelRoutingAttention, x: Tensor, topk: int = 3, regions: int = 7) -> Tensor:
-    """The sheet's steps, region by region, with gathered copies of keys and values."""
+    """The spec's steps, region by region, with gathered copies of keys and values."""
     height, width = x.shape[1:3]
     rows, cols = -(-height // regions), -(-width // regions)
     if m.pad == "reference":

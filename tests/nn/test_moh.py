@@ -1,4 +1,4 @@
-"""Mixture of heads: the sheet's oracles 1 to 9, by their numbers."""
+"""Mixture of heads: the spec's oracles 1 to 9, by their numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sparse query attention: the sheet's oracles 1 to 6, by their numbers."""
+"""Sparse query attention: the spec's oracles 1 to 6, by their numbers."""
 
 from __future__ import annotations
 

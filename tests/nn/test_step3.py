@@ -1,4 +1,4 @@
-"""MFA and MFA-KR: the sheet's oracles 1 to 5 and 9, by their numbers."""
+"""MFA and MFA-KR: the spec's oracles 1 to 5 and 9, by their numbers."""
 
 from __future__ import annotations
 

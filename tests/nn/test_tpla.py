@@ -1,4 +1,4 @@
-"""MLA, TPLA and GLA: the sheet's oracles 1 to 10, by their numbers."""
+"""MLA, TPLA and GLA: the spec's oracles 1 to 10, by their numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layouts over multi-axis tiles: exact for any tiles, few bits, and counted as the sheet says."""
+"""Layouts over multi-axis tiles: exact for any tiles, few bits, and counted as the spec says."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def test_the_inverse_range_is_the_column_for_every_length_below_26():
             inside, (i >= axis.start(i, length)[:, None]) & (i < axis.end(i, length)[:, None])
         )
         checked += length
-    assert checked == 111_150  # the sheet's 110,500 and those of a window of 1
+    assert checked == 111_150  # the spec's 110,500 and those of a window of 1
 
 
 def test_special_cases():

@@ -98,7 +98,7 @@ def test_arms_train_and_are_measured(arm, tmp_path):
 )
 def test_the_released_model_and_its_windows():
     found = paper.run(Trial("released", 0, quick=True))[paper.MODEL]
-    # four segments of another text than the sheet's 40, whose figure is 70%
+    # four segments of another text than the spec's 40, whose figure is 70%
     assert 0.6 < found["sink 1, 0.3"] < 0.85
     assert found["sink 1, 0.2"] > found["sink 1, 0.3"] > found["sink 1, 0.4"]
     assert found["sink 2, 0.3"] < 0.05

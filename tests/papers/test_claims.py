@@ -96,7 +96,9 @@ def test_without_a_checkout_it_says_where_verdicts_come_from(monkeypatch, tmp_pa
 def test_the_catalogs_papers_and_all_miniatures_are_in_the_table():
     found = rows(claims.papers_of_the_list(), papers.available(), papers.load, {})
     assert {row["key"] for row in found} >= set(papers.available())
-    assert {row["key"] for row in found} >= {r.sheet for r in foveate.catalog.rows() if r.sheet}
+    assert {row["key"] for row in found} >= {
+        r.miniature for r in foveate.catalog.rows() if r.miniature
+    }
     assert summary(found).startswith(f"Of {len(found)} papers: 0 hold, 0 refuted")
 
 

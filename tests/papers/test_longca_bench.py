@@ -1,4 +1,4 @@
-"""The benchmark's miniature runs through, and what is counted in it is as its sheet says."""
+"""The benchmark's miniature runs through, and what is counted in it is as its spec says."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_counted_cells_quickly():
 
 @pytest.mark.slow
 def test_balance_at_the_sheets_size():
-    """The sheet's pilot: zig-zag 2.13 and 1.000, per document at most 1.05, for short documents."""
+    """The spec's pilot: zig-zag 2.13 and 1.000, per document at most 1.05, for short documents."""
     found = balance(Trial("balance", 0))
     assert found["zigzag"]["imbalance, short"] > 1.4
     assert found["zigzag"]["imbalance, one document"] < 1.001

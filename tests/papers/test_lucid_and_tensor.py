@@ -22,7 +22,7 @@ def cell(key: str, name: str, tmp_path, quick=True):
 
 # -- LUCID ----------------------------------------------------------------------------------------
 def test_lucid_retrieves_as_the_pilot_did(tmp_path):
-    """The sheet's figures of one run with other draws: 0.25/0.98, 0.01/0.83, 0.16/0.90, 1/1."""
+    """The spec's figures of one run with other draws: 0.25/0.98, 0.01/0.83, 0.16/0.90, 1/1."""
     _, found = cell("lucid", "retrieval", tmp_path, quick=False)
     for case, softmax, lucid in (
         ("d=64 n=256 c=2", 0.25, 0.98),

@@ -233,7 +233,7 @@ def test_hyperattention_counts_what_its_layouts_visit(tmp_path):
 
 
 def test_hyperattention_on_clusters_is_as_the_pilot_was(tmp_path):
-    """The sheet's figures, 0.333, 0.515, 0.500 and 0.502, from a pilot with other draws."""
+    """The spec's figures, 0.333, 0.515, 0.500 and 0.502, from a pilot with other draws."""
     from foveate.papers.hyperattention import BLOCKS, OURS, RANDOM, SAMPLES, clustered
 
     seeds = [clustered(Trial("clustered 64", seed), 64) for seed in range(3)]

@@ -32,7 +32,7 @@ def test_rcmha_trains_an_arm(arm, tmp_path):
 
 
 def test_rcmhas_arms_differ_by_what_they_are_named_for():
-    """By the sheet's formula, 96 wide with 4 heads of 24 in 2 layers; its own runs had 64 rows."""
+    """By the spec's formula, 96 wide with 4 heads of 24 in 2 layers; its own runs had 64 rows."""
 
     def parameters(arm):
         attention, position = rcmha.ARMS[arm]

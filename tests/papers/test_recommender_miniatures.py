@@ -103,7 +103,7 @@ def test_choices_follow_tastes_and_successors():
     counts = data.transitions()
     last = torch.tensor([s[-2] for s in data.sequences])
     unseen = counts.counts(last, torch.tensor([s[-1] for s in data.sequences])) == 0
-    assert 0.7 < unseen.double().mean() < 0.9  # the sheet found 0.79
+    assert 0.7 < unseen.double().mean() < 0.9  # the spec found 0.79
     few = [mqsa_ted.made(seed, 50).digest() for seed in (1, 1, 2)]
     assert few[0] == few[1] != few[2]
 

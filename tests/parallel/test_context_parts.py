@@ -74,7 +74,7 @@ def test_short_documents_are_spread_over_ranks():
 
 
 def test_oracle_3_step_masks():
-    """Zig-zag and striped causal steps, by the sheet's rules, for every rank and step."""
+    """Zig-zag and striped causal steps, by the spec's rules, for every rank and step."""
     for ranks in (2, 4):
         n, own = 16 * ranks, 16
         rule = MaskRule(causal(), n)

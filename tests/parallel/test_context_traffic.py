@@ -1,4 +1,4 @@
-"""What ranks send, counted where it leaves, against the sheet's formulas (oracle 5)."""
+"""What ranks send, counted where it leaves, against the spec's formulas (oracle 5)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def sent(found, when, without=()):
 
 @pytest.mark.parametrize("heads", [(8, 2), (8, 8)])
 def test_oracle_5_numbers_sent(heads):
-    """Counted where they leave; the right side is the sheet's formula, written out here."""
+    """Counted where they leave; the right side is the spec's formula, written out here."""
     (hq, hkv), d, s = heads, 8, 128
     p = problem(s, heads, (d, d), batch=1, dtype=torch.float32)
     p["dlse"] = torch.zeros_like(p["dlse"])

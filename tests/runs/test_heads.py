@@ -1,4 +1,4 @@
-"""Figures of heads and hidden states: the sheet attention-sink's metrics, by whole matrices."""
+"""Figures of heads and hidden states: the spec attention-sink's metrics, by whole matrices."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ FORM_SETTINGS = (
     Setting((64, 64), (13, 13), (1, 1)),
     Setting((64, 64), (25, 25), (1, 1)),
 )
-# Those of the GNA sheet's miniature.
+# Those of GNA's miniature.
 STRIDE_SETTINGS = tuple(
     Setting((128, 128), (48, 48), stride, (16, 16), (8, 8), ("fused",))
     for stride in ((1, 1), (16, 1), (1, 16), (16, 16))

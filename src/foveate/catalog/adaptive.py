@@ -25,7 +25,7 @@ ROWS: tuple[Row, ...] = (
         title="DR-RL",
         summary="Scores of low rank; a policy or a rule picks the rank of each layer and segment.",
         papers=(ERDEN,),
-        sheet="drrl",
+        miniature="drrl",
         capabilities=Capabilities(
             decode=Support(True, "reads r numbers of each key, from a state of a layer's own"),
             padding=Support(True, "in front or behind; other masks are refused"),
@@ -43,7 +43,7 @@ ROWS: tuple[Row, ...] = (
         title="EchoAtt",
         summary="Layers whose attention maps are alike copy one, and lose their queries and keys.",
         papers=(ECHOATT,),
-        sheet="echoatt",
+        miniature="echoatt",
         capabilities=Capabilities(
             decode=Support(True, "a follower caches values alone, built with echoatt-values"),
         ),
@@ -56,7 +56,7 @@ ROWS: tuple[Row, ...] = (
         title="Values of a follower (EchoAtt)",
         summary="The projection of a layer that copies another one's map: no queries, no keys.",
         papers=(ECHOATT,),
-        sheet="echoatt",
+        miniature="echoatt",
         capabilities=Capabilities(),
         jobs=("Attention",),
     ),

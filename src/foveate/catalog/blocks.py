@@ -32,7 +32,7 @@ ROWS: tuple[Row, ...] = (
         title="Mixture of block attention (MoBA)",
         summary="Per query its own block and the earlier blocks whose mean keys score highest.",
         papers=(MOBA,),
-        sheet="vmoba",
+        miniature="vmoba",
         capabilities=Capabilities(
             decode=Support(True, "dense over the whole cache, or by option the same rule"),
             bidirectional=Support(False, "defined for causal attention; use vmoba or block-sparse"),
@@ -46,7 +46,7 @@ ROWS: tuple[Row, ...] = (
         title="Video mixture of block attention (VMoBA)",
         summary="Blocks of frames, places and both by turns; pairs of a whole head compete.",
         papers=(VMOBA, MOBA),
-        sheet="vmoba",
+        miniature="vmoba",
         capabilities=Capabilities(
             decode=WHOLE_VIDEO, causal_outputs=NOT_CAUSAL, causal_routing=NOT_CAUSAL
         ),
@@ -59,7 +59,7 @@ ROWS: tuple[Row, ...] = (
         title="Rectified SpaAttn",
         summary="Few key blocks, scaled to their share of the mass; pooled values for others.",
         papers=(RECTIFIED,),
-        sheet="rectified-spaattn",
+        miniature="rectified-spaattn",
         capabilities=Capabilities(
             decode=WHOLE_VIDEO,
             backward=Support(True, "what is chosen is constant; the factors have gradients"),

@@ -30,7 +30,7 @@ ROWS: tuple[Row, ...] = (
         title="SnapKV",
         summary="After the prompt each head keeps the keys that its last queries attend to.",
         papers=(SNAPKV, SINKS),
-        sheet="attention-sink",
+        miniature="attention-sink",
         capabilities=CUTS,
     ),
     Row(
@@ -40,7 +40,7 @@ ROWS: tuple[Row, ...] = (
         title="H2O",
         summary="The cache keeps the newest keys and those that were attended to most so far.",
         papers=(H2O, SINKS),
-        sheet="attention-sink",
+        miniature="attention-sink",
         capabilities=CUTS,
     ),
 )

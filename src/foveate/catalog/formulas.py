@@ -79,7 +79,7 @@ ROWS: tuple[Row, ...] = (
         title="Hierarchical self-attention",
         summary="On a tree of tokens, the matrix closest to softmax that is constant on siblings.",
         papers=(HSA,),
-        sheet="hsa",
+        miniature="hsa",
         capabilities=Capabilities(
             decode=Support(True, "with ties='columns', a causal extension; the paper has encoders"),
             causal_outputs=TIED_ROWS,
@@ -94,7 +94,7 @@ ROWS: tuple[Row, ...] = (
         title="Flow-Attention",
         summary="Linear time; sources compete and sinks are allotted, as in a network of flows.",
         papers=(FLOW,),
-        sheet="flowformer",
+        miniature="flowformer",
         capabilities=Capabilities(
             decode=Support(True, "from sums of its own, not from keys and values"),
         ),
@@ -108,7 +108,7 @@ ROWS: tuple[Row, ...] = (
         summary="A learnt gate on how far each entry lies from the mean of its group; no tokens "
         "are compared.",
         papers=(GAAM,),
-        sheet="gaam",
+        miniature="gaam",
         capabilities=Capabilities(gqa=NO_HEADS),
         jobs=MIXERS,
     ),
@@ -119,7 +119,7 @@ ROWS: tuple[Row, ...] = (
         title="Causal Grassmann layer",
         summary="Planes that a token spans with a few earlier ones, gated into it; no attention.",
         papers=(GRASSMANN,),
-        sheet="grassmann",
+        miniature="grassmann",
         capabilities=Capabilities(gqa=NO_HEADS),
         jobs=MIXERS,
     ),
@@ -130,7 +130,7 @@ ROWS: tuple[Row, ...] = (
         title="No token mixing (Deconstructing)",
         summary="A gated MLP of as many weights in attention's place; for hybrids and as a floor.",
         papers=(DECONSTRUCTING,),
-        sheet="deconstructing",
+        miniature="deconstructing",
         capabilities=Capabilities(gqa=NO_HEADS),
         jobs=MIXERS,
     ),
@@ -141,7 +141,7 @@ ROWS: tuple[Row, ...] = (
         title="Taylor attention (Deconstructing)",
         summary="The softmax's second-order expansion, in linear time with running sums.",
         papers=(DECONSTRUCTING, BASED),
-        sheet="deconstructing",
+        miniature="deconstructing",
         capabilities=Capabilities(),
         jobs=BUILDERS,
     ),
@@ -152,7 +152,7 @@ ROWS: tuple[Row, ...] = (
         title="One score for each key (Deconstructing)",
         summary="A running softmax whose scores depend on the key's position alone.",
         papers=(DECONSTRUCTING,),
-        sheet="deconstructing",
+        miniature="deconstructing",
         capabilities=Capabilities(),
         jobs=BUILDERS,
     ),
@@ -163,7 +163,7 @@ ROWS: tuple[Row, ...] = (
         title="Queries and keys of the embeddings (Deconstructing)",
         summary="In every layer the token embeddings decide who attends to whom.",
         papers=(DECONSTRUCTING,),
-        sheet="deconstructing",
+        miniature="deconstructing",
         capabilities=Capabilities(),
         jobs=MIXERS,
     ),
@@ -174,7 +174,7 @@ ROWS: tuple[Row, ...] = (
         title="Queries and keys of fixed noise (Deconstructing)",
         summary="Fixed random embeddings run through the blocks and decide who attends to whom.",
         papers=(DECONSTRUCTING,),
-        sheet="deconstructing",
+        miniature="deconstructing",
         capabilities=Capabilities(),
         jobs=MIXERS,
     ),
@@ -185,7 +185,7 @@ ROWS: tuple[Row, ...] = (
         title="Queries and keys of a fixed text (Deconstructing)",
         summary="One fixed sequence runs through the blocks and decides who attends to whom.",
         papers=(DECONSTRUCTING,),
-        sheet="deconstructing",
+        miniature="deconstructing",
         capabilities=Capabilities(),
         jobs=MIXERS,
     ),
@@ -196,7 +196,7 @@ ROWS: tuple[Row, ...] = (
         title="LUCID",
         summary="Any attention over values from which similar earlier keys' part is erased first.",
         papers=(DUVVURI,),
-        sheet="lucid",
+        miniature="lucid",
         capabilities=Capabilities(
             bidirectional=Support(False, "a value is prepared from those of earlier tokens")
         ),
@@ -210,7 +210,7 @@ ROWS: tuple[Row, ...] = (
         summary="Each query attends to pairs of tokens; exact, or near-linear where logits are "
         "small.",
         papers=(ALMAN_SONG,),
-        sheet="tensor-attention",
+        miniature="tensor-attention",
         capabilities=Capabilities(
             causal_routing=Support(
                 True,
@@ -228,7 +228,7 @@ ROWS: tuple[Row, ...] = (
         summary="A short convolution on queries, keys and values; scores by learnt distances; a "
         "memory of earlier segments.",
         papers=(RCMHA, PRIMER, TRANSFORMER_XL),
-        sheet="rcmha",
+        miniature="rcmha",
         capabilities=Capabilities(
             decode=Support(
                 True,

@@ -92,7 +92,7 @@ ROWS: tuple[Row, ...] = (
         title="Full attention",
         summary="Every key that the mask allows; what the others are measured against.",
         papers=(VASWANI,),
-        sheet="",
+        miniature="",
         capabilities=Capabilities(),
     ),
     Row(
@@ -102,7 +102,7 @@ ROWS: tuple[Row, ...] = (
         title="Sink + window (StreamingLLM)",
         summary="The first few tokens and a sliding window; as a mask, or with a bounded cache.",
         papers=(STREAMING, SINKS),
-        sheet="attention-sink",
+        miniature="attention-sink",
         capabilities=Capabilities(),
     ),
     Row(
@@ -112,7 +112,7 @@ ROWS: tuple[Row, ...] = (
         title="A-shape (MInference)",
         summary="A wide sink and a local band, the static head pattern of MInference.",
         papers=(MINFERENCE, MMINFERENCE),
-        sheet="mminference",
+        miniature="mminference",
         capabilities=Capabilities(decode=DENSE_DECODE),
     ),
     Row(
@@ -122,7 +122,7 @@ ROWS: tuple[Row, ...] = (
         title="Vertical-slash (MInference)",
         summary="Key columns and diagonals, chosen from the attention of the last 64 queries.",
         papers=(MINFERENCE, MMINFERENCE),
-        sheet="mminference",
+        miniature="mminference",
         capabilities=Capabilities(
             decode=DENSE_DECODE, bidirectional=SLASHES, causal_routing=LAST_QUERIES
         ),
@@ -134,7 +134,7 @@ ROWS: tuple[Row, ...] = (
         title="Block-sparse (MInference)",
         summary="Per block of queries the key blocks whose pooled scores are highest.",
         papers=(MINFERENCE, MMINFERENCE),
-        sheet="mminference",
+        miniature="mminference",
         capabilities=Capabilities(decode=DENSE_DECODE, causal_routing=POOLED_BLOCK),
     ),
     Row(
@@ -144,7 +144,7 @@ ROWS: tuple[Row, ...] = (
         title="Neighborhood attention (fused)",
         summary="On a grid of tokens in one to three axes, the window of the nearest ones.",
         papers=(FASTER_NA, NAT, DINAT),
-        sheet="fna",
+        miniature="fna",
         capabilities=Capabilities(),
         jobs=GRIDS,
     ),
@@ -155,7 +155,7 @@ ROWS: tuple[Row, ...] = (
         title="Generalized neighborhood attention",
         summary="Neighborhoods whose windows groups of queries share, so that whole tiles count.",
         papers=(GENERALIZED_NA, FASTER_NA),
-        sheet="gna",
+        miniature="gna",
         capabilities=Capabilities(
             decode=Support(True, "with a stride, the last group's window depends on the length")
         ),
@@ -168,7 +168,7 @@ ROWS: tuple[Row, ...] = (
         title="Tri-shape (MInference)",
         summary="An A-shape whose last queries see everything; the papers' baseline.",
         papers=(MINFERENCE, MMINFERENCE),
-        sheet="mminference",
+        miniature="mminference",
         capabilities=Capabilities(decode=DENSE_DECODE, bidirectional=CAUSAL_ONLY),
     ),
     Row(
@@ -178,7 +178,7 @@ ROWS: tuple[Row, ...] = (
         title="Grid (MMInference)",
         summary="Every stride-th column and row, the stride and phase found in the input.",
         papers=(MMINFERENCE,),
-        sheet="mminference",
+        miniature="mminference",
         capabilities=Capabilities(
             decode=DENSE_DECODE, bidirectional=CAUSAL_ONLY, causal_routing=LAST_QUERIES
         ),
@@ -190,7 +190,7 @@ ROWS: tuple[Row, ...] = (
         title="Q-boundary (MMInference)",
         summary="Text and vision queries each run a pattern of their own, on all keys.",
         papers=(MMINFERENCE,),
-        sheet="mminference",
+        miniature="mminference",
         capabilities=Capabilities(
             decode=DENSE_DECODE, bidirectional=CAUSAL_ONLY, causal_routing=LAST_QUERIES
         ),
@@ -202,7 +202,7 @@ ROWS: tuple[Row, ...] = (
         title="2D-boundary (MMInference)",
         summary="Each pair of query and key modality runs its own pattern, merged by lse.",
         papers=(MMINFERENCE,),
-        sheet="mminference",
+        miniature="mminference",
         capabilities=Capabilities(
             decode=DENSE_DECODE, bidirectional=CAUSAL_ONLY, causal_routing=LAST_QUERIES
         ),
@@ -214,7 +214,7 @@ ROWS: tuple[Row, ...] = (
         title="MMInference's search",
         summary="Each head runs the pattern and budget that a search on the model found for it.",
         papers=(MINFERENCE, MMINFERENCE),
-        sheet="mminference",
+        miniature="mminference",
         capabilities=Capabilities(
             decode=DENSE_DECODE, bidirectional=CAUSAL_ONLY, causal_routing=LAST_QUERIES
         ),
@@ -227,7 +227,7 @@ ROWS: tuple[Row, ...] = (
         title="HyperAttention",
         summary="Sorted diagonal blocks exactly, a few weighted sampled keys for the rest.",
         papers=(HYPER,),
-        sheet="hyperattention",
+        miniature="hyperattention",
         capabilities=Capabilities(
             decode=Support(True, "dense over the whole cache"), causal_routing=SORTED_QUERIES
         ),
@@ -239,7 +239,7 @@ ROWS: tuple[Row, ...] = (
         title="Dynamic hierarchical sparse (DHSA)",
         summary="A learnt predictor cuts chunks of unequal length; queries keep the best ones.",
         papers=(DHSA,),
-        sheet="dhsa",
+        miniature="dhsa",
         capabilities=Capabilities(bidirectional=CAUSAL_CHUNKS, causal_routing=LOOKS_AHEAD),
         jobs=FITTED,
     ),
@@ -250,7 +250,7 @@ ROWS: tuple[Row, ...] = (
         title="Flux",
         summary="A learnt router gives each layer full or sparse attention, once for each prompt.",
         papers=(FLUX,),
-        sheet="flux",
+        miniature="flux",
         capabilities=Capabilities(bidirectional=STREAMED, causal_routing=PROMPT_END),
         jobs=FITTED,
     ),

@@ -23,7 +23,7 @@ ROWS: tuple[Row, ...] = (
         title="Low-rank attentive pooling (LAMA)",
         summary="Many weightings of a text's words by rank-1 forms with one context vector.",
         papers=(LAMA,),
-        sheet="lama",
+        miniature="lama",
         capabilities=Capabilities(
             decode=Support(True, "prefix by prefix from sums, where the context is learned"),
             gqa=NO_KV,
@@ -37,7 +37,7 @@ ROWS: tuple[Row, ...] = (
         title="Self-attentive pooling",
         summary="Many weightings of a text's words by a small network.",
         papers=(LIN,),
-        sheet="lama",
+        miniature="lama",
         capabilities=Capabilities(
             decode=POOLS, gqa=NO_KV, causal_outputs=POOLS, causal_routing=POOLS
         ),

@@ -23,7 +23,7 @@ ROWS: tuple[Row, ...] = (
         title="Bag of whole words (ColBERTer)",
         summary="One vector to find a text by, one small vector for each of its words to rank it.",
         papers=(COLBERTER,),
-        sheet="colberter",
+        miniature="colberter",
         capabilities=Capabilities(
             decode=NO_DECODE, gqa=NO_KV, causal_outputs=BOTH_WAYS, causal_routing=BOTH_WAYS
         ),

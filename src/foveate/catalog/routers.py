@@ -37,7 +37,7 @@ ROWS: tuple[Row, ...] = (
         title="Top-k routing",
         summary="Each token chooses its experts by itself, by a linear map.",
         papers=(SHAZEER,),
-        sheet="attn-smoe",
+        miniature="attn-smoe",
         capabilities=Capabilities(gqa=HEADS),
         jobs=MODELS,
     ),
@@ -48,7 +48,7 @@ ROWS: tuple[Row, ...] = (
         title="Similarity-aware routing",
         summary="A token's experts by an average over the tokens of its sequence that are alike.",
         papers=(GRAPH,),
-        sheet="attn-smoe",
+        miniature="attn-smoe",
         capabilities=Capabilities(
             decode=Support(True, "keeps E + D numbers more of each token"), gqa=HEADS
         ),
@@ -61,7 +61,7 @@ ROWS: tuple[Row, ...] = (
         title="Attention-aware routing",
         summary="A token's experts by an average over the tokens that its attention looked at.",
         papers=(GRAPH,),
-        sheet="attn-smoe",
+        miniature="attn-smoe",
         capabilities=Capabilities(
             prefill=Support(
                 True,
@@ -79,7 +79,7 @@ ROWS: tuple[Row, ...] = (
         title="XMoE",
         summary="Scores by directions of the experts in a few dimensions.",
         papers=(CHI,),
-        sheet="attn-smoe",
+        miniature="attn-smoe",
         capabilities=Capabilities(gqa=HEADS),
         jobs=MODELS,
     ),
@@ -90,7 +90,7 @@ ROWS: tuple[Row, ...] = (
         title="SMoE-Dropout",
         summary="A random router that isn't trained; more experts run as training goes on.",
         papers=(CHEN,),
-        sheet="attn-smoe",
+        miniature="attn-smoe",
         capabilities=Capabilities(gqa=HEADS),
         jobs=MODELS,
     ),
@@ -101,7 +101,7 @@ ROWS: tuple[Row, ...] = (
         title="StableMoE",
         summary="Learns to choose experts by a token's id alone, and keeps to it from then on.",
         papers=(DAI,),
-        sheet="attn-smoe",
+        miniature="attn-smoe",
         capabilities=Capabilities(gqa=HEADS),
         jobs=MODELS,
     ),

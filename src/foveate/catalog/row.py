@@ -64,7 +64,7 @@ class Row:
         title: what people call it.
         summary: one sentence on what it does.
         papers: where it is defined; empty only for what no paper defines.
-        sheet: key of the sheet that specifies it.
+        miniature: key of the miniature in `foveate.papers` that tests its claim; "" without one.
         capabilities: what works and what doesn't.
         jobs: where users reach it.
     """
@@ -75,7 +75,7 @@ class Row:
     title: str
     summary: str
     papers: tuple[Paper, ...]
-    sheet: str
+    miniature: str
     capabilities: Capabilities
     jobs: tuple[str, ...] = ("compare", "use")
 

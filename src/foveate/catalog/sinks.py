@@ -53,7 +53,7 @@ def _normaliser(key: str, name: str, title: str, summary: str, *papers: Paper) -
         title=title,
         summary=summary,
         papers=(*papers, SINKS),
-        sheet="attention-sink",
+        miniature="attention-sink",
         capabilities=Capabilities(),
         jobs=BUILDERS,
     )
@@ -93,7 +93,7 @@ ROWS: tuple[Row, ...] = (
         summary="Sinks beyond the first token keep a part of their mass; the rest goes to the "
         "other keys.",
         papers=(ACT, SINKS),
-        sheet="attention-sink",
+        miniature="attention-sink",
         capabilities=Capabilities(
             decode=Support(True, "the sinks are those of the call's own queries"),
             causal_routing=Support(False, "all queries of the call say which keys are sinks"),
@@ -108,7 +108,7 @@ ROWS: tuple[Row, ...] = (
         summary="Each layer and head runs what a file names for it, such as foveate inspect's "
         "suggestion.",
         papers=(MINFERENCE, SINKS),
-        sheet="attention-sink",
+        miniature="attention-sink",
         capabilities=Capabilities(),
         jobs=("compare", "use", "inspect"),
     ),

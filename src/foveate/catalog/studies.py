@@ -35,7 +35,7 @@ ROWS: tuple[Row, ...] = (
         title="Head-to-head channels (Talking Heads)",
         summary="Finds the channels between heads by component, and tests them by edits.",
         papers=(MERULLO,),
-        sheet="talking-heads",
+        miniature="talking-heads",
         capabilities=Capabilities(
             prefill=Support(True, "the model's own, watched or edited"),
             decode=Support(True, "the model's own, edited"),
@@ -55,7 +55,7 @@ ROWS: tuple[Row, ...] = (
         title="Out-of-context reasoning (OCR)",
         summary="Recall by one head, whose factorised maps deduce what a merged one can't.",
         papers=(OCR,),
-        sheet="ocr",
+        miniature="ocr",
         capabilities=LOOKS,
         jobs=("reproduce", "foveate.lens"),
     ),

@@ -20,7 +20,7 @@ ROWS: tuple[Row, ...] = (
         title="ReLU and a mean",
         summary="ReLU of the scores over the number of keys, in the softmax's place.",
         papers=(FU,),
-        sheet="random-features",
+        miniature="random-features",
         capabilities=Capabilities(),
         jobs=BUILDERS,
     ),
@@ -31,7 +31,7 @@ ROWS: tuple[Row, ...] = (
         title="Random-feature attention",
         summary="A layer with frozen random query-key maps, whose values are fitted in one step.",
         papers=(FU,),
-        sheet="random-features",
+        miniature="random-features",
         capabilities=Capabilities(
             decode=FITTED,
             gqa=Support(False, "has no key/value heads"),

@@ -49,7 +49,7 @@ def claims(
 
 def papers_of_the_list() -> tuple[str, ...]:
     """Keys of the papers that the catalog's rows come from; with or without a miniature."""
-    return tuple(dict.fromkeys(row.sheet for row in catalog.rows() if row.sheet))
+    return tuple(dict.fromkeys(row.miniature for row in catalog.rows() if row.miniature))
 
 
 def _kept(results: str | None) -> dict[str, dict[str, Any]]:

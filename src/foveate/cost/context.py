@@ -10,7 +10,7 @@ A ring moves as one: where it leaves a machine, its every step takes as long as 
 double ring whose windows are machines uses the slow link while an inner ring runs. Of an
 all-to-all over more than one machine the part for other machines takes the slow link.
 
-Source: sheet of arXiv 2510.17896, cost section and miniature C.
+For arXiv 2510.17896.
 """
 
 from __future__ import annotations

@@ -21,13 +21,13 @@ Three parts (Su et al. 2026, arXiv 2604.10098, a survey; the claims are those th
 
   The language is pairs and back-copies (`tasks/backcopy.py`), where a head is needed after three of
   64 tokens and must do nothing after the others: there a sink forms within 2,400 steps. On bytes,
-  which the sheet has, it doesn't at this size (sinks take far more text, arXiv 2410.10781): after
+  which were planned, it doesn't at this size (sinks take far more text, arXiv 2410.10781): after
   2,000 steps at width 64 the softmax arm's Sink_1(0.3) was 0.0006, and 0 with a start token.
 
-The checks on trained models are those of the sheet: gates on elements and learnt sink logits lower
-Sink_1 threefold at no more than 1% of loss; below 5% the softmax model has no sinks and nothing is
-said. Since copies are a tenth of what there is to learn, nine of ten must be right, too. The other
-arms are told, without a condition.
+The checks on trained models are those that were planned: gates on elements and learnt sink logits
+lower Sink_1 threefold at no more than 1% of loss; below 5% the softmax model has no sinks and
+nothing is said. Since copies are a tenth of what there is to learn, nine of ten must be right, too.
+The other arms are told, without a condition.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Routers that share: do tokens that are routed by their neighbours too learn better experts?
 
-Two tasks, as the sheet has them:
+Two tasks:
 
 - specialists: 8 clusters of tokens, each with a linear map of its own to its targets; a sequence
   holds tokens of 2 clusters, so that neighbours tell of a token's cluster. 8 linear experts, 2 for
@@ -12,7 +12,7 @@ Two tasks, as the sheet has them:
   noise of 0.5; both errors are shares of the targets' variance.
 - bytes: language models of 2 layers with 8 experts, 2 for a token, by three routers. "attacked" is
   the loss where a tenth of the words in the input are overwritten by "A", of the bytes outside of
-  them. On it the sheet sets no threshold.
+  them. On it no threshold is set.
 
 "entropy" of a token's averaged distribution is in nats, "changed 50%" the share of tokens whose set
 of experts differs between half of the training and its end, on the same tokens that aren't trained

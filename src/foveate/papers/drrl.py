@@ -37,8 +37,8 @@ the same mean rank, segments of 128, bases made anew where the past has doubled.
 rank of about 51 or less. "flops, 32,768" is the same at that length.
 
 A policy that takes one rank everywhere is a fixed rank, and one that takes a rank for each layer is
-an assignment: it ties, which isn't better. The sheet refutes the claim where the energy rule or the
-layers' fixed ranks match the policy, so that a tie with either does.
+an assignment: it ties, which isn't better. The claim is refuted where the
+energy rule or the layers' fixed ranks match the policy, so that a tie with either does.
 """
 
 from __future__ import annotations

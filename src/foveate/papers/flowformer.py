@@ -11,7 +11,7 @@ without competition and without allocation:
   steps, nor did either on 256 alone, read at the first. The learning rate is tuned for both arms.
 
 The claim is refuted if Flow gains on linear attention in neither of them: 0.02 nats, or one point
-of accuracy. It holds if it gains on bytes; the sheet's author couldn't separate them there in 400
+of accuracy. It holds if it gains on bytes; an earlier run couldn't separate them there in 400
 steps, so a loss there refutes nothing by itself. Beside it: whether the ablations lie between,
 whether rows of weights are less spread out ("entropy" of the renormalised rows, in nats, on the
 test split), and whether the time of forward and backward is linear in the length.

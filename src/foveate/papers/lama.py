@@ -5,7 +5,7 @@ customers' texts with 77 intents; what differs is how its states become one vect
 and a learnt context ("LAMA+ctx": the mean of the states), self-attentive pooling 8 heads and
 d_a = 64. All arms get the same steps and the same three learning rates to choose from.
 
-The sheet's miniature has sentiment and rating of reviews, from a package that isn't shipped;
+Planned were sentiment and rating of reviews, from a package that isn't shipped;
 Banking77 is a topic task, of the claim's families the one at hand. "LAMA" below is whichever of
 both contexts has the lower validation loss, the baseline likewise the best of its arms, so that
 neither is picked on the test split. The head of an arm with m heads is m times as wide as that of

@@ -2,7 +2,7 @@
 
 Heads with frozen random query-key maps and fitted values (RFA), the same with the identity added to
 these maps (BRFA), and a hidden layer of as many fitted weights on the concatenated input (RFMLP),
-on the sheet's six functions of a query and 16 keys on the sphere, and on two between the average
+on six functions of a query and 16 keys on the sphere, and on two between the average
 and the correlated one. Figures are excess risks as shares of a target's variance (1 is what the
 mean alone gives; targets carry no noise). The ridge is chosen for each target, model and number of
 examples on a validation split. "infinite heads" is RFA's kernel, up to 1,000 examples.
@@ -10,7 +10,7 @@ examples on a validation split. "infinite heads" is RFA's kernel, up to 1,000 ex
 Odd targets have a linear part that every model gets at once, so the degree-2 ones are judged.
 `n=...` is by examples; curves over them are drawn for the targets that are judged.
 
-The sheet's table (one draw, ridge chosen on the test split, 500 heads) has at 2,000 examples: RFA
+An earlier table (one draw, ridge chosen on the test split, 500 heads) has at 2,000 examples: RFA
 0.199 and 0.071 on the degree-2 targets, RFMLP 1.039 and 0.908, BRFA 0.224 against RFA's 0.430 on
 <x0,xi><b,xi>, 0.105 against 0.071 on mean <b,xi>^2.
 """
@@ -56,7 +56,7 @@ QUICK = Sizes(dim=8, keys=8, heads=60, examples=(50, 150), held=200, limit=50)
 
 
 def functions(dim: int) -> tuple[Target, ...]:
-    """The sheet's six, and two between the average and the correlated one."""
+    """Six, and two between the average and the correlated one."""
     pair = average(2), correlated(1, 1, dim)
     return (*targets(dim), between(*pair, 0.5), between(*pair, 0.75))
 

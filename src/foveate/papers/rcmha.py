@@ -2,10 +2,10 @@
 
 The paper has the best next-character accuracy for RCMHA (0.572), above MHA, MDHA (the convolution
 alone) and RMHA (relative scores alone). Here small language models on bytes: 2 layers of width 96
-with 4 heads, windows of 64 bytes, as the sheet's author ran them (there on tiny Shakespeare, here
+with 4 heads, windows of 64 bytes, as an earlier run had them (there on tiny Shakespeare, here
 on the standard library's source, which is at hand everywhere). MHA and MDHA have learned absolute
 positions. Each arm takes the best of the same four learning rates. "early" is the validation loss
-after a fifth of the steps: the paper's convolution should learn faster too. What the sheet's author
+after a fifth of the steps: the paper's convolution should learn faster too. What that run
 found of RCMHA over RMHA is half a point of accuracy, so five seeds are judged.
 
 Beside it a task in which the convolution must help: associative recall by a single layer. The value

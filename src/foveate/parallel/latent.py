@@ -18,7 +18,7 @@ slices of those before. Only decoding sees an approximation. No gradients: a par
 
 The basis (PCA, Hadamard, identity), alpha and mu come with the model, from
 `foveate.models.to_tpla`.
-Tang et al. 2025, arXiv 2508.15881, sections 3 and 4, steps 11 to 21 of its sheet.
+Tang et al. 2025, arXiv 2508.15881, sections 3 and 4.
 """
 
 from __future__ import annotations

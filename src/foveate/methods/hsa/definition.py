@@ -39,7 +39,7 @@ def written(
     own: bool = True,
     score: Callable[[Tensor], Tensor] = mean_score,
 ) -> Written:
-    """Steps 2 to 5 of the sheet, node by node.
+    """Hierarchical self-attention (arXiv 2509.15448), node by node.
 
     Args:
         logits: (N, N), s_ij.

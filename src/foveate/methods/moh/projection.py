@@ -109,7 +109,7 @@ class MoH(Recipe):
 
 
 class MoHProjection(GroupedProjection):
-    """Steps 1 to 12 of the sheet; weights as in grouped-query attention, and the router's."""
+    """Mixture of heads (arXiv 2410.11842); weights as in GQA, and the router's."""
 
     selects: ClassVar[bool] = True
 

@@ -2,8 +2,8 @@
 
 The tokens of each (batch entry, head) are listed in order and cut into tiles; each tile visits the
 key tiles from the first one that is no padding up to its last token, by position. A pair that isn't
-listed costs nothing and its output is 0: exactly compute-all-and-mask (step 11 of the sheet on
-arXiv 2410.11842).
+listed costs nothing and its output is 0: exactly what computing all and masking gives
+(arXiv 2410.11842).
 """
 
 from __future__ import annotations

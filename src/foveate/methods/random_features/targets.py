@@ -90,7 +90,7 @@ def between(first: Target, second: Target, gamma: float) -> Target:
 
 
 def targets(dim: int) -> tuple[Target, ...]:
-    """The sheet's six, for tokens of width dim."""
+    """Six functions of tokens of width dim."""
     return (
         of_query(2),
         average(2),

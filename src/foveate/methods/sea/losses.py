@@ -7,7 +7,7 @@
 A*, C* are the teacher's attention and context. KL is summed over keys; its mean is over rows and
 heads (causal), or its sum over all rows and heads is divided by the number of tokens
 (bidirectional). L_est and L_dense look at whole rows of L keys: for long sequences take some rows.
-Equations as in section 12 of the sheet, arXiv 2310.01777 section 3.4.
+Lee et al. 2023, arXiv 2310.01777, section 3.4.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A trained MLA as a TPLA or GLA, without training: fold the gain, turn the basis, cut slices.
 
-Steps 6 to 10 of the sheet; TPLA, arXiv 2508.15881, section 4. Folding and turning are exact:
+TPLA, arXiv 2508.15881, section 4. Folding and turning are exact:
 
     W_UK <- diag(gamma) W_UK,  W_UV <- diag(gamma) W_UV,  gamma <- 1
     W_DKV' = W_DKV U,  W_UK' = U^T W_UK,  W_UV' = U^T W_UV

@@ -9,7 +9,7 @@ with Q_j = q W_UK[slice j]^T. In TPLA every group runs all heads; in GLA (groupe
 arXiv 2505.21487) head block j sees slice j alone, without mu. Either way it is grouped-query
 attention with g key/value heads, TPLA with g h query heads: head block j is a copy of all heads,
 on slice j. Here all groups run in one process; `shard` gives one rank its part. Tang et al. 2025,
-arXiv 2508.15881, sections 3 and 4; the steps' numbers are those of its sheet.
+arXiv 2508.15881, sections 3 and 4.
 
 Cache per device: r / g + d_r numbers for each token, instead of r + d_r.
 """

@@ -167,7 +167,7 @@ class Paper:
     """The miniature of one paper.
 
     Attributes:
-        key: of the sheet.
+        key: of the paper, as `foveate reproduce` takes it.
         claim: what the paper says, in one sentence.
         metric: what is compared, with its unit.
         cells: what is run and stored on its own, in this order, for each seed. Mostly an arm; a

@@ -12,7 +12,7 @@ plus the lse, (U-1)/U S/N Hq, which the published formulas leave out, as nobody 
 back. A double ring sends as much as a plain one, R/w - 1 of R - 1 messages between windows. What
 group-cast sends depends on the mask: whole pieces, to those who see some of them.
 
-Sheet of arXiv 2510.17896, sections 5 to 9.
+For arXiv 2510.17896; derived here.
 """
 
 from __future__ import annotations
