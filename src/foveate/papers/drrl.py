@@ -37,8 +37,8 @@ the same mean rank, segments of 128, bases made anew where the past has doubled.
 rank of about 51 or less. "flops, 32,768" is the same at that length.
 
 A policy that takes one rank everywhere is a fixed rank, and one that takes a rank for each layer is
-an assignment: it ties, which isn't better. The claim is refuted where the
-energy rule or the layers' fixed ranks match the policy, so that a tie with either does.
+an assignment: it ties, which isn't better. The claim is refuted where the energy rule or fixed
+ranks match the policy, so that a tie with any of them does.
 """
 
 from __future__ import annotations
@@ -285,7 +285,7 @@ PAPER = Paper(
     baseline=(FULL, FIXED, RANDOM, ENERGY, LAYERS, THERE),
     ours=(OURS, FREE),
     checks=(
-        difference(OURS, FIXED, -TIE, refuted=math.inf),
+        difference(OURS, FIXED, -TIE),
         difference(OURS, RANDOM, -TIE, refuted=math.inf),
         difference(OURS, ENERGY, -TIE),
         at_most(f"loss: {OURS} - the better of {LAYERS} and {FIXED}",
@@ -298,10 +298,11 @@ PAPER = Paper(
     needs=(learnt(FULL),),
     seeds=(3, 4, 5),
     requires=REQUIRES,
-    data=lambda: standard_library().describe(),
-    remark="Trained policies take one rank everywhere: what they learn is which rank is best on "
-    "the average, and a tie with a fixed rank gains nothing. Ranks that are chosen for each layer "
-    "on validation text lose less at the same mean. Random ranks are far worse, the energy rule a "
-    "little. Nor is the loss near full rank's; and at the 512 tokens that losses are measured on, "
-    "bases and policy cost more operations than any rank saves, twice full rank's in all.",
+    data=lambda: standard_library(LENGTH, held=48).describe(),
+    remark="Trained policies take one rank everywhere, 32 at every seed: what they learn is which "
+    "rank is best on the average, and a fixed rank does the same. Ranks that are chosen for each "
+    "layer on validation text lose less at two seeds of three. Random ranks are far worse, the "
+    "energy rule a little. Nor is the loss near full rank's; and at the 512 tokens that losses are "
+    "measured on, bases and policy cost more operations than any rank saves, twice full rank's in "
+    "all.",
 )  # fmt: skip
