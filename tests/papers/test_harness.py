@@ -259,6 +259,12 @@ def test_the_page_says_whose_best_point_lies_at_an_end_of_what_was_tried(tmp_pat
     assert "At an end of what was tried (3 to 4): all." in page((3, 4))
     assert "At an end of what was tried (1 to 4): ours." in page((1, 3, 4), run=uneven)
     assert "At an end of what was tried (1 to 3): all." in page((1, 3), later=(1, 3, 4))
+    old = run(paper(grid=Grid("rate", (1, 3))), tmp_path / "old").verdict
+    del old["environment"]["tried"]  # as before they were kept
+    assert "At an end of what was tried (1 to 3): all." in section(
+        paper(grid=Grid("rate", (1, 3))), old
+    )
+    assert "At an end" not in section(paper(grid=Grid("rate", (4, 5))), old)
     assert ends_of((4, 1, 3)) == (1, 4)
     assert ends_of((3,)) == ends_of(([1, 2], [3, 4])) == ()
 

@@ -147,7 +147,8 @@ def _circumstances(paper: Paper, verdict: dict[str, Any]) -> str:
         tuned = ", ".join(f"{arm} {point}" for arm, point in points.items())
         said += f" Tuned {name}: {tuned}."
         tried = where.get("tried", {}).get(name) or (paper.grid.points if paper.grid else ())
-        ends = ends_of(tried)
+        known = all(point in tried for point in points.values())  # an old verdict's grid may differ
+        ends = ends_of(tried) if known else ()
         last = [arm for arm, point in points.items() if point in ends]
         if last:
             who = "all" if len(last) == len(points) else ", ".join(last)
