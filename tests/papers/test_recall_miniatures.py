@@ -62,13 +62,39 @@ def test_superlinears_window_sees_as_many_keys_at_the_end_of_a_sequence():
     assert read(LENGTH - 1, spans=ROUTED.spans, index=ROUTED.index)[1] == KEYS
     assert LENGTH - KEYS > REACH  # what is asked for lies outside it
     assert STEPS <= 2500
+    assert ROUTED.spans == 3
 
 
-@pytest.mark.parametrize("arm", ["dense", "window", "random routing", "superlinear"])
-def test_superlinear_trains_an_arm(arm, tmp_path):
-    _, found = cell("superlinear", arm, tmp_path)
-    assert 0 <= found[arm]["accuracy"] <= 1
-    assert found[arm]["curve"][-1][0] == 4
+def test_superlinear_trains_all_arms_from_one_model(tmp_path):
+    from foveate.papers.superlinear import ARMS, BEFORE
+
+    made, found = cell("superlinear", "models", tmp_path)
+    assert set(found) == {BEFORE, *ARMS} == {*made.baseline, *made.ours}
+    for figures in found.values():
+        assert 0 <= figures["accuracy"] <= 1
+        assert figures["curve"][-1][0] == 4
+    # Four steps from weights trained for four: none of the arms has begun anew.
+    firsts = {arm: figures["curve"][0][1] for arm, figures in found.items()}
+    assert all(firsts[arm] < firsts[BEFORE] for arm in ARMS)
+
+
+def test_an_arm_goes_on_from_dense_weights():
+    from foveate.ops.errors import InputError
+    from foveate.papers.superlinear import ARMS, Hybrid, take
+
+    torch.manual_seed(0)
+    dense = Hybrid(32, "dense")
+    for arm in ARMS:
+        torch.manual_seed(1)
+        model = Hybrid(32, arm)
+        drawn = {n: x.clone() for n, x in model.state_dict().items() if ".routing." in n}
+        take(model, dense)
+        for name, value in model.state_dict().items():
+            other = drawn[name] if name in drawn else dense.state_dict()[name]
+            assert torch.equal(value, other), name
+        assert bool(drawn) is ("routing" in arm or arm == "superlinear")
+    with pytest.raises(InputError, match="missing"):
+        take(dense, Hybrid(32, "dense", layers=0))
 
 
 def test_nothing_teaches_random_routing():

@@ -1,14 +1,20 @@
 """Superlinear attention: routing that is learnt end to end finds what a window can't reach.
 
-Recall among filler: four pairs stand in the first 176 of 256 tokens, and the last eight ask for all
-of them. Models of one block: a gated moving average (the recurrent layer in front that the search
-needs), attention without rotary positions, a feed-forward layer. A second block would let tokens
-hand on what random spans showed them: one layer must find it. Dense attention; superlinear with 2
-spans and a window of 3, which at the end of a sequence sees 69 of 256 keys; a window of 69 keys;
-and superlinear with random routing, whose queries stay as they were drawn and through whose choice
-no gradient passes: two of fifteen anchors show a head about one pair in five. Learning rate, data
-and their order are the same for all arms; of a training batch one sequence in sixteen is a chain,
-so that recall isn't lost among the many tokens that chains score.
+Recall among filler: four pairs stand in the first 144 of 256 tokens, and the last eight ask for all
+of them. A model of one block: a gated moving average (the recurrent layer in front that the search
+needs), attention of one head without rotary positions, a feed-forward layer. A second block would
+let tokens hand on what random spans showed them: one layer must find it.
+
+As in the paper, a trained hybrid is turned into a sparse one: dense attention learns the task
+first, then each arm goes on from its weights, with the same batches and learning rate: dense
+attention itself; superlinear with 3 spans and a window of 3, which at the end of a sequence sees
+102 of 256 keys; a window of 102 keys; and superlinear with random routing, whose queries stay as
+they were drawn and through whose choice no gradient passes. Of a training batch one sequence in
+sixteen is a chain, so that recall isn't lost among the many tokens that chains score.
+
+From scratch, with two heads and two spans, there was nothing to tell: in 2,500 steps dense
+attention found the task at two seeds of three, and routing (0.1 to 0.2 of the pairs, as random
+routing) hadn't begun to.
 
 "pairs" counts, without training: pairs of query and key at the paper's defaults from 4k to 64k
 tokens, the exponent that fits them, and what a step of decoding reads at a million.
@@ -19,6 +25,7 @@ from __future__ import annotations
 import math
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -26,6 +33,7 @@ from foveate.methods.superlinear import MultiStep, Superlinear
 from foveate.methods.superlinear.powers import counted, read
 from foveate.nn import Attention, GatedEMA, SwiGLU
 from foveate.ops import causal
+from foveate.ops.errors import InputError
 from foveate.papers.harness import Check, Found, Paper, Trial, at_least, at_most
 from foveate.papers.tasks import FillerRecall
 from foveate.papers.training import Regime, evaluate, train
@@ -33,10 +41,11 @@ from foveate.parts import Heads
 from foveate.parts.growth import exponent
 from foveate.parts.norm import RMSNorm
 
-ROUTED = Superlinear(spans=2, index=1)
-STEPS = 2500
-LENGTH, REACH = 256, 176
-KEYS = 69  # 2 spans of ceil(2 sqrt(256)) + 1, and the window
+ROUTED = Superlinear(spans=3, index=1)
+FIRST, STEPS = 4000, 2500  # dense attention alone; then each arm
+LENGTH, REACH = 256, 144
+KEYS = 102  # 3 spans of ceil(2 sqrt(256)) + 1, and the window
+BEFORE = "dense, before"
 LENGTHS = (4096, 8192, 16384, 32768, 65536)
 
 
@@ -50,7 +59,7 @@ class RandomRouting(MultiStep):
 
 def random_routing() -> Any:
     """Of the miniature's sizes."""
-    made = RandomRouting(Heads(64, 2, 2, 32, 32), ROUTED)
+    made = RandomRouting(Heads(64, 1, 1, 64, 64), ROUTED)
     made.routing.requires_grad_(False)
     return made
 
@@ -82,7 +91,7 @@ class Hybrid(nn.Module):
         self.embed = nn.Embedding(vocab, dim)
         self.layers = nn.ModuleList()
         for i in range(layers):
-            attention = Attention(dim, 2, "mha", ARMS[arm](), "none", layer=i)
+            attention = Attention(dim, 1, "mha", ARMS[arm](), "none", layer=i)
             parts = (GatedEMA(dim, longest=memory), attention, SwiGLU(dim, 2 * dim))
             norms = (RMSNorm(dim) for _ in parts)
             self.layers.append(nn.ModuleList([*parts, *norms]))
@@ -115,16 +124,49 @@ def task(held: int = 512) -> FillerRecall:
 
 
 def run(trial: Trial) -> Found:
-    """Train one arm, or count pairs."""
+    """Train dense attention and from it every arm, or count pairs."""
     if trial.cell == "pairs":
         return counts()
     given = task(32 if trial.quick else 512)
-    model = Hybrid(given.vocab, trial.cell).to(trial.device)
-    steps = 4 if trial.quick else STEPS
-    regime = Regime(steps=steps, batch=16, lr=3e-3, every=max(2, steps // 10), seed=trial.seed)
-    done = train(model, given, regime, folder=trial.folder, tell=trial.tell)
+    trained, found = fitted(trial, given, "dense", trial.steps(FIRST), 16, trial.seed, BEFORE)
+    at = {BEFORE: found}
+    for arm in ARMS:
+        # Batches that the first training hasn't seen, the same for every arm.
+        seed = 1000 + trial.seed
+        _, at[arm] = fitted(trial, given, arm, trial.steps(STEPS), 32, seed, arm, trained)
+    return at
+
+
+def fitted(
+    trial: Trial,
+    given: FillerRecall,
+    arm: str,
+    steps: int,
+    batch: int,
+    seed: int,
+    name: str,
+    start: Hybrid | None = None,
+) -> tuple[Hybrid, dict[str, Any]]:
+    """Train a model of `arm`, from another's weights where there is one, and take its figures."""
+    torch.manual_seed(trial.seed)
+    model = Hybrid(given.vocab, arm).to(trial.device)
+    if start is not None:
+        take(model, start)
+    regime = Regime(steps=steps, batch=batch, lr=3e-3, every=max(2, steps // 10), seed=seed)
+    done = train(
+        model, given, regime,
+        folder=None if trial.folder is None else trial.folder / name.replace(", ", "-"),
+        tell=lambda share, what: trial.tell(share, f"{name}: {what}"),
+    )  # fmt: skip
     found = evaluate(model, given, "test", 32)
-    return {trial.cell: {"accuracy": found["accuracy"], "loss": found["loss"], "curve": done.curve}}
+    return model, {"accuracy": found["accuracy"], "loss": found["loss"], "curve": done.curve}
+
+
+def take(model: Hybrid, start: Hybrid) -> None:
+    """Give a model another's weights; the routing queries alone may stay as they were drawn."""
+    missing, unexpected = model.load_state_dict(start.state_dict(), strict=False)
+    if unexpected or any(".routing." not in name for name in missing):
+        raise InputError(f"Weights don't fit: missing {missing}, unexpected {unexpected}.")
 
 
 def counts() -> Found:
@@ -161,9 +203,9 @@ PAPER = Paper(
     claim="Routing that is trained through the mixture of spans finds what was told long ago, with "
     "pairs that grow as the length to three halves.",
     metric="accuracy of recall on the test split; counted pairs of query and key",
-    cells=(*ARMS, "pairs"),
+    cells=("models", "pairs"),
     run=run,
-    baseline=("dense", "window", "random routing"),
+    baseline=(BEFORE, "dense", "window", "random routing"),
     ours=("superlinear",),
     checks=(
         at_least("recall: superlinear", _recall("superlinear"), 0.9, refuted=0.5),
@@ -179,8 +221,9 @@ PAPER = Paper(
         _near("exponent, upscaled", 1.54),
         at_most("read at 1M", lambda at: at["pairs"]["read at 1M"], 0.007, exact=True),
     ),
-    needs=(at_least("recall: dense", _recall("dense"), 0.9),),
+    needs=(
+        at_least("recall: dense, before", _recall(BEFORE), 0.9),
+        at_least("recall: dense", _recall("dense"), 0.9),
+    ),
     data=lambda: task().describe(),
-    remark="Dense attention finds the task late, at two seeds of three in 2,500 steps, which "
-    "leaves nothing to say. Routing hasn't begun to by then: at chance, as random routing is.",
 )
