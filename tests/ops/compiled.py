@@ -42,7 +42,8 @@ def compile_kernel(kernel: Any, args: dict[str, Any], capability: int) -> Compil
     from triton.compiler import ASTSource
 
     args = dict(args)
-    options = {name: args.pop(name) for name in ("num_warps", "num_stages") if name in args}
+    names = ("num_warps", "num_stages", "maxnreg")
+    options = {name: args.pop(name) for name in names if name in args}
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     aligned: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -133,7 +134,7 @@ def launch_of(
 
             return attend_hopper, run_hopper.arguments(call, out, lse)
         if kernel == "query gradient":
-            args, _, _ = run_backward.query_arguments(call, out, lse, lse, None)
+            args, _, _ = run_backward.query_arguments(call, run_backward.Rows(out, out, lse, None))
             found = query_gradient
         elif kernel == "key gradient":
             args, _, _ = run_backward.key_arguments(call, out, lse, lse)

@@ -32,8 +32,17 @@ SHAPES = {
 }
 
 
+@pytest.fixture(params=[0, 1 << 30], ids=["128 rows", "64 rows"])
+def short(request: Any, monkeypatch: Any) -> None:
+    """Blocks of either size."""
+    monkeypatch.setattr(
+        run_hopper, "_SHORT", dict.fromkeys(run_hopper.HEAD_SIZES, (request.param, request.param))
+    )
+
+
 def on_hopper(test: Any) -> Any:
-    """A test that runs the kernel."""
+    """A test that runs the kernel, with blocks of either size."""
+    test = pytest.mark.usefixtures("short")(test)
     return pytest.mark.gpu(pytest.mark.skipif(not HERE, reason="needs a Hopper GPU")(test))
 
 
@@ -72,8 +81,10 @@ def test_masks(mask: str, shape: str, dim: int) -> None:
     if drawn is None:
         drawn = causal() & documents([0, 100, 230, 231, kv_len - 50, kv_len])
     allowed = drawn.dense(q_len, kv_len)
-    for tile in ((128, 128), (128, 64), (256, 128), (128, 192)):
-        if q_len > tile[0]:  # one tile of queries keeps its bits, as in decoding
+    for tile in ((128, 128), (128, 64), (256, 128), (128, 192), (64, 64)):
+        if q_len > tile[0] and (
+            dim == 64 or tile[0] > 64
+        ):  # one tile of queries keeps its bits, as in decoding
             compare(Engine, q, k, v, drawn.layout(q_len, kv_len, tile), allowed)
 
 
@@ -171,16 +182,22 @@ def test_a_configuration_that_is_tried_is_the_other_kernels(monkeypatch: Any) ->
             assert run_hopper.takes(call) == taken
 
 
-def test_short_lists_of_small_heads_are_left_to_the_other_kernel() -> None:
-    for dim in run_hopper.HEAD_SIZES:
-        q, k, v = make((1, 1, 1, 2048, 2048, dim, dim), torch.bfloat16)
-        layouts = [mask.layout(2048, 2048, 128) for mask in (causal(), window(300, 0))]
-        layouts.append(Layout.from_tiles(torch.rand(1, 1, 16, 16) < 0.2, 2048, 2048, 128))
-        long = [run_hopper._long(describe(q, k, v, x, 0.1, None, None, None)) for x in layouts]
-        assert long == [dim == 128, dim == 128, True]
-    q, k, v = make((1, 1, 1, 4096, 4096, 64, 64), torch.bfloat16)
-    layout = causal().layout(4096, 4096, 128)
-    assert run_hopper._long(describe(q, k, v, layout, 0.1, None, None, None))
+def test_blocks_of_64_rows(monkeypatch: Any) -> None:
+    monkeypatch.setattr(run_hopper, "_SHORT", {64: (1, 4)})
+
+    def halves(mask: Mask, tile: int) -> int:
+        q, k, v = make((1, 1, 1, 2048, 2048, 64, 64), torch.bfloat16)
+        layout = mask.layout(2048, 2048, tile)
+        return run_hopper.halves(describe(q, k, v, layout, 0.1, None, None, None))
+
+    assert halves(window(300, 0), 128) == 1
+    assert halves(causal(), 128) == 2
+    assert halves(causal(), 64) == 1
+    tiles = Layout.from_tiles(torch.ones(1, 1, 16, 16) > 0, 2048, 2048, 128)
+    q, k, v = make((1, 1, 1, 2048, 2048, 64, 64), torch.bfloat16)
+    assert run_hopper.halves(describe(q, k, v, tiles, 0.1, None, None, None)) == 2
+    q, k, v = tensors("even", 64)
+    assert run_hopper.halves(describe(q, k, v, None, 0.1, None, None, None)) == 2
 
 
 def test_calls_that_it_leaves_to_the_other_kernel() -> None:
@@ -193,7 +210,8 @@ def test_calls_that_it_leaves_to_the_other_kernel() -> None:
 
     assert fits(q, k, v)
     assert fits(q, k, v, layout=causal().layout(512, 512, 128))
-    assert not fits(q, k, v, layout=causal().layout(512, 512, 64))
+    assert fits(q, k, v, layout=causal().layout(512, 512, 64))
+    assert not fits(q, k, v, layout=causal().layout(512, 512, 32))
     assert not fits(q, k, v, layout=Layout.from_dense(single, 128))
     assert not fits(q, k, v, layout=(window(80, 0) | sinks(3)).layout(512, 512, 128))
     ends = torch.tensor([[0, 9]], dtype=torch.int32).repeat(512, 1)[None, None]

@@ -112,7 +112,9 @@ def test_blocks_of_16() -> None:
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(1, 40), (40, 1), (1, 1)])
 def test_a_bias_of_one_row_or_column_has_a_gradient(q_len: int, kv_len: int) -> None:
-    q, k, v = (x.requires_grad_() for x in make((1, 2, 1, q_len, kv_len, 32, 16), torch.float32))
+    device = "cuda" if ON_GPU else "cpu"
+    drawn = make((1, 2, 1, q_len, kv_len, 32, 16), torch.float32)
+    q, k, v = (x.to(device).requires_grad_() for x in drawn)
     found = []
     for backend in ("triton", "reference"):
         bias = torch.linspace(-1, 1, 2 * q_len * kv_len, device=q.device)

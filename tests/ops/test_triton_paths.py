@@ -67,8 +67,8 @@ def test_what_is_copied() -> None:
         args = run_forward.arguments(call)[0]
         assert args["K_TILES"] is not None
         assert args["V_TILES"] is not None
-        base, delta = run_backward._row_numbers(q, torch.zeros(2, 4, 75), q, None)
-        args = run_backward.key_arguments(call, q, base, delta)[0]
+        rows = run_backward.Rows(q, q, torch.zeros(2, 4, 75), None)
+        args = run_backward.key_arguments(call, q, rows.base, rows.delta)[0]
         names = ("Q_TILES", "G_TILES", "L_TILES", "DELTA_TILES")
         assert all(args[name] is not None for name in names)
         cut = run_forward.arguments(call)[1]
@@ -106,6 +106,33 @@ def test_row_ranges_of_several_groups(groups: tuple[int, int]) -> None:
     layout = Layout.from_dense(allowed, (64, 32))
     assert plan_of(layout).row_ranges is not None
     compare(q, k, v, layout, allowed)
+
+
+@pytest.mark.parametrize("groups", [(1, 1), pytest.param((2, 2), marks=MORE)])
+def test_lists_much_longer_than_others_come_first(groups: tuple[int, int]) -> None:
+    """The first tile of rows sees all keys and the first tile of keys is seen by all rows."""
+    q, k, v = make((2, 4, 2, 112, 112, 16, 16), torch.float32)
+    tiles = torch.eye(7, dtype=torch.bool).repeat(*groups, 1, 1)
+    tiles[..., 0, :], tiles[..., :, 0] = True, True
+    layout = Layout.from_tiles(tiles, 112, 112, 16)
+    plan = plan_of(layout)
+    order = plan.row_order
+    assert order is not None
+    count = groups[0] * groups[1]
+    assert order.giants == plan.key_order(4, 2).giants == count
+    assert order.lists[:count].remainder(7).eq(0).all()
+    assert order.lists.sort().values.equal(torch.arange(7 * count, dtype=torch.int32))
+    compare(q, k, v, layout, layout.dense())
+
+
+def test_keys_that_nobody_visits_have_no_gradient() -> None:
+    q, k, v = make((1, 2, 1, 64, 128, 16, 16), torch.float32)
+    tiles = torch.tensor([[True, False, False, True], [True, False, False, False]])
+    layout = Layout.from_tiles(tiles[None, None], 64, 128, 32)
+    _, _, _, dk, dv = results(q, k, v, layout)
+    for grad in (dk, dv):
+        assert grad[:, :, 32:96].eq(0).all()
+        assert grad[:, :, :32].abs().amin() > 0
 
 
 def test_keys_within_gaps_of_ranges_are_never_touched() -> None:

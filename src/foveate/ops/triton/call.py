@@ -12,7 +12,7 @@ from torch import Tensor
 from foveate.ops.layout import Layout
 from foveate.ops.triton import interpreted
 from foveate.ops.triton.config import Config, owned_block, padded, streamed_block
-from foveate.ops.triton.plan import Plan, plan_of
+from foveate.ops.triton.plan import Order, Plan, plan_of
 
 _LOG2E = math.log2(math.e)
 _FAR = 1 << 22  # a step's offsets are 32-bit: rows may lie no further apart
@@ -246,10 +246,13 @@ def row_lists(call: Call, cut: Blocks, factor: int) -> dict[str, Any]:
     found: dict[str, Any] = dict.fromkeys(
         ("COLS", "KINDS", "START", "MID", "END", "ORDER", "WORDS", "ALIVE")
     )
+    found["giants"] = 0
     kv_tiles = -(-call.key.shape[2] // cut.streamed_tile)
     if plan is not None:
-        lists = plan.by_row
-        found |= {"COLS": lists.tiles, "KINDS": lists.kinds, "ORDER": plan.row_order}
+        lists, order = plan.by_row, plan.row_order
+        found |= {"COLS": lists.tiles, "KINDS": lists.kinds}
+        if order is not None:
+            found |= order_of(order)
         found |= dict(zip(("START", "MID", "END"), plan.ordered_bounds))
         if plan.key_ranges is not None:
             found |= as_ranges(plan.key_ranges, plan.row_kinds, "KEY_RANGE", "kr")
@@ -264,6 +267,11 @@ def row_lists(call: Call, cut: Blocks, factor: int) -> dict[str, Any]:
         "programs": groups_b * groups_h * cut.tiles * (batch // groups_b) * (packs // groups_h)
         * cut.subs,
     }  # fmt: skip
+
+
+def order_of(order: Order) -> dict[str, Any]:
+    """Arguments by which lists are worked on in an order."""
+    return {"ORDER": order.lists, "giants": order.giants}
 
 
 def as_ranges(table: Tensor, kinds: Tensor, name: str, short: str) -> dict[str, Any]:

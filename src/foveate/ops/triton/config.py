@@ -22,7 +22,8 @@ import torch
 class Config:
     """rows, keys: largest blocks of either side; the owned one is in registers.
 
-    tma: whole tiles of the streamed side come by Hopper's copy engine.
+    tma: whole tiles of the streamed side come by Hopper's copy engine. registers: of a thread, at
+    most, so that more programs fit on a multiprocessor; 0 leaves it to the compiler.
     """
 
     rows: int
@@ -30,6 +31,12 @@ class Config:
     warps: int
     stages: int
     tma: bool = False
+    registers: int = 0
+
+    def options(self) -> dict[str, int]:
+        """What a launch is given."""
+        found = {"num_warps": self.warps, "num_stages": self.stages}
+        return found | ({"maxnreg": self.registers} if self.registers else {})
 
 
 Key = tuple[str, int, int, int]  # kernel, padded head size, padded value head size, bytes
@@ -44,15 +51,18 @@ _SHIPPED: dict[tuple[str, int, int], tuple[Config, Config]] = {
     ("forward", 128, 4): (Config(64, 32, 8, 2), Config(32, 32, 8, 1)),
     ("forward", 256, 4): (Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
     ("forward", 1024, 4): (Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+    # Values within the keys, as in MLA: for many rows and for few.
+    ("latent", 1024, 2): (Config(32, 32, 8, 1), Config(64, 64, 8, 2)),
+    ("latent decode", 1024, 2): (Config(16, 32, 4, 2), Config(16, 32, 4, 3)),
     ("decode", 64, 2): (Config(16, 128, 4, 3), Config(16, 64, 4, 3)),
-    ("decode", 128, 2): (Config(16, 64, 4, 3), Config(16, 128, 4, 2)),
+    ("decode", 128, 2): (Config(16, 64, 4, 3), Config(16, 64, 4, 3)),
     ("decode", 256, 2): (Config(16, 64, 4, 2), Config(16, 64, 4, 3)),
     ("decode", 1024, 2): (Config(16, 32, 4, 2), Config(16, 32, 4, 2)),
     ("decode", 64, 4): (Config(16, 64, 4, 2), Config(16, 64, 4, 3)),
     ("decode", 128, 4): (Config(16, 32, 4, 2), Config(16, 32, 8, 2)),
     ("decode", 256, 4): (Config(16, 32, 4, 2), Config(16, 32, 4, 1)),
     ("decode", 1024, 4): (Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
-    ("query gradient", 64, 2): (Config(128, 32, 8, 2), Config(64, 64, 4, 2, tma=True)),
+    ("query gradient", 64, 2): (Config(128, 32, 8, 2), Config(64, 64, 4, 2, True, 168)),
     ("query gradient", 128, 2): (Config(64, 64, 8, 2), Config(64, 64, 4, 2, tma=True)),
     ("query gradient", 256, 2): (Config(64, 32, 8, 1), Config(64, 32, 8, 2, tma=True)),
     ("query gradient", 64, 4): (Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
@@ -71,7 +81,7 @@ def shipped(kernel: str, dim: int, value_dim: int, itemsize: int, capability: in
     """The configuration that foveate brings along.
 
     Args:
-        kernel: forward, decode, query gradient or key gradient.
+        kernel: forward, decode, latent, latent decode, query gradient or key gradient.
         dim: D.
         value_dim: Dv.
         itemsize: bytes of an element; 1 is taken as 2.

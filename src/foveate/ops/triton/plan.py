@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,6 +20,8 @@ from foveate.ops.layout import FULL, KEY_RANGE, ROW_RANGE, Layout
 from foveate.ops.layout import bits as bitset
 from foveate.ops.triton.fine import finer
 from foveate.ops.triton.intervals import intervals
+
+_GIANT = 2  # times the mean work of a list
 
 _plans: WeakKeyDictionary[Layout, Plan] = WeakKeyDictionary()
 
@@ -49,6 +51,17 @@ class Lists:
     mid: Tensor
     end: Tensor
     work: Tensor
+
+
+class Order(NamedTuple):
+    """The order in which lists are worked on.
+
+    lists: (n,) int32, tiles through (Bm, Hm, tiles). giants: how many of the first are so long that
+    all heads begin with them, since whatever began with one last would end with it alone.
+    """
+
+    lists: Tensor
+    giants: int
 
 
 @dataclass(frozen=True)
@@ -94,8 +107,8 @@ class Plan(Layout):
         return _lists(self.cols, self.kinds, order, start, inside, counts, self.groups)
 
     @cached_property
-    def row_order(self) -> Tensor | None:
-        """Query tiles through (Bm, Hm, tiles), as `_local` has them; None leaves them as is."""
+    def row_order(self) -> Order | None:
+        """Query tiles as `_local` has them; None leaves them as is."""
         return None if self.q_tiles == 1 else _local(self.by_row.work)
 
     @cached_property
@@ -104,7 +117,7 @@ class Plan(Layout):
         lists, order = self.by_row, self.row_order
         if order is None:
             return lists.start, lists.mid, lists.end
-        return lists.start[order], lists.mid[order], lists.end[order]
+        return lists.start[order.lists], lists.mid[order.lists], lists.end[order.lists]
 
     @cached_property
     def key_ranges(self) -> Tensor | None:
@@ -148,8 +161,8 @@ class Plan(Layout):
         if name not in self._kept:
             start, mid, end = self.ordered_bounds
             item = torch.arange(start.numel(), device=self.device)
-            item = item if self.row_order is None else self.row_order.long()
-            sub = torch.arange(-(-min(self.q_tile, self.q_rows) // rows), device=self.device)
+            item = item if self.row_order is None else self.row_order.lists.long()
+            sub = torch.arange(self.blocks_in_tile(rows), device=self.device)
             group_b = item // (self.groups[1] * self.q_tiles)
             group_h = item // self.q_tiles % self.groups[1]
             row0 = (item % self.q_tiles * self.q_tile)[:, None] + sub * rows
@@ -159,6 +172,10 @@ class Plan(Layout):
             self._kept[name] = torch.stack([x.int() for x in wide], -1).flatten(0, 1)
         found: Tensor = self._kept[name]
         return found
+
+    def blocks_in_tile(self, rows: int) -> int:
+        """Blocks of `rows` rows in a query tile."""
+        return -(-min(self.q_tile, self.q_rows) // rows)
 
     def _seen_by_blocks(
         self, rows: int, row0: Tensor, group_b: Tensor, group_h: Tensor
@@ -236,27 +253,28 @@ class Plan(Layout):
         found: Plan | None = self._kept[name]
         return self if found is None else found
 
-    def key_order(self, heads: int, kv_heads: int) -> Tensor:
-        """Visited key tiles through (Bm, 1 or Hkv, tiles), as `_local` has them."""
-        name = ("order", heads, kv_heads)
+    def key_order(self, heads: int, kv_heads: int, every: bool = False) -> Order:
+        """Visited key tiles through (Bm, 1 or Hkv, tiles), or all, as `_local` has them."""
+        name = ("all" if every else "order", heads, kv_heads)
         if name not in self._kept:
-            self._kept[name] = self._key_order(heads, kv_heads)
-        order: Tensor = self._kept[name]
+            self._kept[name] = self._key_order(heads, kv_heads, every)
+        order: Order = self._kept[name]
         return order
 
-    def _key_order(self, heads: int, kv_heads: int) -> Tensor:
+    def _key_order(self, heads: int, kv_heads: int, every: bool) -> Order:
         work = self.by_key.work
         if work.shape[1] > 1:
             work = work.repeat_interleave(heads // work.shape[1], 1)
             work = work.unflatten(1, (kv_heads, -1)).sum(2)
         order = _local(work)
-        return order[work.reshape(-1)[order] > 0]
+        lists = order.lists
+        return order if every else Order(lists[work.reshape(-1)[lists] > 0], order.giants)
 
     def key_slots(self, heads: int, kv_heads: int) -> Slots:
         """Where the slots of visited key tiles, numbered as in `key_order`, hold each key."""
         name = ("slots", heads, kv_heads)
         if name not in self._kept:
-            self._kept[name] = self._key_slots(self.key_order(heads, kv_heads), kv_heads)
+            self._kept[name] = self._key_slots(self.key_order(heads, kv_heads).lists, kv_heads)
         slots: Slots = self._kept[name]
         return slots
 
@@ -334,16 +352,20 @@ def _lists(
     )
 
 
-def _local(work: Tensor) -> Tensor:
-    """An order of the lists of (Bm, Hm, tiles) that fills the chip and keeps its cache warm; int32.
+def _local(work: Tensor) -> Order:
+    """An order of the lists of (Bm, Hm, tiles) that fills the chip and keeps its cache warm.
 
-    Group by group, so that what runs together reads one head; the groups, and the lists in each,
-    with the most work first, so that the last ones to run are short.
+    First those with over `_GIANT` times the mean work. Then group by group, so that what runs
+    together reads one head; the groups, and the lists in each, with the most work first, so that
+    the last ones to run are short.
     """
     flat = work.flatten(0, 1)
     groups = torch.argsort(flat.sum(-1), stable=True, descending=True)
     inside = torch.argsort(flat[groups], dim=-1, stable=True, descending=True)
-    return (groups[:, None] * work.shape[-1] + inside).reshape(-1).int()
+    order = (groups[:, None] * work.shape[-1] + inside).reshape(-1)
+    giant = (flat > _GIANT * flat.float().mean()).reshape(-1)[order]
+    order = order[torch.argsort((~giant).byte(), stable=True)]
+    return Order(order.int(), int(giant.sum()))
 
 
 def _words(tiles: Tensor) -> Tensor:

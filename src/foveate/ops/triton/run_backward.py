@@ -1,4 +1,4 @@
-"""The backward: delta and the lse, then the pass that owns rows, then the pass that owns keys."""
+"""The backward: the pass that owns rows, which finds their delta, then the pass that owns keys."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from foveate.ops.triton.call import (
     copied,
     describe,
     head_sizes,
+    order_of,
     readable,
     row_blocks,
     row_lists,
     strides,
 )
-from foveate.ops.triton.config import config_for, padded
+from foveate.ops.triton.config import config_for
 from foveate.ops.triton.run_forward import on_device
 
 _FIXED_BITS = 61  # of a sum in fixed point; the sign and one to spare
@@ -49,41 +50,45 @@ def run(
     grad = None if grad_out is None else readable(grad_out.to(query.dtype))
     lse = lse.contiguous()
     with on_device(query.device):
-        base, delta = _row_numbers(readable(out), lse, grad, grad_lse)
-        dq, dbias = _query_gradient(call, grad, base, delta, grad_lse)
-        dk, dv = _key_gradient(call, grad, base, delta)
+        rows = Rows(readable(out), grad, lse, grad_lse)
+        dq, dbias = _query_gradient(call, rows)
+        dk, dv = _key_gradient(call, grad, rows.base, rows.delta)
     if dbias is not None and bias is not None:
         dbias = dbias.to(bias.dtype)
     return dq, dk, dv, dbias
 
 
-def _row_numbers(
-    out: Tensor, lse: Tensor, grad: Tensor | None, grad_lse: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(lse in units of log 2, delta), (B, Hq, Lq) fp32 with strides that the copy engine takes."""
-    from foveate.ops.triton.kernels.query_gradient import row_products
+class Rows:
+    """What is known of each row, (B, Hq, Lq) and with Dv: out, its gradient, the lse and its own.
 
-    batch, heads, length, value_dim = out.shape
-    wide = -(-length // 16) * 16
-    both = torch.empty(2, batch, heads, wide, dtype=torch.float32, device=out.device)
-    base, delta = both[..., :length]
-    dlse = None if grad_lse is None else grad_lse.float().contiguous()
-    rows = 32
-    row_products[(-(-lse.numel() // rows),)](
-        out, grad, lse, dlse, base, delta, lse.numel(), heads, length,
-        **strides("o", out), **strides("g", grad), d_b=delta.stride(0), d_h=delta.stride(1),
-        DV=value_dim, DV1=padded(value_dim), M=rows,
-    )  # fmt: skip
-    return base, delta
+    base, delta: fp32, what the pass that owns rows puts out for the one that owns keys, with
+    strides that the copy engine takes.
+    """
+
+    def __init__(
+        self, out: Tensor, grad: Tensor | None, lse: Tensor, grad_lse: Tensor | None
+    ) -> None:
+        self.out, self.grad, self.lse = out, grad, lse
+        self.grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
+        batch, heads, length = lse.shape
+        wide = -(-length // 16) * 16
+        both = torch.empty(2, batch, heads, wide, dtype=torch.float32, device=out.device)
+        self.base, self.delta = both[..., :length]
+
+    def arguments(self) -> dict[str, Any]:
+        """The kernel's."""
+        return {
+            "G": self.grad, "O": self.out, "LSE": self.lse, "DLSE": self.grad_lse,
+            "BASE": self.base, "DELTA": self.delta, **strides("g", self.grad),
+            **strides("o", self.out), "l_b": self.base.stride(0), "l_h": self.base.stride(1),
+        }  # fmt: skip
 
 
-def _query_gradient(
-    call: Call, grad: Tensor | None, lse: Tensor, delta: Tensor, grad_lse: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def _query_gradient(call: Call, rows: Rows) -> tuple[Tensor, Tensor | None]:
     """(dq, gradient of the bias in fp32 or None)."""
     from foveate.ops.triton.kernels.query_gradient import query_gradient
 
-    args, dq, sums = query_arguments(call, grad, lse, delta, grad_lse)
+    args, dq, sums = query_arguments(call, rows)
     programs = args.pop("programs")
     query_gradient[(programs,)](**args)
     plan = call.plan
@@ -92,9 +97,7 @@ def _query_gradient(
     return dq, sums.result() if sums is not None else None
 
 
-def query_arguments(
-    call: Call, grad: Tensor | None, lse: Tensor, delta: Tensor, grad_lse: Tensor | None
-) -> tuple[dict[str, Any], Tensor, _BiasSums | None]:
+def query_arguments(call: Call, rows: Rows) -> tuple[dict[str, Any], Tensor, _BiasSums | None]:
     """What `query_gradient` is called with, `programs` among it; dq; the bias's gradient."""
     query = call.query
     batch, heads, q_len, dim = query.shape
@@ -113,18 +116,17 @@ def query_arguments(
         dq = query.new_empty(query.shape)
     sums = None
     if call.bias is not None:
-        sums = _BiasSums(call, grad, grad_lse)
+        sums = _BiasSums(call, rows.grad, rows.grad_lse)
     args = {
-        "Q": query, "K": call.key, "V": call.value, "G": grad, "L": lse, "DELTA": delta, "DQ": dq,
+        "Q": query, "K": call.key, "V": call.value, "DQ": dq, **rows.arguments(),
         **copied(config, cut, K_TILES=call.key, V_TILES=call.value),
         **strides("q", query), **strides("k", call.key), **strides("v", call.value),
-        **strides("g", grad), **strides("dq", dq), "l_b": lse.stride(0), "l_h": lse.stride(1),
-        **call.bias_strides(), **call.tables(), **call.sizes(), **row_lists(call, cut, factor),
-        **call.numbers(), **call.features(), **head_sizes(call), **_BiasSums.arguments(sums),
+        **strides("dq", dq), **call.bias_strides(), **call.tables(), **call.sizes(),
+        **row_lists(call, cut, factor), **call.numbers(), **call.features(), **head_sizes(call),
+        **_BiasSums.arguments(sums),
         "slope": call.scale, "Q_TILE": cut.owned_tile, "KV_TILE": cut.streamed_tile,
         "M": cut.owned, "N": cut.streamed, "VECTOR": cut.vector, "PACK": factor,
-        "VIRTUAL": virtual, "STAGES": config.stages, "num_warps": config.warps,
-        "num_stages": config.stages,
+        "VIRTUAL": virtual, "STAGES": config.stages, **config.options(),
     }  # fmt: skip
     return args, dq, sums
 
@@ -209,15 +211,14 @@ def _key_gradient(
     if args["DIRECT"] or call.plan is None:
         return dk, dv
     slots = call.plan.key_slots(*call.heads)
-    found = []
-    for parts, like in ((dk, call.key), (dv, call.value)):
-        total = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-        add_slots[(like.shape[2], like.shape[0] * like.shape[1])](
-            parts, slots.begin, slots.slots, total, args["groups_h"], args["batches"],
-            args["heads_in"], like.shape[2], *total.stride()[:3],
-            D=like.shape[3], D1=padded(like.shape[3]), TILE=call.plan.kv_tile, CHUNK=8,
-        )  # fmt: skip
-        found.append(total)
+    found = [x.new_empty(x.shape) for x in (call.key, call.value)]
+    batch, heads, length = call.key.shape[:3]
+    sizes = head_sizes(call)
+    add_slots[(-(-length // 8), batch * heads)](
+        dk, dv, slots.begin, slots.slots, *found, args["groups_h"], args["batches"],
+        args["heads_in"], length, D=sizes["D"], D1=sizes["D1"], DVAL=sizes["DV"],
+        DV1=sizes["DV1"], TILE=call.plan.kv_tile, KEYS=8, CHUNK=4,
+    )  # fmt: skip
     return found[0], found[1]
 
 
@@ -243,33 +244,35 @@ def key_arguments(
     lists: dict[str, Any] = dict.fromkeys(
         ("ROWS", "KINDS", "START", "MID", "END", "ORDER", "WORDS")
     )
+    lists["giants"] = 0
     if plan is None:
         cut = blocks(config.keys, config.rows, key.shape[2], 1, most)
         groups_b = groups_h = list_heads = 1
         width = visited = kv_tiles = cut.tiles
-        direct = True
+        direct = every = True
     else:
         cut = blocks(plan.kv_tile, plan.q_tile, plan.kv_rows, 1, most)
         groups_b, list_heads = plan.groups
         groups_h = 1 if list_heads == 1 else kv_heads
         width, kv_tiles = plan.by_key.work.shape[2], plan.kv_tiles
-        order = plan.key_order(query.shape[1], kv_heads)
-        visited = order.numel()
+        direct = plan.keys_stand_once
+        # Tiles that nothing visits get zeros by programs of their own, if each key has one slot.
+        every = direct and plan.kv_index is None
+        order = plan.key_order(query.shape[1], kv_heads, every)
+        visited = order.lists.numel()
         by_key = plan.by_key
         lists |= {
             "ROWS": by_key.tiles, "KINDS": by_key.kinds, "START": by_key.start, "MID": by_key.mid,
-            "END": by_key.end, "ORDER": order,
+            "END": by_key.end, **order_of(order),
         }  # fmt: skip
         together = list_heads == 1 or call.list_size % call.group == 0
         if together and plan.row_ranges is not None:
             lists |= as_ranges(plan.row_ranges, plan.key_kinds, "ROW_RANGE", "rr")
         elif plan.bits.shape[0]:
             lists["WORDS"] = plan.key_words
-        direct = plan.keys_stand_once
     batches, heads_in = batch // groups_b, kv_heads // groups_h
     each = [key.shape, value.shape]
     if direct:
-        every = visited == groups_b * groups_h * width and (plan is None or plan.kv_index is None)
         dk, dv = ((query.new_empty if every else query.new_zeros)(shape) for shape in each)
     else:
         slabs = max(1, visited) * batches * heads_in
@@ -291,7 +294,7 @@ def key_arguments(
         "slope": call.scale, "D": dims["D"], "D1": dims["D1"], "DVAL": dims["DV"],
         "DV1": dims["DV1"], "Q_TILE": cut.streamed_tile, "KV_TILE": cut.owned_tile,
         "M": cut.streamed, "N": cut.owned, "VECTOR": cut.vector, "DIRECT": direct,
-        "STAGES": config.stages, "num_warps": config.warps, "num_stages": config.stages,
+        "STAGES": config.stages, **config.options(),
         "programs": visited * batches * heads_in * cut.subs,
     }  # fmt: skip
     return args, dk, dv

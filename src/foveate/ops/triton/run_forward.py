@@ -20,13 +20,15 @@ from foveate.ops.triton.call import (
     row_lists,
     strides,
 )
-from foveate.ops.triton.config import Config, config_for, processors, split_dim
+from foveate.ops.triton.config import Config, config_for, padded, processors, split_dim
 
 _FEW = 64  # rows of a tile, all packed heads together, from which a block is no longer for decoding
 _FEW_ROWS = 16  # rows of a block that are read for memory's sake
 _SPLIT_SLOTS = 256  # keys that a split has at least
 _SPLITS = 128
-_FILL = 4  # decoding programs for each multiprocessor
+_LATENT = (257, 576)  # head sizes of latent caches, as in MLA, that have their own configurations
+_MERGED = 4096  # numbers that a step of the merge holds
+_FILL = 2  # decoding programs for each multiprocessor
 
 
 def run(
@@ -65,8 +67,9 @@ def launch(call: Call, out: Tensor, lse: Tensor, splits: int | None = None) -> N
         splits = _splits(call, cut, programs, device)
     plan = call.plan
     virtual = plan is not None and plan.q_index is not None and not plan.query_places.unique
-    if plan is not None and plan.q_index is not None:
-        out.zero_()  # queries that no tile holds
+    absent = plan is not None and plan.q_index is not None  # queries that no tile holds
+    if absent:
+        out.zero_()
         lse.fill_(-torch.inf)
     parts, part_lses = out, lse
     rows = out.shape[2]
@@ -74,7 +77,9 @@ def launch(call: Call, out: Tensor, lse: Tensor, splits: int | None = None) -> N
         rows = plan.q_rows if virtual and plan is not None else rows
         shape = (splits, *out.shape[:2], rows, out.shape[3])
         parts = torch.empty(shape, dtype=torch.float32, device=device)
-        part_lses = torch.full(shape[:4], -torch.inf, device=device)
+        part_lses = torch.empty(shape[:4], dtype=torch.float32, device=device)
+        if absent:
+            part_lses.fill_(-torch.inf)
     o_s, l_s = (x.stride(0) if x.dim() > y else 0 for x, y in ((parts, 4), (part_lses, 3)))
     with on_device(device):
         attend[(programs, splits)](
@@ -90,15 +95,10 @@ def arguments(call: Call) -> tuple[dict[str, Any], Blocks]:
     """What `attend` is called with but for outputs and splits, `programs` among it."""
     config, factor = choose(call)
     cut = row_blocks(call, config, factor)
-    dim, value_dim = call.query.shape[3], call.value.shape[3]
+    dim = call.query.shape[3]
     sizes = head_sizes(call)
     sizes["D1"], sizes["D2"] = split_dim(dim)
-    shared = (
-        call.value.data_ptr() == call.key.data_ptr()
-        and call.value.stride()[:3] == call.key.stride()[:3]
-        and sizes["D1"] == sizes["DV1"]
-        and value_dim <= dim
-    )
+    shared = _shared(call)
     args = {
         "Q": call.query, "K": call.key, "V": call.value,
         **copied(config, cut, K_TILES=call.key, V_TILES=None if shared else call.value),
@@ -107,7 +107,7 @@ def arguments(call: Call) -> tuple[dict[str, Any], Blocks]:
         **call.numbers(), **call.features(), **sizes,
         "Q_TILE": cut.owned_tile, "KV_TILE": cut.streamed_tile, "M": cut.owned, "N": cut.streamed,
         "VECTOR": cut.vector, "PACK": factor, "SHARED": shared,
-        "STAGES": config.stages, "num_warps": config.warps, "num_stages": config.stages,
+        "STAGES": config.stages, **config.options(),
     }  # fmt: skip
     return args, cut
 
@@ -118,10 +118,27 @@ def choose(call: Call) -> tuple[Config, int]:
     tile = call.query.shape[2] if call.plan is None else min(call.plan.q_tile, call.plan.q_rows)
     together = call.pack(tile, 1 << 30)
     kernel = "decode" if tile * together <= 16 else "forward"
+    if _latent(call):
+        kernel = "latent decode" if kernel == "decode" else "latent"
     config = config_for(kernel, dim, value_dim, call.query.dtype, call.query.device)
     if call.bias is not None:  # tiles of it are kept in stages too
         config = replace(config, keys=min(config.keys, 64), stages=min(config.stages, 2))
     return config, together if tile < _FEW else 1
+
+
+def _shared(call: Call) -> bool:
+    """Whether the values are the first elements of the keys, which a step then loads once."""
+    key, value = call.key, call.value
+    same = value.data_ptr() == key.data_ptr() and value.stride()[:3] == key.stride()[:3]
+    dim, value_dim = key.shape[3], value.shape[3]
+    return same and value_dim <= dim and split_dim(dim)[0] == padded(value_dim)
+
+
+def _latent(call: Call) -> bool:
+    """Whether keys and values are one cache of large rows, for which there are configurations."""
+    least, most = _LATENT
+    fits = least <= call.key.shape[3] <= most and call.key.element_size() <= 2
+    return fits and _shared(call)
 
 
 def _splits(call: Call, cut: Blocks, programs: int, device: torch.device) -> int:
@@ -133,7 +150,9 @@ def _splits(call: Call, cut: Blocks, programs: int, device: torch.device) -> int
     slots = call.key.shape[2]
     if call.plan is not None:
         slots = call.plan.longest * cut.streamed_tile
-    return max(1, min(-(-(_FILL if few else 2) * chip // programs), slots // _SPLIT_SLOTS, _SPLITS))
+    # Large blocks may leave no room for a second one: no more than two rounds of them.
+    parts = -(-_FILL * chip // programs) if few else 2 * chip // programs
+    return max(1, min(parts, slots // _SPLIT_SLOTS, _SPLITS))
 
 
 def _merge(
@@ -150,11 +169,13 @@ def _merge(
             inverse = inverse.repeat_interleave(size, 1)
         i_b, i_h = (inverse.stride(i) if inverse.shape[i] > 1 else 0 for i in (0, 1))
     batch, heads, q_len, value_dim = out.shape
+    wide = head_sizes(call)["DV1"]
+    chunk = min(padded(parts.shape[0] * copies), max(8, _MERGED // wide))
     merge_parts[(q_len, batch * heads)](
         parts, lses, inverse, out, lse,
         parts.shape[0], copies, heads, parts.shape[3], q_len,
         lses.stride(0), lses.stride(2), *out.stride()[:3], i_b, i_h,
-        DV=value_dim, DV1=head_sizes(call)["DV1"], CHUNK=8,
+        DV=value_dim, DV1=wide, CHUNK=chunk,
     )  # fmt: skip
 
 

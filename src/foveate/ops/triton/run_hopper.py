@@ -14,12 +14,16 @@ from foveate.ops.triton.config import forced, processors
 
 HEAD_SIZES = (64, 128)
 VERSIONS = ((3, 6), (3, 7))  # of Triton, whose Gluon the kernel was compiled with
-_ROWS = 128
-# Stages of keys and values, and buffers of queries, by head size and keys of a step.
-_ROOM = {(128, 128): (3, 1), (128, 64): (6, 1), (64, 128): (5, 1), (64, 64): (6, 1)}
-# Tiles in a list, on average, from which it pays where partial tiles are ranges, by head size: on
-# an H100 lists of 5 to 8 tiles took 3 to 8% longer than by `attend` at head size 64.
-_LONG = {64: 10, 128: 0}
+# Stages of keys and values, and buffers of queries, by halves of a block (64 rows), head size and
+# keys of a step. With one half two programs share a multiprocessor.
+_ROOM = {
+    (2, 128, 128): (3, 1), (2, 128, 64): (6, 1), (2, 64, 128): (5, 1), (2, 64, 64): (6, 1),
+    (1, 128, 64): (3, 1), (1, 64, 128): (3, 2), (1, 64, 64): (6, 1),
+}  # fmt: skip
+# Tiles in a list, on average, up to which blocks have one half, by head size, where all tiles are
+# whole and where some are ranges: what one program waits for is hidden behind the other's work
+# then, for twice the reading of keys, which at head size 128 costs more (all measured on an H200).
+_SHORT = {64: (4, 1 << 30), 128: (0, 0)}
 
 
 @cache
@@ -38,7 +42,7 @@ def takes(call: Call) -> bool:
     if interpreted() or call.query.device.type != "cuda" or forced("forward"):
         return False
     here = _here(call.query.device.index or 0)
-    return here and _fills(call) and _long(call) and fits(call)
+    return here and _fills(call) and fits(call)
 
 
 def fits(call: Call) -> bool:
@@ -50,28 +54,30 @@ def fits(call: Call) -> bool:
     if not call.fold or not all(aligned(x) for x in (query, key, value)):
         return False
     if plan is None:
-        return query.shape[2] >= _ROWS
+        return query.shape[2] >= 128
     # Ranges of a layout's own may leave keys between them that no row of a block sees.
     tables = (plan.q_index, plan.kv_index, plan.gathered, plan.key_range, plan.row_range)
-    if any(table is not None for table in tables) or plan.q_rows < _ROWS:
+    if any(table is not None for table in tables) or plan.q_rows < 128:
         return False
-    if plan.q_tile % _ROWS or plan.kv_tile % 64:
+    if plan.q_tile % (64 if dim == 64 else 128) or plan.kv_tile % 64:
         return False
     return not plan.bits.shape[0] or plan.key_ranges is not None
 
 
 def _fills(call: Call) -> bool:
     """Whether there are blocks for most of the chip; else lists are better cut into parts."""
-    blocks_in = -(-call.query.shape[2] // _ROWS) * call.query.shape[0] * call.query.shape[1]
+    blocks_in = -(-call.query.shape[2] // 128) * call.query.shape[0] * call.query.shape[1]
     return 2 * blocks_in >= processors(call.query.device.index or 0)
 
 
-def _long(call: Call) -> bool:
-    """Whether lists are long enough for the time that each block begins and ends with."""
+def halves(call: Call) -> int:
+    """Halves of a block, 1 where lists are short or tiles have no more rows."""
     plan = call.plan
-    if plan is None or not plan.bits.shape[0]:
-        return True
-    return plan.cols.numel() >= _LONG.get(call.query.shape[3], 0) * (plan.ptr.numel() - 1)
+    if plan is None:
+        return 2
+    most = _SHORT[call.query.shape[3]][plan.bits.shape[0] > 0]
+    few = plan.cols.numel() <= most * plan.by_row.start.numel()
+    return 1 if few or plan.q_tile % 128 else 2
 
 
 def launch(call: Call, out: Tensor, lse: Tensor) -> None:
@@ -79,22 +85,26 @@ def launch(call: Call, out: Tensor, lse: Tensor) -> None:
     from foveate.ops.triton.kernels.hopper import attend_hopper
 
     args = arguments(call, out, lse)
-    grid = min(args["programs"], processors(call.query.device.index or 0))
-    attend_hopper[(grid,)](**args)
+    room = processors(call.query.device.index or 0) * (2 if args["HALVES"] == 1 else 1)
+    attend_hopper[(min(args["programs"], room),)](**args)
 
 
 def arguments(call: Call, out: Tensor, lse: Tensor) -> dict[str, Any]:
     """What `attend_hopper` is called with."""
-    plan, dim = call.plan, call.query.shape[3]
+    plan, dim, parts = call.plan, call.query.shape[3], halves(call)
+    rows = 64 * parts
     batch, heads, length = call.query.shape[:3]
-    q_tile, kv_tile = (_ROWS, 128) if plan is None else (plan.q_tile, plan.kv_tile)
-    keys = 128 if kv_tile % 128 == 0 else 64
+    q_tile, kv_tile = (rows, 128) if plan is None else (plan.q_tile, plan.kv_tile)
+    keys = 128 if kv_tile % 128 == 0 and (parts, dim, 128) in _ROOM else 64
+    stages, buffers = _ROOM[parts, dim, keys]
     cols = kinds = table = lists = None
     steps = [0, 0]
-    groups, count = (1, 1), -(-length // _ROWS)
+    groups, count, giants = (1, 1), -(-length // rows), 0
     if plan is not None:
-        cols, kinds, lists = plan.by_row.tiles, plan.by_row.kinds, plan.blocks(_ROWS)
+        cols, kinds, lists = plan.by_row.tiles, plan.by_row.kinds, plan.blocks(rows)
         groups, count = plan.groups, lists.shape[0]
+        if plan.row_order is not None:
+            giants = plan.row_order.giants * plan.blocks_in_tile(rows)
         if plan.key_ranges is not None:
             table, kinds = plan.key_ranges, plan.row_kinds
     if table is not None:
@@ -106,10 +116,13 @@ def arguments(call: Call, out: Tensor, lse: Tensor) -> dict[str, Any]:
         "BLOCKS": lists, "KEY_RANGE": table, "kr_b": steps[0], "kr_h": steps[1],
         "NEXT": torch.zeros(1, dtype=torch.int32, device=call.query.device),
         **strides("o", out), "l_b": lse.stride(0), "l_h": lse.stride(1), "count": count,
-        "packs": packs, "programs": count * packs * (batch // groups[0]), "q_rows": length,
-        "kv_rows": call.key.shape[2], "scale": call.numbers()["scale"], "GROUP": call.group,
-        "Q_TILE": q_tile, "KV_TILE": kv_tile, "N": keys, "D": dim, "STAGES": _ROOM[dim, keys][0],
-        "BUFFERS": _ROOM[dim, keys][1], "num_warps": 4,
+        "giants": giants, "packs": packs, "programs": count * packs * (batch // groups[0]),
+        "q_rows": length, "kv_rows": call.key.shape[2], "scale": call.numbers()["scale"],
+        "GROUP": call.group,
+        "Q_TILE": q_tile, "KV_TILE": kv_tile, "N": keys, "D": dim, "STAGES": stages,
+        "BUFFERS": buffers, "HALVES": parts, "num_warps": 4,
+        # Half of a multiprocessor's registers: the four warps that compute take what others leave.
+        **({"maxnreg": 128} if parts == 1 else {}),
     }  # fmt: skip
 
 

@@ -40,8 +40,8 @@ from foveate.ops.triton.kernels.tiles import (
 
 VARYING = [
     "q_len", "kv_len", "q_rows", "kv_rows", "q_tiles", "kv_tiles", "groups_h", "batches", "packs",
-    "subs", "items", "splits", "b_first", "b_count", "o_s", "l_s", "l_b", "l_h", "qi_b", "qi_h",
-    "ki_b", "ki_h", "kr_b", "kr_h", "rr_b", "rr_h",
+    "subs", "items", "giants", "splits", "b_first", "b_count", "o_s", "l_s", "l_b", "l_h", "qi_b",
+    "qi_h", "ki_b", "ki_h", "kr_b", "kr_h", "rr_b", "rr_h",
 ]  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def attend(
     b_b, b_h, b_q, b_k, b_first, b_count,
     qi_b, qi_h, ki_b, ki_h, kr_b, kr_h, rr_b, rr_h,
     q_len, kv_len, q_rows, kv_rows, q_tiles, kv_tiles, groups_h, batches, packs, subs, items,
-    splits, scale, cap,
+    giants, splits, scale, cap,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr,
     Q_TILE: tl.constexpr, KV_TILE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     VECTOR: tl.constexpr, PACK: tl.constexpr, GROUP: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -90,7 +90,7 @@ def attend(
     """
     split = tl.program_id(1)
     item, tile, sub, group_b, group_h, batch, head0 = row_program(
-        tl.program_id(0), ORDER, subs, packs, groups_h, batches, q_tiles, items, PACK
+        tl.program_id(0), ORDER, subs, packs, groups_h, batches, q_tiles, items, giants, PACK
     )
     kv_head = head0 // GROUP
     line, row, query, head, live = own_rows(

@@ -26,7 +26,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from foveate.ops.triton.kernels.hopper_feed import block_of, hear, produce, tile_at, whose
 
-VARYING = ["kr_b", "kr_h", "l_b", "l_h", "count", "packs", "programs", "q_rows", "kv_rows"]
+VARYING = [
+    "kr_b",
+    "kr_h",
+    "l_b",
+    "l_h",
+    "count",
+    "giants",
+    "packs",
+    "programs",
+    "q_rows",
+    "kv_rows",
+]
 
 
 @gluon.jit
@@ -90,9 +101,9 @@ def consume(
     half, O, L, q_s, k_s, v_s, numbers, q_full, q_empty, k_full, k_empty, v_full, v_empty, told,
     heard, COLS, KINDS, BLOCKS, KEY_RANGE, range_steps, steps, sizes, scale, Q_TILE: gl.constexpr,
     KV_TILE: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    BUFFERS: gl.constexpr,
+    BUFFERS: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: 64 rows of each block, the first or second half of it."""
+    """Four warps: 64 rows of each block, all of it or its first or second half."""
     PER: gl.constexpr = KV_TILE // N
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -100,7 +111,7 @@ def consume(
     S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     o_b, o_h, o_l, l_b, l_h = steps
-    _, packs, programs, q_rows, kv_rows = sizes
+    _, _, packs, programs, q_rows, kv_rows = sizes
     line = half * 64 + gl.arange(0, 64, layout=S_ROWS)
     turn, done = 0, 0
     number = hear(0, numbers, told, heard)
@@ -116,7 +127,7 @@ def consume(
         total = gl.zeros([64], gl.float32, S_ROWS)
         acc = gl.zeros([64, D], gl.float32, O_LAYOUT)
         zero = gl.zeros([64, N], gl.float32, S_LAYOUT)
-        q_at = turn % BUFFERS * 2 + half
+        q_at = turn % BUFFERS * HALVES + half
         q = q_s.index(q_at)
         mbarrier.wait(q_full.index(q_at), turn // BUFFERS & 1)
         if first < last:
@@ -198,11 +209,11 @@ def consume(
 @gluon.jit(do_not_specialize=VARYING)
 def attend_hopper(
     Q_TILES, K_TILES, V_TILES, O, L, COLS, KINDS, BLOCKS, KEY_RANGE, NEXT,
-    kr_b, kr_h, o_b, o_h, o_l, l_b, l_h, count, packs, programs, q_rows, kv_rows, scale,
+    kr_b, kr_h, o_b, o_h, o_l, l_b, l_h, count, giants, packs, programs, q_rows, kv_rows, scale,
     GROUP: gl.constexpr, Q_TILE: gl.constexpr, KV_TILE: gl.constexpr, N: gl.constexpr,
-    D: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
-    """Blocks of 128 rows, one after another on each multiprocessor.
+    """Blocks of 64 or 128 rows (`HALVES` is 1 or 2), one after another by each program.
 
     Q_TILES, K_TILES, V_TILES: descriptors of (1, 1, 64, D) and (1, 1, N, D). BLOCKS: (count, 8),
     None without lists. There are `programs` blocks in all, count x heads of a list (`packs`) x
@@ -210,55 +221,65 @@ def attend_hopper(
     rest is as in `attend`.
     """
     dtype: gl.constexpr = Q_TILES.dtype
-    q_s = gl.allocate_shared_memory(dtype, [2 * BUFFERS, 1, 1, 64, D], Q_TILES.layout)
+    q_s = gl.allocate_shared_memory(dtype, [HALVES * BUFFERS, 1, 1, 64, D], Q_TILES.layout)
     k_s = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, N, D], K_TILES.layout)
     v_s = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, N, D], V_TILES.layout)
     numbers = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    q_full = gl.allocate_shared_memory(gl.int64, [2 * BUFFERS, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [2 * BUFFERS, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [HALVES * BUFFERS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [HALVES * BUFFERS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     told = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     heard = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2 * BUFFERS):
+    for i in gl.static_range(HALVES * BUFFERS):
         mbarrier.init(q_full.index(i), 1)
         mbarrier.init(q_empty.index(i), 1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), 1)
-        mbarrier.init(k_empty.index(i), 2)
+        mbarrier.init(k_empty.index(i), HALVES)
         mbarrier.init(v_full.index(i), 1)
-        mbarrier.init(v_empty.index(i), 2)
+        mbarrier.init(v_empty.index(i), HALVES)
     for i in gl.static_range(2):
         mbarrier.init(told.index(i), 1)
-        mbarrier.init(heard.index(i), 2)
+        mbarrier.init(heard.index(i), HALVES)
     # The same memory as matrices, which is what the tensor cores want.
     FLAT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    q_m = q_s._reinterpret(dtype, [2 * BUFFERS, 64, D], FLAT)
+    q_m = q_s._reinterpret(dtype, [HALVES * BUFFERS, 64, D], FLAT)
     k_m = k_s._reinterpret(dtype, [STAGES, N, D], FLAT)
     v_m = v_s._reinterpret(dtype, [STAGES, N, D], FLAT)
-    sizes = (count, packs, programs, q_rows, kv_rows)
+    sizes = (count, giants, packs, programs, q_rows, kv_rows)
     steps = (o_b, o_h, o_l, l_b, l_h)
     range_steps = (kr_b, kr_h)
-    gl.warp_specialize(
-        [
+    if HALVES == 1:
+        gl.warp_specialize([
             (consume, (
                 0, O, L, q_m, k_m, v_m, numbers, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 told, heard, COLS, KINDS, BLOCKS, KEY_RANGE, range_steps, steps, sizes, scale,
-                Q_TILE, KV_TILE, N, D, STAGES, BUFFERS,
-            )),
-            (consume, (
-                1, O, L, q_m, k_m, v_m, numbers, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                told, heard, COLS, KINDS, BLOCKS, KEY_RANGE, range_steps, steps, sizes, scale,
-                Q_TILE, KV_TILE, N, D, STAGES, BUFFERS,
+                Q_TILE, KV_TILE, N, D, STAGES, BUFFERS, HALVES,
             )),
             (produce, (
                 Q_TILES, K_TILES, V_TILES, q_s, k_s, v_s, numbers, q_full, q_empty, k_full, k_empty,
                 v_full, v_empty, told, heard, COLS, BLOCKS, NEXT, sizes, GROUP, Q_TILE, KV_TILE, N,
-                STAGES, BUFFERS,
+                STAGES, BUFFERS, HALVES,
             )),
-        ],
-        [4, 1],
-        [240, 24],
-    )  # fmt: skip
+        ], [1], [24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (consume, (
+                0, O, L, q_m, k_m, v_m, numbers, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                told, heard, COLS, KINDS, BLOCKS, KEY_RANGE, range_steps, steps, sizes, scale,
+                Q_TILE, KV_TILE, N, D, STAGES, BUFFERS, HALVES,
+            )),
+            (consume, (
+                1, O, L, q_m, k_m, v_m, numbers, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                told, heard, COLS, KINDS, BLOCKS, KEY_RANGE, range_steps, steps, sizes, scale,
+                Q_TILE, KV_TILE, N, D, STAGES, BUFFERS, HALVES,
+            )),
+            (produce, (
+                Q_TILES, K_TILES, V_TILES, q_s, k_s, v_s, numbers, q_full, q_empty, k_full, k_empty,
+                v_full, v_empty, told, heard, COLS, BLOCKS, NEXT, sizes, GROUP, Q_TILE, KV_TILE, N,
+                STAGES, BUFFERS, HALVES,
+            )),
+        ], [4, 1], [240, 24])  # fmt: skip

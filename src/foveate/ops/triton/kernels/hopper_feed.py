@@ -14,24 +14,30 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 @gluon.jit
 def block_of(number, BLOCKS, sizes, Q_TILE: gl.constexpr, KV_TILE: gl.constexpr):
-    """A block of 128 rows as `Plan.blocks` has it, and the rest of its number; nothing waits.
+    """A block of rows as `Plan.blocks` has it, and the rest of its number; nothing waits.
 
     Returns (rest, first row, group of the batch, of the heads, first tile of its list, first one
     that isn't whole, end, first key that a row of it sees, end).
     """
-    count, packs, programs, q_rows, kv_rows = sizes
+    count, giants, packs, programs, q_rows, kv_rows = sizes
     number = gl.minimum(number, programs - 1)
-    place = number % count
+    # The giants of all heads first: see `plan.Order`.
+    times = programs // count
+    late = number >= giants * times
+    width = gl.maximum(gl.where(late, count - giants, giants), 1)
+    number -= gl.where(late, giants * times, 0)
+    place = gl.where(late, giants, 0) + number % width
+    rest = number // width
     if BLOCKS is None:
         zero = number * 0
         block = (
-            number // count, place * Q_TILE, zero, zero, zero, zero + kv_rows // KV_TILE,
+            rest, place * Q_TILE, zero, zero, zero, zero + kv_rows // KV_TILE,
             zero + gl.cdiv(kv_rows, KV_TILE), zero, zero + kv_rows,
         )  # fmt: skip
     else:
         at = BLOCKS + place * 8
         block = (
-            number // count, gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3),
+            rest, gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3),
             gl.load(at + 4), gl.load(at + 5), gl.load(at + 6), gl.load(at + 7),
         )  # fmt: skip
     return block
@@ -95,13 +101,14 @@ def produce(
     Q_TILES, K_TILES, V_TILES, q_s, k_s, v_s, numbers, q_full, q_empty, k_full, k_empty, v_full,
     v_empty, told, heard, COLS, BLOCKS, NEXT, sizes, GROUP: gl.constexpr, Q_TILE: gl.constexpr,
     KV_TILE: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
+    HALVES: gl.constexpr,
 ):  # fmt: skip
     """One warp: takes blocks; of each its queries, keys and values, as room comes free.
 
     Keys are brought a step before values, as they are wanted.
     """
     PER: gl.constexpr = KV_TILE // N
-    packs, programs = sizes[1], sizes[2]
+    packs, programs = sizes[2], sizes[3]
     turn, k_done, v_done = 0, 0, 0
     number = gl.program_id(0)
     tell(number, 0, numbers, told, heard)
@@ -113,8 +120,8 @@ def produce(
         batch, head = whose(block[0], block[2], block[3], packs)
         kv_head = head // GROUP
         ahead = only_tile(first + 1, last, COLS, PER)
-        for half in gl.static_range(2):
-            at = turn % BUFFERS * 2 + half
+        for half in gl.static_range(HALVES):
+            at = turn % BUFFERS * HALVES + half
             bring(
                 Q_TILES, [batch, head, row0 + half * 64, 0], q_s.index(at), q_full.index(at),
                 q_empty.index(at), (turn // BUFFERS & 1) ^ 1,

@@ -16,6 +16,7 @@ from foveate.ops.triton.kernels.tiles import (
     dot,
     exponentials,
     list_bounds,
+    list_of,
     list_slots,
     load_rows,
     load_some,
@@ -39,7 +40,7 @@ def key_gradient(
     b_b, b_h, b_q, b_k, b_first, b_count,
     qi_b, qi_h, ki_b, ki_h, kr_b, kr_h, rr_b, rr_h,
     q_len, kv_len, q_rows, kv_rows, kv_tiles, width, groups_h, list_heads, list_size, heads_in,
-    batches, subs, visited,
+    batches, subs, visited, giants,
     scale, cap, slope,
     D: tl.constexpr, D1: tl.constexpr, DVAL: tl.constexpr, DV1: tl.constexpr,
     Q_TILE: tl.constexpr, KV_TILE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -49,15 +50,13 @@ def key_gradient(
 ):  # fmt: skip
     """Dk and dv of one block of keys, over all query heads that share them.
 
-    Axis 0 counts (batch entry, key head, visited tile, block of keys in the tile). Scores are
+    Axis 0 counts (batch entry, key head, tile in ORDER, block of keys in the tile). Scores are
     transposed: keys are the rows. Without `DIRECT` the slots of each visited tile are put out by
     themselves, (tile, batch entry, key head, slot), for `add_slots`.
     """
     pid = tl.program_id(0)
     sub = pid % subs
-    rest = pid // subs
-    number = rest % visited
-    rest = rest // visited
+    number, rest = list_of(pid // subs, giants, visited, heads_in * batches)
     head_in = rest % heads_in
     batch_in = rest // heads_in
     item = number
@@ -235,30 +234,55 @@ def key_gradient(
     tl.store(DV + dv_at[:, None] + dv[None, :], dv_acc.to(DV.dtype.element_ty), mask=v_mask)
 
 
+@triton.jit
+def slot_sums(
+    PARTS, OUT, which, key, live, begin, end, most, SLOTS, batches, heads_in, batch_in, head_in,
+    kv_len, SIZE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One of the two gradients of some keys."""
+    d = tl.arange(0, WIDTH)
+    acc = tl.zeros([KEYS, WIDTH], tl.float32)
+    for start in range(0, most, CHUNK):
+        at = begin[:, None] + (start + tl.arange(0, CHUNK))[None, :]
+        there = at < end[:, None]
+        slot = tl.load(SLOTS + at, mask=there, other=0)
+        row = ((slot // TILE * batches + batch_in) * heads_in + head_in) * TILE + slot % TILE
+        mask = there[:, :, None] & (d < SIZE)[None, None, :]
+        each = tl.load(PARTS + (row * SIZE)[:, :, None] + d[None, None, :], mask=mask, other=0.0)
+        acc += tl.sum(each, 1)
+    to = (which.to(tl.int64) * kv_len + key) * SIZE
+    mask = live[:, None] & (d < SIZE)[None, :]
+    tl.store(OUT + to[:, None] + d[None, :], acc.to(OUT.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["groups_h", "batches", "heads_in", "kv_len"])
 def add_slots(
-    PARTS, BEGIN, SLOTS, OUT, groups_h, batches, heads_in, kv_len, out_b, out_h, out_l,
-    D: tl.constexpr, D1: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+    DK_PARTS, DV_PARTS, BEGIN, SLOTS, DK, DV, groups_h, batches, heads_in, kv_len,
+    D: tl.constexpr, D1: tl.constexpr, DVAL: tl.constexpr, DV1: tl.constexpr, TILE: tl.constexpr,
+    KEYS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of one key: the sum, always in the same order, over the slots that hold it."""
-    key = tl.program_id(0)
+    """The gradients of some keys: sums, always in the same order, over the slots that hold each.
+
+    DK and DV are contiguous.
+    """
+    key = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+    live = key < kv_len
     which = tl.program_id(1)  # batch entry and key head
     heads = groups_h * heads_in
     batch, head = which // heads, which % heads
     group_h, head_in = head // heads_in, head % heads_in
     batch_in = batch % batches
     group = batch // batches * groups_h + group_h
-    d = tl.arange(0, D1)
     owner = group.to(tl.int64) * kv_len + key
-    begin, end = tl.load(BEGIN + owner), tl.load(BEGIN + owner + 1)
-    acc = tl.zeros([D1], tl.float32)
-    for start in range(begin, end, CHUNK):
-        at = start + tl.arange(0, CHUNK)
-        there = at < end
-        slot = tl.load(SLOTS + at, mask=there, other=0)
-        slab = (slot // TILE * batches + batch_in) * heads_in + head_in
-        row = slab * TILE + slot % TILE
-        mask = there[:, None] & (d < D)[None, :]
-        acc += tl.sum(tl.load(PARTS + (row * D)[:, None] + d[None, :], mask=mask, other=0.0), 0)
-    to = batch.to(tl.int64) * out_b + head.to(tl.int64) * out_h + key.to(tl.int64) * out_l
-    tl.store(OUT + to + d, acc.to(OUT.dtype.element_ty), mask=d < D)
+    begin = tl.load(BEGIN + owner, mask=live, other=0)
+    end = tl.load(BEGIN + owner + 1, mask=live, other=0)
+    most = tl.max(end - begin, 0)
+    slot_sums(
+        DK_PARTS, DK, which, key, live, begin, end, most, SLOTS, batches, heads_in, batch_in,
+        head_in, kv_len, D, D1, TILE, KEYS, CHUNK,
+    )  # fmt: skip
+    slot_sums(
+        DV_PARTS, DV, which, key, live, begin, end, most, SLOTS, batches, heads_in, batch_in,
+        head_in, kv_len, DVAL, DV1, TILE, KEYS, CHUNK,
+    )  # fmt: skip

@@ -6,9 +6,9 @@ algorithm 2):
     dv_j = sum_i p_ij do_i,  ds_ij = p_ij (do_i . v_j - delta_i),  dq_i = scale sum_j ds_ij k_j,
     dk_j = scale sum_i ds_ij q_i,  dbias_ij = ds_ij
 
-`query_gradient` owns rows and streams keys by the lists of the layout, `key_gradient` (in its own
-file) owns keys and streams rows by their transpose. With a softcap c tanh(x / c), ds is multiplied
-by 1 - tanh^2 on its way to q and k.
+`query_gradient` owns rows and streams keys by the lists of the layout; it also puts out the lse and
+delta of its rows. `key_gradient` (in its own file) owns keys and streams rows by their transpose.
+With a softcap c tanh(x / c), ds is multiplied by 1 - tanh^2 on its way to q and k.
 """
 
 # mypy: ignore-errors
@@ -45,37 +45,32 @@ from foveate.ops.triton.kernels.tiles import (
 
 VARYING = [
     "q_len", "kv_len", "q_rows", "kv_rows", "q_tiles", "kv_tiles", "groups_h", "batches", "packs",
-    "subs", "items", "b_first", "b_count", "l_b", "l_h", "qi_b", "qi_h", "ki_b", "ki_h", "kr_b",
-    "kr_h", "rr_b", "rr_h", "width", "list_heads", "list_size", "heads_in", "visited",
+    "subs", "items", "giants", "b_first", "b_count", "l_b", "l_h", "qi_b", "qi_h", "ki_b", "ki_h",
+    "kr_b", "kr_h", "rr_b", "rr_h", "width", "list_heads", "list_size", "heads_in", "visited",
 ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows", "heads", "length"])
-def row_products(
-    O, G, LSE, DLSE, BASE, DELTA, rows, heads, length, o_b, o_h, o_l, g_b, g_h, g_l, d_b, d_h,
-    DV: tl.constexpr, DV1: tl.constexpr, M: tl.constexpr,
+@triton.jit
+def row_numbers(
+    O, G, g, LSE, DLSE, BASE, DELTA, o_at, l_at, flat, dv, live, DV: tl.constexpr,
+    DV1: tl.constexpr,
 ):  # fmt: skip
-    """Delta, and the lse in units of log 2, infinite for a row without keys, so that p is 0.
+    """Each row's lse in units of log 2, infinite without keys, so that p is 0, and its delta.
 
-    Rows count (batch entry, head, query); both are fp32.
+    Both are put out in fp32 for the pass that owns keys; a row in several tiles is put out by each
+    of them, and always the same.
     """
-    row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
-    dv = tl.arange(0, DV1)
-    live = row < rows
-    l, h, b = row % length, row // length % heads, row // length // heads
-    mask = live[:, None] & (dv < DV)[None, :]
-    delta = tl.zeros([M], tl.float32)
+    delta = tl.zeros_like(flat).to(tl.float32)
     if G is not None:
-        o = tl.load(O + (b * o_b + h * o_h + l * o_l)[:, None] + dv[None, :], mask=mask, other=0.0)
-        g = tl.load(G + (b * g_b + h * g_h + l * g_l)[:, None] + dv[None, :], mask=mask, other=0.0)
+        o = load_rows(O, o_at, dv, live, DV, DV1)
         delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
     if DLSE is not None:
-        delta -= tl.load(DLSE + row, mask=live, other=0.0)
-    lse = tl.load(LSE + row, mask=live, other=0.0)
+        delta -= tl.load(DLSE + flat, mask=live, other=0.0)
+    lse = tl.load(LSE + flat, mask=live, other=float("-inf"))
     base = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
-    to = b * d_b + h * d_h + l
-    tl.store(DELTA + to, delta, mask=live)
-    tl.store(BASE + to, base, mask=live)
+    tl.store(BASE + l_at, base, mask=live)
+    tl.store(DELTA + l_at, delta, mask=live)
+    return base[:, None], delta[:, None]
 
 
 @triton.jit
@@ -106,15 +101,16 @@ def keep_bias_gradient(
 
 @triton.jit(do_not_specialize=VARYING)
 def query_gradient(
-    Q, K, V, G, L, DELTA, DQ, B, DB, UNIT,
+    Q, K, V, G, O, LSE, DLSE, BASE, DELTA, DQ, B, DB, UNIT,
     K_TILES, V_TILES,
     COLS, KINDS, START, MID, END, ORDER, WORDS, ALIVE, GATHERED, Q_INDEX, KV_INDEX, KEY_RANGE,
     ROW_RANGE,
-    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, g_b, g_h, g_l, dq_b, dq_h, dq_l, l_b, l_h,
+    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, g_b, g_h, g_l, o_b, o_h, o_l, dq_b, dq_h, dq_l,
+    l_b, l_h,
     b_b, b_h, b_q, b_k, b_first, b_count, db_b, db_h, db_q, db_k,
     qi_b, qi_h, ki_b, ki_h, kr_b, kr_h, rr_b, rr_h,
     q_len, kv_len, q_rows, kv_rows, q_tiles, kv_tiles, groups_h, batches, packs, subs, items,
-    scale, cap, slope,
+    giants, scale, cap, slope,
     D: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr,
     Q_TILE: tl.constexpr, KV_TILE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     VECTOR: tl.constexpr, PACK: tl.constexpr, GROUP: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -122,9 +118,13 @@ def query_gradient(
     BIAS_GRADIENT: tl.constexpr, VIRTUAL: tl.constexpr, PRECISION: tl.constexpr,
     WIDEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Dq of one block of rows, and its part of the bias's gradient. `slope` is scale itself."""
+    """Dq of one block of rows, its rows' numbers, and its part of the bias's gradient.
+
+    LSE and DLSE are (B, Hq, Lq), contiguous; BASE and DELTA, of l_b and l_h, are written. `slope`
+    is scale itself.
+    """
     item, tile, sub, group_b, group_h, batch, head0 = row_program(
-        tl.program_id(0), ORDER, subs, packs, groups_h, batches, q_tiles, items, PACK
+        tl.program_id(0), ORDER, subs, packs, groups_h, batches, q_tiles, items, giants, PACK
     )
     kv_head = head0 // GROUP
     line, row, query, head, live = own_rows(
@@ -140,9 +140,10 @@ def query_gradient(
         g = load_rows(G, b64 * g_b + h64 * g_h + q64 * g_l, dv, live, DV, DV1)
     else:
         g = q
-    l_at = b64 * l_b + h64 * l_h + q64
-    lse = tl.load(L + l_at, mask=live, other=float("inf"))[:, None]
-    delta = tl.load(DELTA + l_at, mask=live, other=0.0)[:, None]
+    lse, delta = row_numbers(
+        O, G, g, LSE, DLSE, BASE, DELTA, b64 * o_b + h64 * o_h + q64 * o_l,
+        b64 * l_b + h64 * l_h + q64, (b64 * (packs * PACK) + h64) * q_len + q64, dv, live, DV, DV1,
+    )  # fmt: skip
     k_base = K + b64 * k_b + kv_head.to(tl.int64) * k_h
     v_base = V + b64 * v_b + kv_head.to(tl.int64) * v_h
     if BIAS > 0:

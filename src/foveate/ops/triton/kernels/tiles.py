@@ -202,7 +202,22 @@ def list_bounds(LIST, START, MID, END, owner, length, TILE: tl.constexpr, VECTOR
 
 
 @triton.jit
-def row_program(pid, ORDER, subs, packs, groups_h, batches, q_tiles, items, PACK: tl.constexpr):
+def list_of(number, giants, count, times):
+    """(place of a list in the order, which of its `times` users): see `plan.Order`.
+
+    Users count slower than lists, among the giants first and then among the others.
+    """
+    late = number >= giants * times
+    first = tl.where(late, giants, 0)
+    width = tl.maximum(tl.where(late, count - giants, giants), 1)
+    number -= tl.where(late, giants * times, 0)
+    return first + number % width, number // width
+
+
+@triton.jit
+def row_program(
+    pid, ORDER, subs, packs, groups_h, batches, q_tiles, items, giants, PACK: tl.constexpr
+):  # fmt: skip
     """What a program that owns rows works on.
 
     Returns (its place in the order, tile, block, group of the batch, of the heads, batch entry,
@@ -210,10 +225,8 @@ def row_program(pid, ORDER, subs, packs, groups_h, batches, q_tiles, items, PACK
     that run together read the same keys, and each head's longest lists come first.
     """
     sub = pid % subs
-    rest = pid // subs
-    place = rest % items
-    rest = rest // items
     packs_in = packs // groups_h
+    place, rest = list_of(pid // subs, giants, items, packs_in * batches)
     pack_in = rest % packs_in
     batch_in = rest // packs_in
     item = place
