@@ -16,7 +16,7 @@ from torch import Tensor
 from foveate.ops import Layout, causal, padding, triton, window
 from foveate.ops.triton import run_backward, run_forward
 from foveate.ops.triton.call import copied, describe
-from foveate.ops.triton.config import Config, Forced, config_for
+from foveate.ops.triton.config import Config, Forced, config_for, shipped
 from foveate.ops.triton.plan import plan_of
 
 MORE = pytest.mark.slow
@@ -106,6 +106,29 @@ def test_row_ranges_of_several_groups(groups: tuple[int, int]) -> None:
     layout = Layout.from_dense(allowed, (64, 32))
     assert plan_of(layout).row_ranges is not None
     compare(q, k, v, layout, allowed)
+
+
+def test_kinds_of_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latent caches and small pages have configurations of their own, where they were measured."""
+    asked = []
+    real = run_forward.config_for
+    monkeypatch.setattr(run_forward, "config_for", lambda *a: asked.append(a[0]) or real(*a))
+
+    def kind(heads: int, key: Tensor, value: Tensor, tile: int | None = None) -> str:
+        query = torch.zeros(1, heads, 1, key.shape[3], dtype=key.dtype)
+        layout = None if tile is None else every_tile(1, key.shape[2], tile, 0)
+        run_forward.choose(describe(query, key, value, layout, 0.1, None, None, None))
+        return asked[-1]
+
+    latent = torch.zeros(1, 1, 256, 576, dtype=torch.bfloat16)
+    assert kind(16, latent, latent[..., :512]) == "latent decode"
+    assert kind(128, latent, latent[..., :512]) == "latent"
+    assert kind(128, latent, latent[..., :512].clone()) == "forward"
+    keys = torch.zeros(1, 2, 256, 128, dtype=torch.bfloat16)
+    assert kind(8, keys, keys.clone()) == kind(8, keys, keys.clone(), 64) == "decode"
+    assert kind(8, keys, keys.clone(), 16) == "paged decode"
+    assert shipped("paged decode", 64, 64, 2, 9) == shipped("decode", 64, 64, 2, 9)
+    assert shipped("paged decode", 128, 128, 2, 9) != shipped("decode", 128, 128, 2, 9)
 
 
 @pytest.mark.parametrize("groups", [(1, 1), pytest.param((2, 2), marks=MORE)])

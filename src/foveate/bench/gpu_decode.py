@@ -1,10 +1,16 @@
-"""Decoding one token on a GPU against a long cache, as a share of a copy's bandwidth."""
+"""Decoding one token on a GPU against a long cache, as a share of what the GPU can do.
+
+Three measures: a large copy's bandwidth; a copy of just as many bytes, read and written ones, in
+the same rounds, since a short copy is slower, too; and the lower of two roofs, that bandwidth and
+the fastest matrix product, which is the one that counts for many heads on a latent cache.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +19,7 @@ from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from foveate.bench.correct import Judge
-from foveate.bench.gpu import Clock, copy_bandwidth, environment
+from foveate.bench.gpu import Clock, copy_bandwidth, environment, matmul_peak
 from foveate.bench.gpu_contestants import SDPA
 from foveate.bench.job import DTYPES, Begin, check_known, check_sizes, told
 from foveate.ops import Layout, attention
@@ -25,6 +31,7 @@ CACHES = ("whole", "paged", "selected", "latent")
 NAMES = ("triton", "sdpa", *SDPA)
 _LATENT = (576, 512)  # DeepSeek's: 512 of content, 64 of position
 _SHARE = 8  # one tile in 8 is selected
+_COPY = "copy"
 _FOOTPRINT = 512 << 20  # bytes of caches gone through in turn
 
 
@@ -56,6 +63,12 @@ class Cell:
     def keys(self) -> int:
         """Keys that a step visits."""
         return self.context // _SHARE if self.form == "selected" else self.context
+
+    @property
+    def flops(self) -> float:
+        """Operations of one step."""
+        heads = self.batch * self.kv_heads * self.group
+        return 2.0 * heads * self.keys * (self.head_dim + self.value_dim)
 
 
 @dataclass(frozen=True)
@@ -124,7 +137,7 @@ def run(
     """Measure every cell that isn't in the records yet; {"cell", "values"} of all, in order."""
     options.check()
     here, clock = environment(device), Clock(device)
-    copying = 0.0
+    copying, peaks = 0.0, dict[str, float]()
     how = {
         "contestants": list(options.names()), "pace": asdict(options.pace), "seed": options.seed,
     }  # fmt: skip
@@ -137,7 +150,10 @@ def run(
         values = None if records is None else records.get(key)
         if values is None:
             copying = copying or copy_bandwidth(clock, device)
-            values = {**measure(cell, options, clock, device, copying), "environment": here}
+            if cell.dtype not in peaks:
+                peaks[cell.dtype] = matmul_peak(clock, DTYPES[cell.dtype], device)
+            values = measure(cell, options, clock, device, copying, peaks[cell.dtype])
+            values["environment"] = here
             if records is not None:
                 records.add(key, named, values)
         done.append({"cell": named, "values": values})
@@ -174,9 +190,14 @@ def visited(cell: Cell, seed: int) -> Layout | None:
 
 
 def measure(
-    cell: Cell, options: Options, clock: Clock, device: torch.device, copying: float
+    cell: Cell,
+    options: Options,
+    clock: Clock,
+    device: torch.device,
+    copying: float,
+    peak: float,
 ) -> dict[str, Any]:
-    """One cell: checks first, then the race."""
+    """One cell: checks first, then the race; bytes and operations that can be done in a second."""
     random = torch.Generator(device).manual_seed(options.seed)
     dtype = DTYPES[cell.dtype]
 
@@ -226,7 +247,11 @@ def measure(
             result["failed"] = f"wrong: {verdict}"
             continue
         calls[name] = _step(_decoder(name, there, cell.group), query, pairs)
+    some = torch.empty(read // 2, dtype=torch.int8, device=device)
+    calls[_COPY] = partial(torch.empty_like(some).copy_, some)
     seconds = clock.race(calls, options.pace)
+    alike = seconds.pop(_COPY)
+    roof = max(read / copying, cell.flops / peak)
     for result in results:
         mine = seconds.get(result["backend"])
         if mine is None:
@@ -235,10 +260,15 @@ def measure(
         result["seconds"], result["rounds"] = spread(mine), len(mine)
         result["gbps"] = read / middle / 1e9
         result["of_copy"] = read / middle / copying
+        result["of_copy_alike"] = paired(alike, mine)
+        result["of_roof"] = roof / middle
         for other, theirs in seconds.items():
             if other != result["backend"]:
                 result[f"vs_{other}"] = paired(theirs, mine)
-    return {"bytes": read, "copy_gbps": copying / 1e9, "caches": len(pairs), "results": results}
+    return {
+        "bytes": read, "flops": cell.flops, "copy_gbps": copying / 1e9, "peak_tflops": peak / 1e12,
+        "copy_alike_seconds": spread(alike)["median"], "caches": len(pairs), "results": results,
+    }  # fmt: skip
 
 
 def _of_first(layout: Layout) -> Layout:

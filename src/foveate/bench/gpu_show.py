@@ -11,6 +11,7 @@ from rich.text import Text
 from foveate.bench.show import _remark, _share, _times
 
 Found = dict[str, Any]
+_SPARSE = 0.05  # of the tiles visited, from which lists have work to speak of
 
 
 def kernel_table(found: list[Found]) -> Table:
@@ -52,17 +53,18 @@ def decode_table(found: list[Found]) -> Table:
     table = Table(box=None, pad_edge=False)
     for name in ("cache", "keys", "heads", "D", "dtype", "by"):
         table.add_column(name, no_wrap=True)
-    for name in ("ms", "GB/s", "of copy", "× SDPA", "copy GB/s"):
+    for name in ("ms", "GB/s", "of copy", "of one alike", "of roof", "× SDPA", "copy GB/s"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", overflow="fold")
     for one in found:
         cell, values = one["cell"], one["values"]
         for result in values["results"]:
-            shown = ["-"] * 4
+            shown = ["-"] * 6
             if "seconds" in result:
                 shown = [
                     f"{result['seconds']['median'] * 1e3:.3f}", f"{result['gbps']:.0f}",
-                    f"{result['of_copy']:.0%}", _times(result.get("vs_sdpa")),
+                    f"{result['of_copy']:.0%}", _share(result.get("of_copy_alike")),
+                    f"{result['of_roof']:.0%}", _times(result.get("vs_sdpa")),
                 ]  # fmt: skip
             table.add_row(
                 cell["form"], f"{cell['batch']} x {cell['context']}",
@@ -74,53 +76,63 @@ def decode_table(found: list[Found]) -> Table:
 
 
 def kernel_summary(found: list[Found]) -> list[str]:
-    """For each dtype and pass: the least ratios over all masks; causal, the share of the peak."""
+    """For each dtype, length, pass and head size: median and least ratios over the masks."""
     lines = []
-    for dtype, direction in sorted({(f["cell"]["dtype"], f["cell"]["direction"]) for f in found}):
-        cells = [
-            f for f in found if (f["cell"]["dtype"], f["cell"]["direction"]) == (dtype, direction)
-        ]
+    names = ("dtype", "length", "direction", "head_dim")
+    for which in sorted({tuple(f["cell"][n] for n in names) for f in found}):
+        cells = [f for f in found if tuple(f["cell"][n] for n in names) == which]
         parts = []
-        if flex := _each(cells, lambda r, _: r.get("vs_flex", {}).get("median")):
-            parts.append(f"x FlexAttention at least {min(flex):.2f}, median {_middle(flex):.2f}")
-        ideal = _each(
-            cells,
-            lambda r, v: r.get("of_ideal", {}).get("median") if v["tile_density"] < 1 else None,
-        )
-        if ideal:
-            parts.append(f"of ideal at least {min(ideal):.2f}, median {_middle(ideal):.2f}")
-        causal = [f for f in cells if f["cell"]["mask"] == "causal"]
-        if peak := _each(causal, lambda r, _: r.get("of_peak")):
-            parts.append(f"causal up to {max(peak):.0%} of the matrix product's rate")
+        if flex := _each(cells, _median("vs_flex")):
+            parts.append(f"x FlexAttention {_middle(flex):.2f} (least {min(flex):.2f})")
+        sparse = [f for f in cells if _SPARSE <= f["values"]["tile_density"] < 1]
+        if ideal := _each(sparse, _median("of_ideal")):
+            parts.append(
+                f"of ideal, from {_SPARSE:.0%} of the tiles, {_middle(ideal):.2f} "
+                f"(least {min(ideal):.2f})"
+            )
+        for mask in ("full", "causal"):
+            those = [f for f in cells if f["cell"]["mask"] == mask]
+            if cudnn := _each(those, _median("vs_sdpa-cudnn")):
+                parts.append(f"{mask} x cuDNN {cudnn[0]:.2f}")
+            if mask == "causal" and (peak := _each(those, lambda r: r.get("of_peak"))):
+                parts.append(f"{peak[0]:.0%} of the matrix product's rate")
         wrong = sum("failed" in r for f in cells for r in f["values"]["results"] if _ours(r))
         parts.append(f"{wrong} of {len(cells)} cells wrong or failed")
-        lines.append(f"triton, {dtype} {direction}: " + "; ".join(parts))
+        dtype, length, direction, dim = which
+        lines.append(f"triton, {dtype} {direction}, {length} tokens, D={dim}: " + "; ".join(parts))
     return lines
 
 
 def decode_summary(found: list[Found]) -> list[str]:
-    """For each kind of cache the share of a copy's bandwidth."""
+    """For each kind of cache the shares of what the GPU can do."""
     lines = []
     for form in dict.fromkeys(f["cell"]["form"] for f in found):
-        shares = _each(
-            [f for f in found if f["cell"]["form"] == form], lambda r, _: r.get("of_copy")
-        )
-        if shares:
-            lines.append(
-                f"triton, {form} caches: {min(shares):.0%} to {max(shares):.0%} of a copy's "
-                f"bandwidth, median {_middle(shares):.0%}"
-            )
+        cells = [f for f in found if f["cell"]["form"] == form]
+        parts = []
+        for what, value in (
+            ("a copy's bandwidth", lambda r: r.get("of_copy")),
+            ("a copy of as many bytes", _median("of_copy_alike")),
+            ("the lower roof", lambda r: r.get("of_roof")),
+        ):
+            if shares := _each(cells, value):
+                parts.append(
+                    f"{_middle(shares):.0%} of {what} ({min(shares):.0%}-{max(shares):.0%})"
+                )
+        if parts:
+            lines.append(f"triton, {form} caches: " + ", ".join(parts))
     return lines
+
+
+def _median(name: str) -> Callable[[dict[str, Any]], float | None]:
+    return lambda result: result.get(name, {}).get("median")
 
 
 def _ours(result: dict[str, Any]) -> bool:
     return bool(result["backend"] == "triton")
 
 
-def _each(
-    found: list[Found], value: Callable[[dict[str, Any], dict[str, Any]], float | None]
-) -> list[float]:
-    values = (value(r, f["values"]) for f in found for r in f["values"]["results"] if _ours(r))
+def _each(found: list[Found], value: Callable[[dict[str, Any]], float | None]) -> list[float]:
+    values = (value(r) for f in found for r in f["values"]["results"] if _ours(r))
     return [x for x in values if x is not None]
 
 

@@ -56,6 +56,7 @@ _SHIPPED: dict[tuple[str, int, int], tuple[Config, Config]] = {
     ("latent decode", 1024, 2): (Config(16, 32, 4, 2), Config(16, 32, 4, 3)),
     ("decode", 64, 2): (Config(16, 128, 4, 3), Config(16, 64, 4, 3)),
     ("decode", 128, 2): (Config(16, 64, 4, 3), Config(16, 64, 4, 3)),
+    ("paged decode", 128, 2): (Config(16, 64, 4, 3), Config(16, 128, 4, 2)),
     ("decode", 256, 2): (Config(16, 64, 4, 2), Config(16, 64, 4, 3)),
     ("decode", 1024, 2): (Config(16, 32, 4, 2), Config(16, 32, 4, 2)),
     ("decode", 64, 4): (Config(16, 64, 4, 2), Config(16, 64, 4, 3)),
@@ -81,7 +82,8 @@ def shipped(kernel: str, dim: int, value_dim: int, itemsize: int, capability: in
     """The configuration that foveate brings along.
 
     Args:
-        kernel: forward, decode, latent, latent decode, query gradient or key gradient.
+        kernel: forward, decode, latent, latent decode, paged decode, query gradient or key
+            gradient. The kinds of decoding that a head size has none of its own for are `decode`.
         dim: D.
         value_dim: Dv.
         itemsize: bytes of an element; 1 is taken as 2.
@@ -90,7 +92,10 @@ def shipped(kernel: str, dim: int, value_dim: int, itemsize: int, capability: in
     largest = max(dim, value_dim)
     for bound in (64, 128, 256, 1024):
         if largest <= bound:
-            found = _SHIPPED.get((kernel, bound, max(2, itemsize)))
+            size = max(2, itemsize)
+            found = _SHIPPED.get((kernel, bound, size))
+            if found is None and kernel.endswith(" decode"):
+                found = _SHIPPED.get(("decode", bound, size))
             if found is not None:
                 return found[capability >= 9]
     raise ValueError(f"no {kernel} kernel for head sizes {dim} and {value_dim}")

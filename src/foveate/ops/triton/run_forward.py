@@ -28,7 +28,8 @@ _SPLIT_SLOTS = 256  # keys that a split has at least
 _SPLITS = 128
 _LATENT = (257, 576)  # head sizes of latent caches, as in MLA, that have their own configurations
 _MERGED = 4096  # numbers that a step of the merge holds
-_FILL = 2  # decoding programs for each multiprocessor
+_PAGE = 32  # keys of a tile below which a step takes several
+_FILL, _FILL_PAGES = 2, 4  # decoding programs for each multiprocessor, for whole tiles and pages
 
 
 def run(
@@ -120,6 +121,8 @@ def choose(call: Call) -> tuple[Config, int]:
     kernel = "decode" if tile * together <= 16 else "forward"
     if _latent(call):
         kernel = "latent decode" if kernel == "decode" else "latent"
+    elif kernel == "decode" and call.plan is not None and call.plan.kv_tile < _PAGE:
+        kernel = "paged decode"
     config = config_for(kernel, dim, value_dim, call.query.dtype, call.query.device)
     if call.bias is not None:  # tiles of it are kept in stages too
         config = replace(config, keys=min(config.keys, 64), stages=min(config.stages, 2))
@@ -145,13 +148,14 @@ def _splits(call: Call, cut: Blocks, programs: int, device: torch.device) -> int
     """Parts of each list, so that a few rows against many keys fill the chip."""
     chip = processors(device.index or 0) if device.type == "cuda" else 4
     few = cut.owned <= _FEW_ROWS
-    if programs >= (_FILL * chip if few else chip // 2):
+    fill = _FILL_PAGES if cut.vector else _FILL
+    if programs >= (fill * chip if few else chip // 2):
         return 1  # large blocks are split only where most of the chip would idle
     slots = call.key.shape[2]
     if call.plan is not None:
         slots = call.plan.longest * cut.streamed_tile
     # Large blocks may leave no room for a second one: no more than two rounds of them.
-    parts = -(-_FILL * chip // programs) if few else 2 * chip // programs
+    parts = -(-fill * chip // programs) if few else 2 * chip // programs
     return max(1, min(parts, slots // _SPLIT_SLOTS, _SPLITS))
 
 
