@@ -14,6 +14,7 @@ from foveate.ops import Layout, Mask, attention, causal, documents, prefix, sink
 from foveate.ops.triton import run_hopper
 from foveate.ops.triton.call import describe
 from foveate.ops.triton.config import Config, Forced
+from foveate.ops.triton.plan import plan_of
 
 HERE = triton.available() and not triton.interpreted() and run_hopper._here(0)
 pytestmark = [pytest.mark.triton]
@@ -32,17 +33,20 @@ SHAPES = {
 }
 
 
-@pytest.fixture(params=[0, 1 << 30], ids=["128 rows", "64 rows"])
-def short(request: Any, monkeypatch: Any) -> None:
+def halves(wanted: int) -> Any:
+    """In place of `run_hopper.halves`: this one wherever it can be."""
+    return lambda call: 1 if call.plan is not None and call.plan.q_tile % 128 else wanted
+
+
+@pytest.fixture(params=[2, 1], ids=["128 rows", "64 rows"])
+def either(request: Any, monkeypatch: Any) -> None:
     """Blocks of either size."""
-    monkeypatch.setattr(
-        run_hopper, "_SHORT", dict.fromkeys(run_hopper.HEAD_SIZES, (request.param, request.param))
-    )
+    monkeypatch.setattr(run_hopper, "halves", halves(request.param))
 
 
 def on_hopper(test: Any) -> Any:
     """A test that runs the kernel, with blocks of either size."""
-    test = pytest.mark.usefixtures("short")(test)
+    test = pytest.mark.usefixtures("either")(test)
     return pytest.mark.gpu(pytest.mark.skipif(not HERE, reason="needs a Hopper GPU")(test))
 
 
@@ -62,6 +66,12 @@ class Engine:
         lse = torch.full(q.shape[:3], 7.0, device=q.device)
         run_hopper.launch(call, out, lse)
         return out.cpu(), lse.cpu()
+
+
+def uneven(length: int) -> Tensor:
+    """Windows of 100, and 200 rows at the end that see all before them."""
+    row, key = torch.arange(length)[:, None], torch.arange(length)
+    return (key <= row) & ((row - key < 100) | (row >= length - 200))
 
 
 def tensors(
@@ -132,6 +142,15 @@ def test_many_blocks_for_each_program(dim: int) -> None:
 
 
 @on_hopper
+@pytest.mark.parametrize("dim", run_hopper.HEAD_SIZES)
+def test_long_lists_among_short_ones(dim: int) -> None:
+    q, k, v = make((2, 4, 2, 1500, 1500, dim, dim), torch.bfloat16)
+    layout = Layout.from_dense(uneven(1500), (256, 128))
+    assert plan_of(layout).row_order.giants
+    compare(Engine, q, k, v, layout, uneven(1500))
+
+
+@on_hopper
 def test_memory_in_another_order() -> None:
     q, k, v = (torch.randn(2, 300, 4, 128).bfloat16().cuda().transpose(1, 2) for _ in "qkv")
     rest = (window(150, 0).layout(300, 300, 128), 0.1, None, None, None)
@@ -182,22 +201,37 @@ def test_a_configuration_that_is_tried_is_the_other_kernels(monkeypatch: Any) ->
             assert run_hopper.takes(call) == taken
 
 
-def test_blocks_of_64_rows(monkeypatch: Any) -> None:
-    monkeypatch.setattr(run_hopper, "_SHORT", {64: (1, 4)})
+def test_blocks_of_64_rows() -> None:
+    whole = Layout.from_tiles(torch.ones(1, 1, 16, 16) > 0, 2048, 2048, 128)
+    some = {
+        "ranges": causal().layout(2048, 2048, 128),
+        "small tiles": causal().layout(2048, 2048, 64),
+        "whole": whole,
+        "none": None,
+    }
+    found = {}
+    for dim in run_hopper.HEAD_SIZES:
+        q, k, v = make((1, 1, 1, 2048, 2048, dim, dim), torch.bfloat16)
+        calls = {name: describe(q, k, v, x, 0.1, None, None, None) for name, x in some.items()}
+        found[dim] = {name: run_hopper.halves(c) for name, c in calls.items() if run_hopper.fits(c)}
+    assert found[64] == {"ranges": 1, "small tiles": 1, "whole": 2, "none": 2}
+    assert found[128] == {"ranges": 2, "whole": 2, "none": 2}
 
-    def halves(mask: Mask, tile: int) -> int:
-        q, k, v = make((1, 1, 1, 2048, 2048, 64, 64), torch.bfloat16)
-        layout = mask.layout(2048, 2048, tile)
-        return run_hopper.halves(describe(q, k, v, layout, 0.1, None, None, None))
 
-    assert halves(window(300, 0), 128) == 1
-    assert halves(causal(), 128) == 2
-    assert halves(causal(), 64) == 1
-    tiles = Layout.from_tiles(torch.ones(1, 1, 16, 16) > 0, 2048, 2048, 128)
-    q, k, v = make((1, 1, 1, 2048, 2048, 64, 64), torch.bfloat16)
-    assert run_hopper.halves(describe(q, k, v, tiles, 0.1, None, None, None)) == 2
-    q, k, v = tensors("even", 64)
-    assert run_hopper.halves(describe(q, k, v, None, 0.1, None, None, None)) == 2
+@pytest.mark.parametrize("wanted", [1, 2])
+def test_blocks_of_long_lists_come_first(wanted: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(run_hopper, "halves", halves(wanted))
+    q, k, v = make((2, 4, 2, 2048, 2048, 64, 64), torch.bfloat16)
+    layout = Layout.from_dense(uneven(2048), (256, 128))
+    call = describe(q, k, v, layout, 0.1, None, None, None)
+    monkeypatch.setattr(run_hopper, "_descriptor", lambda x, rows: None)
+    args = run_hopper.arguments(call, torch.empty_like(q), torch.empty(q.shape[:3]))
+    blocks, giants = args["BLOCKS"], args["giants"]
+    assert blocks.shape[0] == args["count"] == 2048 // (64 * wanted)
+    assert giants == 256 // (64 * wanted)  # those of the tile whose rows see everything
+    assert blocks[:giants, 0].ge(1792).all()
+    assert blocks[giants:, 0].lt(1792).all()
+    assert blocks[:, 0].sort().values.equal(torch.arange(0, 2048, 64 * wanted).int())
 
 
 def test_calls_that_it_leaves_to_the_other_kernel() -> None:

@@ -43,8 +43,9 @@ SHAPES = [
 
 
 def causal_lists(kernel: str = "") -> Layout:
-    if "decode" in kernel:
-        return causal().layout(1, 512, 128)
+    """One query for kinds of decoding, from pages for those."""
+    if "decode" in kernel or kernel == "latent":
+        return causal().layout(1, 512, 16 if "paged" in kernel else 128)
     return causal().layout(256, 512, (128, 128))
 
 
@@ -75,7 +76,8 @@ def test_what_is_shipped(
 ) -> None:
     dtype = torch.float32 if size == 4 else torch.bfloat16
     dims = (576, 512) if bound == 1024 else (bound, bound)
-    options: dict[str, Any] = {"group": 8 if "decode" in kernel else 1, "latent": bound == 1024}
+    group = 8 if "decode" in kernel else 128 if kernel == "latent" else 1
+    options: dict[str, Any] = {"group": group, "latent": bound == 1024}
     launch = launch_of(kernel, config, dims, dtype, causal_lists(kernel), **options)
     found = compile_kernel(*launch, capability)
     sound(found, capability, SPILLS.get((kernel, bound, size, capability), 0))
@@ -164,10 +166,10 @@ def test_descriptors_only_where_the_copy_engine_can_take_them() -> None:
 
 
 @pytest.mark.parametrize("dim", run_hopper.HEAD_SIZES)
-@pytest.mark.parametrize("short", [0, 1 << 30])
+@pytest.mark.parametrize("halves", [1, 2])
 @pytest.mark.parametrize("lists", ["none", "whole tiles", "causal", "causal, half tiles"])
-def test_specialised_warps(lists: str, short: int, dim: int, monkeypatch: Any) -> None:
-    monkeypatch.setattr(run_hopper, "_SHORT", {dim: (short, short)})
+def test_specialised_warps(lists: str, halves: int, dim: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(run_hopper, "halves", lambda _: halves)
     layout, dtype = None, torch.bfloat16
     if lists == "whole tiles":
         layout, dtype = Layout.from_dense(torch.ones(256, 512) > 0, 128), torch.float16
@@ -178,7 +180,7 @@ def test_specialised_warps(lists: str, short: int, dim: int, monkeypatch: Any) -
     found = compile_kernel(*launch, 90)
     # What lies on the stack is read between blocks, not in their loops.
     assert found.stack <= 176
-    if launch[1]["HALVES"] == 1:  # two programs on a multiprocessor
+    if halves == 1:  # two programs on a multiprocessor
         assert 2 * (found.shared + 1024) <= SHARED_MEMORY[90] + 1024
         assert found.registers <= 128
     assert found.shared <= SHARED_MEMORY[90]

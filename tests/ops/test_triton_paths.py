@@ -124,6 +124,10 @@ def test_kinds_of_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kind(16, latent, latent[..., :512]) == "latent decode"
     assert kind(128, latent, latent[..., :512]) == "latent"
     assert kind(128, latent, latent[..., :512].clone()) == "forward"
+    assert kind(128, latent, latent[..., :512], 16) == "forward"
+    bias = torch.zeros(1, 1, 1, 256)
+    run_forward.choose(describe(latent, latent, latent[..., :512], None, 0.1, None, bias, None))
+    assert asked[-1] == "forward"
     keys = torch.zeros(1, 2, 256, 128, dtype=torch.bfloat16)
     assert kind(8, keys, keys.clone()) == kind(8, keys, keys.clone(), 64) == "decode"
     assert kind(8, keys, keys.clone(), 16) == "paged decode"

@@ -247,10 +247,11 @@ def measure(
             result["failed"] = f"wrong: {verdict}"
             continue
         calls[name] = _step(_decoder(name, there, cell.group), query, pairs)
-    some = torch.empty(read // 2, dtype=torch.int8, device=device)
-    calls[_COPY] = partial(torch.empty_like(some).copy_, some)
+    if torch.cuda.mem_get_info(device)[0] > 1.1 * read:
+        some = torch.empty(read // 2, dtype=torch.int8, device=device)
+        calls[_COPY] = partial(torch.empty_like(some).copy_, some)
     seconds = clock.race(calls, options.pace)
-    alike = seconds.pop(_COPY)
+    alike = seconds.pop(_COPY, None)
     roof = max(read / copying, cell.flops / peak)
     for result in results:
         mine = seconds.get(result["backend"])
@@ -260,14 +261,16 @@ def measure(
         result["seconds"], result["rounds"] = spread(mine), len(mine)
         result["gbps"] = read / middle / 1e9
         result["of_copy"] = read / middle / copying
-        result["of_copy_alike"] = paired(alike, mine)
+        if alike is not None:
+            result["of_copy_alike"] = paired(alike, mine)
         result["of_roof"] = roof / middle
         for other, theirs in seconds.items():
             if other != result["backend"]:
                 result[f"vs_{other}"] = paired(theirs, mine)
     return {
         "bytes": read, "flops": cell.flops, "copy_gbps": copying / 1e9, "peak_tflops": peak / 1e12,
-        "copy_alike_seconds": spread(alike)["median"], "caches": len(pairs), "results": results,
+        "copy_alike_seconds": None if alike is None else spread(alike)["median"],
+        "caches": len(pairs), "results": results,
     }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 from rich.table import Table
@@ -82,17 +83,17 @@ def kernel_summary(found: list[Found]) -> list[str]:
     for which in sorted({tuple(f["cell"][n] for n in names) for f in found}):
         cells = [f for f in found if tuple(f["cell"][n] for n in names) == which]
         parts = []
-        if flex := _each(cells, _median("vs_flex")):
-            parts.append(f"x FlexAttention {_middle(flex):.2f} (least {min(flex):.2f})")
+        if flex := _each(cells, _measured("vs_flex")):
+            parts.append(f"x FlexAttention {median(flex):.2f} (least {min(flex):.2f})")
         sparse = [f for f in cells if _SPARSE <= f["values"]["tile_density"] < 1]
-        if ideal := _each(sparse, _median("of_ideal")):
+        if ideal := _each(sparse, _measured("of_ideal")):
             parts.append(
-                f"of ideal, from {_SPARSE:.0%} of the tiles, {_middle(ideal):.2f} "
+                f"of ideal, from {_SPARSE:.0%} of the tiles, {median(ideal):.2f} "
                 f"(least {min(ideal):.2f})"
             )
         for mask in ("full", "causal"):
             those = [f for f in cells if f["cell"]["mask"] == mask]
-            if cudnn := _each(those, _median("vs_sdpa-cudnn")):
+            if cudnn := _each(those, _measured("vs_sdpa-cudnn")):
                 parts.append(f"{mask} x cuDNN {cudnn[0]:.2f}")
             if mask == "causal" and (peak := _each(those, lambda r: r.get("of_peak"))):
                 parts.append(f"{peak[0]:.0%} of the matrix product's rate")
@@ -111,19 +112,19 @@ def decode_summary(found: list[Found]) -> list[str]:
         parts = []
         for what, value in (
             ("a copy's bandwidth", lambda r: r.get("of_copy")),
-            ("a copy of as many bytes", _median("of_copy_alike")),
+            ("a copy of as many bytes", _measured("of_copy_alike")),
             ("the lower roof", lambda r: r.get("of_roof")),
         ):
             if shares := _each(cells, value):
                 parts.append(
-                    f"{_middle(shares):.0%} of {what} ({min(shares):.0%}-{max(shares):.0%})"
+                    f"{median(shares):.0%} of {what} ({min(shares):.0%}-{max(shares):.0%})"
                 )
         if parts:
             lines.append(f"triton, {form} caches: " + ", ".join(parts))
     return lines
 
 
-def _median(name: str) -> Callable[[dict[str, Any]], float | None]:
+def _measured(name: str) -> Callable[[dict[str, Any]], float | None]:
     return lambda result: result.get(name, {}).get("median")
 
 
@@ -134,7 +135,3 @@ def _ours(result: dict[str, Any]) -> bool:
 def _each(found: list[Found], value: Callable[[dict[str, Any]], float | None]) -> list[float]:
     values = (value(r) for f in found for r in f["values"]["results"] if _ours(r))
     return [x for x in values if x is not None]
-
-
-def _middle(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]

@@ -226,6 +226,6 @@ PAPER = Paper(
         at_least("recall: dense", _recall("dense"), 0.9),
     ),
     data=lambda: task().describe(),
-    remark="Routing found two pairs of three at every seed, where random routing found one of three "
-    "and the window none, and was still learning when its 2,500 steps ended.",
+    remark="Routing found two pairs of three at every seed, where random routing found one and the "
+    "window none, and was still learning when its 2,500 steps ended.",
 )

@@ -36,7 +36,9 @@ class Config:
     def options(self) -> dict[str, int]:
         """What a launch is given."""
         found = {"num_warps": self.warps, "num_stages": self.stages}
-        return found | ({"maxnreg": self.registers} if self.registers else {})
+        if self.registers and torch.version.hip is None:
+            found["maxnreg"] = self.registers
+        return found
 
 
 Key = tuple[str, int, int, int]  # kernel, padded head size, padded value head size, bytes

@@ -139,6 +139,8 @@ def _shared(call: Call) -> bool:
 
 def _latent(call: Call) -> bool:
     """Whether keys and values are one cache of large rows, for which there are configurations."""
+    if call.bias is not None or (call.plan is not None and call.plan.kv_tile < _PAGE):
+        return False  # what these read beside the keys would no longer fit
     least, most = _LATENT
     fits = least <= call.key.shape[3] <= most and call.key.element_size() <= 2
     return fits and _shared(call)
@@ -174,12 +176,11 @@ def _merge(
         i_b, i_h = (inverse.stride(i) if inverse.shape[i] > 1 else 0 for i in (0, 1))
     batch, heads, q_len, value_dim = out.shape
     wide = head_sizes(call)["DV1"]
-    chunk = min(padded(parts.shape[0] * copies), max(8, _MERGED // wide))
     merge_parts[(q_len, batch * heads)](
         parts, lses, inverse, out, lse,
         parts.shape[0], copies, heads, parts.shape[3], q_len,
         lses.stride(0), lses.stride(2), *out.stride()[:3], i_b, i_h,
-        DV=value_dim, DV1=wide, CHUNK=chunk,
+        DV=value_dim, DV1=wide, CHUNK=min(64, max(8, _MERGED // wide)),
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from foveate.ops.errors import InputError
 from foveate.ops.masks import causal
 from foveate.ops.triton import MAX_GRADIENT_DIM, backward, forward
 from foveate.ops.triton.config import Config, Forced, keep, name_of, shipped
@@ -51,12 +52,17 @@ def tune(
         dim: D.
         value_dim: Dv; None is D.
         dtype: of query, key and value.
-        kernels: of `KERNELS`.
+        kernels: of `KERNELS`; decoding from small pages and latent caches keep what is shipped.
         tell: told a line for each kernel.
 
     Returns:
         What was kept.
+
+    Raises:
+        InputError: a kernel that isn't tuned.
     """
+    if unknown := [name for name in kernels if name not in KERNELS]:
+        raise InputError(f"kernels: {unknown} can't be tuned; expected some of {KERNELS}.")
     device = torch.device("cuda", torch.cuda.current_device())
     value_dim = dim if value_dim is None else value_dim
     major, _ = torch.cuda.get_device_capability(device)
