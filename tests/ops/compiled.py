@@ -20,7 +20,8 @@ from foveate.ops.triton.config import Config, Forced
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # of a block at most, by compute capability
 _TYPES = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32",
-    torch.int64: "*i64", torch.uint8: "*u8",
+    torch.int64: "*i64", torch.uint8: "*u8", torch.float8_e4m3fn: "*fp8e4nv",
+    torch.float8_e5m2: "*fp8e5",
 }  # fmt: skip
 
 
@@ -110,7 +111,7 @@ def launch_of(
 ) -> tuple[Any, dict[str, Any]]:
     """(kernel, arguments) of a launch, for tensors that nothing is ever read from.
 
-    options: group, latent (values within the keys), softcap, bias, bias_first.
+    options: group, latent (values within the keys), softcap, bias, bias_first, keys (their dtype).
     """
     from foveate.ops.triton.kernels.attend import attend
     from foveate.ops.triton.kernels.key_gradient import key_gradient
@@ -124,6 +125,7 @@ def launch_of(
     value = torch.empty(1, 2, kv_len, value_dim, dtype=dtype)
     if options.get("latent"):
         value = key[..., :value_dim]
+    key, value = (x.to(options.get("keys", dtype)) for x in (key, value))
     softcap, bias, first = (options.get(name) for name in ("softcap", "bias", "bias_first"))
     out, lse = torch.empty(*query.shape[:3], value_dim, dtype=dtype), torch.empty(query.shape[:3])
     with Forced(config):

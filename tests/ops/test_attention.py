@@ -530,3 +530,17 @@ def test_long_rows_of_a_decoding_step_add_up_no_rounding():
     ours = attention(q, k, v)
     limit = 2 * (theirs - exact[0]).abs().max() + 4e-7 * exact[0].abs().max()
     assert (ours.out - exact[0]).abs().max() <= limit
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "blocks"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_keys_and_values_of_8_bits_beside_wider_queries(dtype, backend):
+    query = torch.randn(1, 4, 30, 16, requires_grad=True)
+    key, value = (torch.randn(1, 2, 40, 16).to(dtype) for _ in "kv")
+    wide = [x.detach().float() for x in (key, value)]
+    found = attention(query, key, value, causal(), backend=backend)
+    want = attention(query, *wide, causal(), backend="reference")
+    torch.testing.assert_close(found.out, want.out)
+    torch.testing.assert_close(found.lse, want.lse)
+    grads = [torch.autograd.grad(x.out.sum(), query)[0] for x in (found, want)]
+    torch.testing.assert_close(*grads)

@@ -26,12 +26,18 @@ def qkv(heads=4, kv_heads=2, q_len=8, kv_len=8, dim=16):
 Q, K, V = qkv()
 
 
+EIGHT = torch.float8_e4m3fn
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
         (lambda: attention(Q[0], K, V), r"query must be \(batch, heads, length, head size\)"),
         (lambda: attention(Q.long(), K, V), "expected a floating-point dtype"),
         (lambda: attention(Q.bfloat16(), K, V), "must have one dtype"),
+        (lambda: attention(Q, K.to(EIGHT), V), "must have one dtype"),
+        (lambda: attention(Q.double(), K.to(EIGHT), V.to(EIGHT)), "must have one dtype"),
+        (lambda: attention(Q.to(EIGHT), K.to(EIGHT), V.to(EIGHT)), "keys and values alone"),
         (lambda: attention(Q.to("meta"), K, V), "must be on one device"),
         (lambda: attention(Q[:1], K, V), "Batch sizes differ"),
         (lambda: attention(Q[:, :3], K, V), "3 query heads are not a multiple of 2"),
@@ -80,6 +86,8 @@ def test_a_forced_backend_is_never_replaced_and_gives_every_reason():
         attention(Q, K, V[..., :5], causal(), softcap=2.0, bias=torch.zeros(8, 8), backend="sdpa")
     for reason in ("softcap", "bias", "value head size 5 differs", "reference"):
         assert reason in str(caught.value)
+    with pytest.raises(BackendError, match="keys of float8_e4m3fn beside wider queries"):
+        attention(Q, K.to(EIGHT), V.to(EIGHT), backend="sdpa")
     with pytest.raises(BackendError, match="did you mean 'blocks'"):
         attention(Q, K, V, backend="block")
     with pytest.raises(BackendError, match="no backward on the CPU"):

@@ -110,6 +110,20 @@ def test_blocks_of_16() -> None:
         compare(q, k, v, mask.layout(40, 60, (16, 48)), mask.dense(40, 60))
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("queries", [torch.float32, torch.bfloat16])
+def test_keys_and_values_of_8_bits(queries: torch.dtype, dtype: torch.dtype) -> None:
+    for q_len, dims in ((40, (32, 16)), (1, (96, 32))):
+        q, k, v = make((1, 4, 2, q_len, 60, *dims), torch.float32)
+        q, k, v = q.to(queries), k.to(dtype), v.to(dtype)
+        mask = causal() & window(30, 0)
+        layout, allowed = mask.layout(q_len, 60, (16, 32)), mask.dense(q_len, 60)
+        engines.compare(Engine, q, k, v, layout, allowed)
+    latent = torch.randn(1, 1, 60, 96).to(dtype)
+    engines.compare(Engine, q, latent, latent[..., :64], None, None)
+    assert "gradient with keys of another dtype" in triton.supports(q, k, v, None, True)[-1]
+
+
 @pytest.mark.parametrize(("q_len", "kv_len"), [(1, 40), (40, 1), (1, 1)])
 def test_a_bias_of_one_row_or_column_has_a_gradient(q_len: int, kv_len: int) -> None:
     device = "cuda" if ON_GPU else "cpu"

@@ -137,6 +137,17 @@ def test_every_feature(variant: str, kernel: str) -> None:
     assert found.shared <= SHARED_MEMORY[90]
 
 
+@pytest.mark.parametrize("keys", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("kernel", ["forward", "decode"])
+def test_keys_of_8_bits(kernel: str, keys: torch.dtype) -> None:
+    for dim in (64, 128):
+        config = shipped(kernel, dim, dim, 2, 9)
+        options: dict[str, Any] = {"group": 8 if kernel == "decode" else 1, "keys": keys}
+        lists = causal_lists(kernel)
+        launch = launch_of(kernel, config, (dim, dim), torch.bfloat16, lists, **options)
+        sound(compile_kernel(*launch, 90), 90, 64)
+
+
 @pytest.mark.parametrize(("dims", "stack"), [((80, 96), 0), ((40, 24), 56), ((192, 128), 0)])
 def test_odd_head_sizes(dims: tuple[int, int], stack: int) -> None:
     config = shipped("forward", *dims, 2, 9)

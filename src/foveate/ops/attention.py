@@ -44,8 +44,10 @@ def attention(
 
     Args:
         query: (B, Hq, Lq, D).
-        key: (B, Hkv, Lkv, D); Hq is a multiple of Hkv.
-        value: (B, Hkv, Lkv, Dv).
+        key: (B, Hkv, Lkv, D); Hq is a multiple of Hkv. Keys and values may be float8_e4m3fn or
+            float8_e5m2, as a cache may keep them, beside wider queries; factors that they were
+            divided by belong into `scale`, and onto `out`.
+        value: (B, Hkv, Lkv, Dv), of the keys' dtype.
         mask: a mask such as `causal() & window(1023, 0)`, or a bool tensor (..., Lq, Lkv), True =
             attend; None is everything. Causal is aligned bottom-right: the last query sees the last
             key.

@@ -11,6 +11,7 @@ from foveate.ops.bias import RelativeBias
 from foveate.ops.errors import InputError
 from foveate.ops.layout import Layout
 from foveate.ops.masks import Mask, blocks
+from foveate.ops.types import EIGHT_BITS
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -24,9 +25,15 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise InputError(
                 f"{name} must be (batch, heads, length, head size), got shape {tuple(x.shape)}."
             )
-        if x.dtype not in _FLOATS:
+        if x.dtype in EIGHT_BITS and name == "query":
+            raise InputError(
+                f"query has dtype {x.dtype}; keys and values alone may have 8 bits, convert it to "
+                "float16, bfloat16 or float32."
+            )
+        if x.dtype not in (*_FLOATS, *EIGHT_BITS):
             raise InputError(f"{name} has dtype {x.dtype}; expected a floating-point dtype.")
-    if not (query.dtype == key.dtype == value.dtype):
+    narrow = key.dtype in EIGHT_BITS and query.dtype != torch.float64
+    if key.dtype != value.dtype or not (narrow or query.dtype == key.dtype):
         raise InputError(
             "query, key and value must have one dtype, got "
             f"{query.dtype}, {key.dtype} and {value.dtype}; convert them to the same."

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)  # that keys and values may have
 
 
 class AttentionOutput(NamedTuple):

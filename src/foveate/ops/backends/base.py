@@ -97,6 +97,8 @@ class Backend:
     dropout = False
     backward = True
     value_dim_differs = True
+    narrow_keys = False
+    """Whether keys and values may have 8 bits beside wider queries."""
 
     def not_supported_reasons(self, inputs: Inputs) -> list[str]:
         """Why this backend can't run the call; an empty list if it can."""
@@ -105,6 +107,9 @@ class Backend:
         if query.dtype not in self.dtypes:
             names = ", ".join(str(d).removeprefix("torch.") for d in self.dtypes)
             reasons.append(f"dtype {str(query.dtype).removeprefix('torch.')} (it takes {names})")
+        if inputs.key.dtype != query.dtype and not self.narrow_keys:
+            found = str(inputs.key.dtype).removeprefix("torch.")
+            reasons.append(f"keys of {found} beside wider queries")
         if self.device_types is not None and query.device.type not in self.device_types:
             reasons.append(
                 f"device {query.device.type} (it runs on {', '.join(self.device_types)})"

@@ -28,6 +28,7 @@ class Blocks(Backend):
     """Pure torch over tiles; forward and backward."""
 
     name = "blocks"
+    narrow_keys = True
 
     @override
     def forward(self, inputs: Inputs) -> AttentionOutput:

@@ -15,6 +15,7 @@ class Reference(Backend):
     name = "reference"
     composite = True
     dropout = True
+    narrow_keys = True
 
     @override
     def forward(self, inputs: Inputs) -> AttentionOutput:

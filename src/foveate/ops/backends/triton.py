@@ -20,6 +20,7 @@ class Triton(Backend):
 
     name = "triton"
     dtypes = triton.DTYPES
+    narrow_keys = True
 
     @override
     def not_supported_reasons(self, inputs: Inputs) -> list[str]:

@@ -27,11 +27,16 @@ MAX_DIM = 1024
 MAX_VALUE_DIM = 512
 MAX_GRADIENT_DIM = 256
 _OLDEST = (8, 0)
+_EIGHT_BITS = (8, 9)  # compute capability from which there are instructions for them
 
 
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels, on CPU tensors: TRITON_INTERPRET=1."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @cache
@@ -72,11 +77,16 @@ def supports(
         reasons.append(f"device {query.device.type} (it runs on {on}{more})")
     elif reason():
         reasons.append(reason())
+    elif on == "cuda" and key.dtype.itemsize == 1 and _capability(key.device) < _EIGHT_BITS:
+        name = str(key.dtype).removeprefix("torch.")
+        reasons.append(f"keys of {name} (they need compute capability 8.9)")
     if query.shape[-1] > MAX_DIM:
         reasons.append(f"head size {query.shape[-1]} (it takes up to {MAX_DIM})")
     if value.shape[-1] > MAX_VALUE_DIM:
         reasons.append(f"value head size {value.shape[-1]} (it takes up to {MAX_VALUE_DIM})")
     largest = max(query.shape[-1], value.shape[-1])
+    if needs_grad and key.dtype != query.dtype:
+        reasons.append("a gradient with keys of another dtype than the queries'")
     if needs_grad and largest > MAX_GRADIENT_DIM:
         reasons.append(f"head size {largest} with a gradient (it takes up to {MAX_GRADIENT_DIM})")
     if bias is not None and bias.dtype not in (*DTYPES, torch.float64):
@@ -98,7 +108,8 @@ def forward(
 
     Args:
         query: (B, Hq, Lq, D), fp32, bf16 or fp16.
-        key: (B, Hkv, Lkv, D).
+        key: (B, Hkv, Lkv, D); keys and values may be float8_e4m3fn or float8_e5m2, which are
+            widened to the queries' dtype on the chip.
         value: (B, Hkv, Lkv, Dv); a slice of the keys' storage is read once for both.
         layout: the tiles to visit; None is everything.
         scale: factor on the scores.

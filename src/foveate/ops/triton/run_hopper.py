@@ -49,7 +49,12 @@ def fits(call: Call) -> bool:
     """Whether the kernel can run a call, on whatever device."""
     query, key, value, plan = call.query, call.key, call.value, call.plan
     dim = query.shape[3]
-    if query.dtype.itemsize != 2 or dim not in HEAD_SIZES or value.shape[3] != dim:
+    if (
+        query.dtype.itemsize != 2
+        or key.dtype != query.dtype
+        or dim not in HEAD_SIZES
+        or value.shape[3] != dim
+    ):
         return False
     if not call.fold or not all(aligned(x) for x in (query, key, value)):
         return False

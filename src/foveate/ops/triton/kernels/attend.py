@@ -142,9 +142,10 @@ def attend(
                 k1 = copy_tile(K_TILES, batch, kv_head, key0, N, D1)
             else:
                 k1 = load_tile(k_base, key0, k_l, n, d1, D, D1)
+            k1 = k1.to(q1.dtype)  # keys may have 8 bits
             raw = dot(q1, tl.trans(k1), tl.zeros([M, N], tl.float32), PRECISION, WIDEN)
             if D2 > 0:
-                k2 = load_tile(k_base, key0, k_l, n, d2, D, D1 + D2)
+                k2 = load_tile(k_base, key0, k_l, n, d2, D, D1 + D2).to(q1.dtype)
                 raw = dot(q2, tl.trans(k2), raw, PRECISION, WIDEN)
             scores, _ = bend_scores(raw, scale, cap, SOFTCAP, FOLD)
             if BIAS > 0:
@@ -159,7 +160,7 @@ def attend(
             else:
                 v = load_tile(v_base, key0, v_l, n, dv, DV, DV1)
             acc, total, top = update(
-                acc, total, top, scores, v, scale, FOLD, BIAS > 0, PRECISION, WIDEN
+                acc, total, top, scores, v.to(q1.dtype), scale, FOLD, BIAS > 0, PRECISION, WIDEN
             )
 
     low, high, row_low, row_high = line, line, n, n
@@ -204,13 +205,14 @@ def attend(
             k1 = load_some(k_base, key0, k_l, n, d1, there, D, D1)
         else:
             k1 = load_rows(k_base, k_at, d1, there, D, D1)
+        k1 = k1.to(q1.dtype)
         raw = dot(q1, tl.trans(k1), tl.zeros([M, N], tl.float32), PRECISION, WIDEN)
         if D2 > 0:
             if PLAIN:
                 k2 = load_some(k_base, key0, k_l, n, d2, there, D, D1 + D2)
             else:
                 k2 = load_rows(k_base, k_at, d2, there, D, D1 + D2)
-            raw = dot(q2, tl.trans(k2), raw, PRECISION, WIDEN)
+            raw = dot(q2, tl.trans(k2.to(q1.dtype)), raw, PRECISION, WIDEN)
         scores, _ = bend_scores(raw, scale, cap, SOFTCAP, FOLD)
         if BIAS > 0:
             scores = add_bias(
@@ -229,7 +231,9 @@ def attend(
             v = load_some(v_base, key0, v_l, n, dv, there, DV, DV1)
         else:
             v = load_rows(v_base, key.to(tl.int64) * v_l, dv, there, DV, DV1)
-        acc, total, top = update(acc, total, top, scores, v, scale, FOLD, True, PRECISION, WIDEN)
+        acc, total, top = update(
+            acc, total, top, scores, v.to(q1.dtype), scale, FOLD, True, PRECISION, WIDEN
+        )
 
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]

@@ -1,11 +1,12 @@
-"""The forward on Hopper, its warps specialised: one brings tiles, two groups of four compute.
+"""The forward on Hopper, its warps specialised: one brings tiles, groups of four compute.
 
 The same sums as in `attend`, arranged as Shah et al. 2024 (arXiv:2407.08608) have them: a warp
 keeps the copy engine filling stages of keys and values, and each of two groups of warps, with 64
 rows of a block of 128, issues the scores of a step before it waits for the values of the step
-before, so that the tensor cores work while it takes exponentials. Programs stay on the chip and
-take blocks, longest lists first, as they come free; which one comes next is known a block ahead, so
-that its list and its ranges are there when it begins.
+before, so that the tensor cores work while it takes exponentials. Or blocks have 64 rows and one
+such group, and two programs share a multiprocessor. Programs stay on the chip and take blocks,
+longest lists first, as they come free; which one comes next is known a block ahead, so that its
+list and its ranges are there when it begins.
 
 Layouts whose keys are runs and whose partial tiles are ranges, heads of 64 or 128 numbers of 16
 bits. Written in Gluon, Triton's lower level.
