@@ -17,7 +17,11 @@ from foveate.ops.triton import run_backward, run_forward
 from foveate.ops.triton.call import describe
 from foveate.ops.triton.config import Config, Forced
 
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # of a block at most, by compute capability
+SHARED_MEMORY = {
+    80: 163 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+}  # of a block at most, by compute capability
 _TYPES = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32",
     torch.int64: "*i64", torch.uint8: "*u8", torch.float8_e4m3fn: "*fp8e4nv",
@@ -121,11 +125,11 @@ def launch_of(
     q_len, kv_len = (256, 512) if layout is None else (layout.q_len, layout.kv_len)
     group = options.get("group", 1)
     query = torch.empty(1, 2 * group, q_len, dim, dtype=dtype)
-    key = torch.empty(1, 2, kv_len, dim, dtype=dtype)
-    value = torch.empty(1, 2, kv_len, value_dim, dtype=dtype)
+    narrow = options.get("keys", dtype)
+    key = torch.empty(1, 2, kv_len, dim, dtype=narrow)
+    value = torch.empty(1, 2, kv_len, value_dim, dtype=narrow)
     if options.get("latent"):
         value = key[..., :value_dim]
-    key, value = (x.to(options.get("keys", dtype)) for x in (key, value))
     softcap, bias, first = (options.get(name) for name in ("softcap", "bias", "bias_first"))
     out, lse = torch.empty(*query.shape[:3], value_dim, dtype=dtype), torch.empty(query.shape[:3])
     with Forced(config):

@@ -537,10 +537,12 @@ def test_long_rows_of_a_decoding_step_add_up_no_rounding():
 def test_keys_and_values_of_8_bits_beside_wider_queries(dtype, backend):
     query = torch.randn(1, 4, 30, 16, requires_grad=True)
     key, value = (torch.randn(1, 2, 40, 16).to(dtype) for _ in "kv")
+    plain = attention(query.detach(), key, value, causal(), backend=backend)
     wide = [x.detach().float() for x in (key, value)]
     found = attention(query, key, value, causal(), backend=backend)
     want = attention(query, *wide, causal(), backend="reference")
     torch.testing.assert_close(found.out, want.out)
     torch.testing.assert_close(found.lse, want.lse)
+    torch.testing.assert_close(plain.out, want.out.detach())
     grads = [torch.autograd.grad(x.out.sum(), query)[0] for x in (found, want)]
     torch.testing.assert_close(*grads)

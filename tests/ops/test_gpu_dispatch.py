@@ -193,3 +193,20 @@ def test_torchs_kernels_give_what_the_engine_gives(mask, dim):
         found.append((out, lse, *grads))
     for theirs, ours in zip(*found):
         torch.testing.assert_close(theirs.float(), ours.float(), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("capability", [(8, 6), (8, 9), (9, 0)])
+def test_keys_of_8_bits_need_a_gpu_with_instructions_for_them(monkeypatch, capability):
+    from types import SimpleNamespace
+
+    from foveate.ops import triton
+
+    def there(dtype):
+        return SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, shape=(1, 1, 64, 64))
+
+    for name, value in (("interpreted", False), ("reason", ""), ("_capability", capability)):
+        monkeypatch.setattr(triton, name, lambda *_, value=value: value)
+    narrow = there(torch.float8_e4m3fn)
+    reasons = triton.supports(there(torch.bfloat16), narrow, narrow, None, False)
+    assert bool(reasons) is (capability < (8, 9))
+    assert triton.supports(*[there(torch.bfloat16)] * 3, None, False) == []

@@ -16,6 +16,7 @@ from foveate.ops import (
     padding,
     window,
 )
+from foveate.ops.check import check_tensors
 from foveate.ops.errors import BackendError, FoveateError, InputError
 
 
@@ -35,9 +36,14 @@ EIGHT = torch.float8_e4m3fn
         (lambda: attention(Q[0], K, V), r"query must be \(batch, heads, length, head size\)"),
         (lambda: attention(Q.long(), K, V), "expected a floating-point dtype"),
         (lambda: attention(Q.bfloat16(), K, V), "must have one dtype"),
-        (lambda: attention(Q, K.to(EIGHT), V), "must have one dtype"),
-        (lambda: attention(Q.double(), K.to(EIGHT), V.to(EIGHT)), "must have one dtype"),
-        (lambda: attention(Q.to(EIGHT), K.to(EIGHT), V.to(EIGHT)), "keys and values alone"),
+        (lambda: attention(Q, K.to(EIGHT), V), "keys and values together"),
+        (lambda: attention(Q.double(), K.to(EIGHT), V.to(EIGHT)), "queries of float16"),
+        (lambda: attention(Q.to(EIGHT), K.to(EIGHT), V.to(EIGHT)), "queries of float16"),
+        (
+            lambda: attention(Q, K.clone().requires_grad_().to(EIGHT), V.to(EIGHT)),
+            "would be rounded to 8 bits",
+        ),
+        (lambda: check_tensors(Q, K.to(EIGHT), V.to(EIGHT)), "8 bits are for"),
         (lambda: attention(Q.to("meta"), K, V), "must be on one device"),
         (lambda: attention(Q[:1], K, V), "Batch sizes differ"),
         (lambda: attention(Q[:, :3], K, V), "3 query heads are not a multiple of 2"),

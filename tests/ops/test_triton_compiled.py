@@ -138,14 +138,17 @@ def test_every_feature(variant: str, kernel: str) -> None:
 
 
 @pytest.mark.parametrize("keys", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("capability", [89, 90])
 @pytest.mark.parametrize("kernel", ["forward", "decode"])
-def test_keys_of_8_bits(kernel: str, keys: torch.dtype) -> None:
-    for dim in (64, 128):
-        config = shipped(kernel, dim, dim, 2, 9)
+def test_keys_of_8_bits(kernel: str, capability: int, keys: torch.dtype) -> None:
+    for dims in ((128, 128), (576, 512)):
+        config = shipped(kernel, *dims, 2, capability // 10)
         options: dict[str, Any] = {"group": 8 if kernel == "decode" else 1, "keys": keys}
+        options["latent"] = dims == (576, 512)
         lists = causal_lists(kernel)
-        launch = launch_of(kernel, config, (dim, dim), torch.bfloat16, lists, **options)
-        sound(compile_kernel(*launch, 90), 90, 64)
+        launch = launch_of(kernel, config, dims, torch.bfloat16, lists, **options)
+        assert launch[1]["SHARED"] == options["latent"]
+        sound(compile_kernel(*launch, capability), capability, 512)
 
 
 @pytest.mark.parametrize(("dims", "stack"), [((80, 96), 0), ((40, 24), 56), ((192, 128), 0)])

@@ -128,6 +128,12 @@ def test_kinds_of_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     bias = torch.zeros(1, 1, 1, 256)
     run_forward.choose(describe(latent, latent, latent[..., :512], None, 0.1, None, bias, None))
     assert asked[-1] == "forward"
+    narrow = latent.to(torch.float8_e4m3fn)
+    for dtype in (torch.float32, torch.bfloat16):
+        queries = torch.zeros(1, 128, 1, 576, dtype=dtype)
+        call = describe(queries, narrow, narrow[..., :512], None, 0.1, None, None, None)
+        assert run_forward.choose(call)[0].rows
+        assert asked[-1] == "forward"
     keys = torch.zeros(1, 2, 256, 128, dtype=torch.bfloat16)
     assert kind(8, keys, keys.clone()) == kind(8, keys, keys.clone(), 64) == "decode"
     assert kind(8, keys, keys.clone(), 16) == "paged decode"

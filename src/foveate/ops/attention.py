@@ -45,8 +45,9 @@ def attention(
     Args:
         query: (B, Hq, Lq, D).
         key: (B, Hkv, Lkv, D); Hq is a multiple of Hkv. Keys and values may be float8_e4m3fn or
-            float8_e5m2, as a cache may keep them, beside wider queries; factors that they were
-            divided by belong into `scale`, and onto `out`.
+            float8_e5m2, as a cache may keep them, beside wider queries, without a gradient of
+            their own; one factor that all keys were divided by belongs into `scale`, one of all
+            values onto `out`.
         value: (B, Hkv, Lkv, Dv), of the keys' dtype.
         mask: a mask such as `causal() & window(1023, 0)`, or a bool tensor (..., Lq, Lkv), True =
             attend; None is everything. Causal is aligned bottom-right: the last query sees the last
@@ -62,10 +63,10 @@ def attention(
         backend: "auto", or one of `foveate.ops.available()`; a named one is never replaced.
 
     Returns:
-        out (B, Hq, Lq, Dv) and lse (B, Hq, Lq), natural log in fp32; a row that attends to nothing
-        has out 0 and lse -inf. Both are differentiable. A query or key that isn't finite reaches
-        the rows that see it and no other; a value, as in torch's own, any row of its heads, since
-        0 times NaN is NaN.
+        out (B, Hq, Lq, Dv) in the queries' dtype and lse (B, Hq, Lq), natural log in fp32; a row
+        that attends to nothing has out 0 and lse -inf. Both are differentiable. A query or key that
+        isn't finite reaches the rows that see it and no other; a value, as in torch's own, any row
+        of its heads, since 0 times NaN is NaN.
 
     Raises:
         InputError: shapes, dtypes, devices or values don't fit.
@@ -185,7 +186,7 @@ def _checked(
     bias: Tensor | RelativeBias | None,
     dropout: float,
 ) -> Inputs:
-    check_tensors(query, key, value)
+    check_tensors(query, key, value, narrow=True)
     mask = check_mask(mask, layout)
     if scale is None:
         if not query.shape[3]:

@@ -16,8 +16,11 @@ from foveate.ops.types import EIGHT_BITS
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Shapes, dtypes and devices of query, key and value."""
+def check_tensors(query: Tensor, key: Tensor, value: Tensor, narrow: bool = False) -> None:
+    """Shapes, dtypes and devices of query, key and value.
+
+    narrow: whether keys and values may have 8 bits beside wider queries.
+    """
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise InputError(f"{name} must be a tensor, got {type(x).__name__}.")
@@ -25,19 +28,9 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise InputError(
                 f"{name} must be (batch, heads, length, head size), got shape {tuple(x.shape)}."
             )
-        if x.dtype in EIGHT_BITS and name == "query":
-            raise InputError(
-                f"query has dtype {x.dtype}; keys and values alone may have 8 bits, convert it to "
-                "float16, bfloat16 or float32."
-            )
         if x.dtype not in (*_FLOATS, *EIGHT_BITS):
             raise InputError(f"{name} has dtype {x.dtype}; expected a floating-point dtype.")
-    narrow = key.dtype in EIGHT_BITS and query.dtype != torch.float64
-    if key.dtype != value.dtype or not (narrow or query.dtype == key.dtype):
-        raise InputError(
-            "query, key and value must have one dtype, got "
-            f"{query.dtype}, {key.dtype} and {value.dtype}; convert them to the same."
-        )
+    _check_dtypes(query, key, value, narrow)
     if not (query.device == key.device == value.device):
         raise InputError(
             "query, key and value must be on one device, got "
@@ -58,6 +51,32 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
         raise InputError(
             f"{query.shape[1]} query heads are not a multiple of {key.shape[1]} key/value heads."
+        )
+
+
+def _check_dtypes(query: Tensor, key: Tensor, value: Tensor, narrow: bool) -> None:
+    found = f"{query.dtype}, {key.dtype} and {value.dtype}"
+    if not any(x.dtype in EIGHT_BITS for x in (query, key, value)):
+        if not query.dtype == key.dtype == value.dtype:
+            raise InputError(
+                f"query, key and value must have one dtype, got {found}; convert them to the same."
+            )
+        return
+    wider = (torch.float16, torch.bfloat16, torch.float32)
+    if not narrow:
+        raise InputError(
+            f"query, key and value are {found}: 8 bits are for the keys and values of "
+            "foveate.attention alone; convert them to a wider dtype."
+        )
+    if query.dtype not in wider or key.dtype != value.dtype:
+        raise InputError(
+            f"query, key and value are {found}: of 8 bits may be keys and values together, beside "
+            "queries of float16, bfloat16 or float32."
+        )
+    if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
+        raise InputError(
+            f"A gradient of keys or values of {key.dtype} would be rounded to 8 bits; convert them "
+            "to a wider dtype, or detach them."
         )
 
 

@@ -5,12 +5,14 @@ of them. A model of one block: a gated moving average (the recurrent layer in fr
 needs), attention of one head without rotary positions, a feed-forward layer. A second block would
 let tokens hand on what random spans showed them: one layer must find it.
 
-As in the paper, a trained hybrid is turned into a sparse one: dense attention learns the task
-first, then each arm goes on from its weights, with the same batches and learning rate: dense
-attention itself; superlinear with 3 spans and a window of 3, which at the end of a sequence sees
-102 of 256 keys; a window of 102 keys; and superlinear with random routing, whose queries stay as
-they were drawn and through whose choice no gradient passes. Of a training batch one sequence in
-sixteen is a chain, so that recall isn't lost among the many tokens that chains score.
+A trained hybrid is turned into a sparse one, as the released model was, though that one's dense
+training was of another kind: here dense attention learns the very task first, in 4,000 steps of 16
+sequences. Then each arm goes on from its weights for 2,500 steps of 32, with the same batches and
+learning rate: dense attention itself; superlinear with 3 spans and a window of 3, which at the end
+of a sequence sees 102 of 256 keys; a window of 102 keys; and superlinear with random routing, whose
+map of routing queries stays as it was drawn and through whose choice no gradient passes. Of a
+training batch one sequence in sixteen is a chain, so that recall isn't lost among the many tokens
+that chains score.
 
 From scratch, with two heads and two spans, there was nothing to tell: in 2,500 steps dense
 attention found the task at two seeds of three, and routing (0.1 to 0.2 of the pairs, as random
@@ -23,6 +25,7 @@ tokens, the exponent that fits them, and what a step of decoding reads at a mill
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -128,13 +131,27 @@ def run(trial: Trial) -> Found:
     if trial.cell == "pairs":
         return counts()
     given = task(32 if trial.quick else 512)
-    trained, found = fitted(trial, given, "dense", trial.steps(FIRST), 16, trial.seed, BEFORE)
+    parts = 1 + len(ARMS)
+    trained, found = fitted(
+        _part(trial, BEFORE, 0, parts), given, "dense", trial.steps(FIRST), 16, trial.seed
+    )
     at = {BEFORE: found}
-    for arm in ARMS:
+    for number, arm in enumerate(ARMS, 1):
+        part = _part(trial, arm, number, parts)
         # Batches that the first training hasn't seen, the same for every arm.
         seed = 1000 + trial.seed
-        _, at[arm] = fitted(trial, given, arm, trial.steps(STEPS), 32, seed, arm, trained)
+        _, at[arm] = fitted(part, given, arm, trial.steps(STEPS), 32, seed, trained)
     return at
+
+
+def _part(trial: Trial, name: str, number: int, parts: int) -> Trial:
+    """A trial for one of its trainings, with a folder and a share of the progress of its own."""
+    folder = None if trial.folder is None else trial.folder / name.replace(", ", "-")
+
+    def tell(share: float, what: str) -> None:
+        trial.tell((number + share) / parts, f"{name}: {what}")
+
+    return replace(trial, folder=folder, tell=tell)
 
 
 def fitted(
@@ -144,7 +161,6 @@ def fitted(
     steps: int,
     batch: int,
     seed: int,
-    name: str,
     start: Hybrid | None = None,
 ) -> tuple[Hybrid, dict[str, Any]]:
     """Train a model of `arm`, from another's weights where there is one, and take its figures."""
@@ -153,11 +169,7 @@ def fitted(
     if start is not None:
         take(model, start)
     regime = Regime(steps=steps, batch=batch, lr=3e-3, every=max(2, steps // 10), seed=seed)
-    done = train(
-        model, given, regime,
-        folder=None if trial.folder is None else trial.folder / name.replace(", ", "-"),
-        tell=lambda share, what: trial.tell(share, f"{name}: {what}"),
-    )  # fmt: skip
+    done = train(model, given, regime, folder=trial.folder, tell=trial.tell)
     found = evaluate(model, given, "test", 32)
     return model, {"accuracy": found["accuracy"], "loss": found["loss"], "curve": done.curve}
 
@@ -226,6 +238,7 @@ PAPER = Paper(
         at_least("recall: dense", _recall("dense"), 0.9),
     ),
     data=lambda: task().describe(),
-    remark="Routing found two pairs of three at every seed, where random routing found one and the "
-    "window none, and was still learning when its 2,500 steps ended.",
+    remark="Every arm goes on from dense attention that had learnt the task in 4,000 steps. In "
+    "2,500 more routing came to 0.65 to 0.68 of the answers, random routing to 0.36 to 0.38, a "
+    "window stayed at chance (0.125). From scratch, in 2,500 steps, routing stayed at chance, too.",
 )

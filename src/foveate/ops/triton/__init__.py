@@ -35,6 +35,11 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
+def _has_eight_bits(device: torch.device) -> bool:
+    """Whether a GPU has instructions for numbers of 8 bits, as NVIDIA lays them out."""
+    return torch.version.hip is None and _capability(device) >= _EIGHT_BITS
+
+
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
@@ -77,9 +82,9 @@ def supports(
         reasons.append(f"device {query.device.type} (it runs on {on}{more})")
     elif reason():
         reasons.append(reason())
-    elif on == "cuda" and key.dtype.itemsize == 1 and _capability(key.device) < _EIGHT_BITS:
+    elif on == "cuda" and key.dtype.itemsize == 1 and not _has_eight_bits(key.device):
         name = str(key.dtype).removeprefix("torch.")
-        reasons.append(f"keys of {name} (they need compute capability 8.9)")
+        reasons.append(f"keys of {name} (they need NVIDIA's compute capability 8.9)")
     if query.shape[-1] > MAX_DIM:
         reasons.append(f"head size {query.shape[-1]} (it takes up to {MAX_DIM})")
     if value.shape[-1] > MAX_VALUE_DIM:

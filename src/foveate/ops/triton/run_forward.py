@@ -142,8 +142,8 @@ def _latent(call: Call) -> bool:
     if call.bias is not None or (call.plan is not None and call.plan.kv_tile < _PAGE):
         return False  # what these read beside the keys would no longer fit
     least, most = _LATENT
-    fits = least <= call.key.shape[3] <= most and call.key.element_size() <= 2
-    return fits and _shared(call)
+    fits = least <= call.key.shape[3] <= most and call.query.element_size() == 2
+    return fits and call.key.dtype == call.query.dtype and _shared(call)
 
 
 def _splits(call: Call, cut: Blocks, programs: int, device: torch.device) -> int:
