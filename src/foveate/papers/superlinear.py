@@ -240,5 +240,6 @@ PAPER = Paper(
     data=lambda: task().describe(),
     remark="Every arm goes on from dense attention that had learnt the task in 4,000 steps. In "
     "2,500 more routing came to 0.65 to 0.68 of the answers, random routing to 0.36 to 0.38, a "
-    "window stayed at chance (0.125). From scratch, in 2,500 steps, routing stayed at chance, too.",
+    "window stayed at chance (0.125). From scratch, in 2,500 steps with two heads and two spans, "
+    "routing (0.17) and random routing (0.16) hardly left chance.",
 )

@@ -28,17 +28,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from foveate.ops.triton.kernels.hopper_feed import block_of, hear, produce, tile_at, whose
 
 VARYING = [
-    "kr_b",
-    "kr_h",
-    "l_b",
-    "l_h",
-    "count",
-    "giants",
-    "packs",
-    "programs",
-    "q_rows",
-    "kv_rows",
-]
+    "kr_b", "kr_h", "l_b", "l_h", "count", "giants", "packs", "programs", "q_rows", "kv_rows",
+]  # fmt: skip
 
 
 @gluon.jit

@@ -7,6 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from foveate.ops.triton.kernels.programs import list_of
 from foveate.ops.triton.kernels.query_gradient import VARYING
 from foveate.ops.triton.kernels.tiles import (
     add_bias,
@@ -16,7 +17,6 @@ from foveate.ops.triton.kernels.tiles import (
     dot,
     exponentials,
     list_bounds,
-    list_of,
     list_slots,
     load_rows,
     load_some,

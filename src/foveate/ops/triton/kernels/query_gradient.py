@@ -18,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from foveate.ops.triton.kernels.programs import own_rows, row_program
 from foveate.ops.triton.kernels.tiles import (
     LOG2E,
     add_bias,
@@ -36,9 +37,7 @@ from foveate.ops.triton.kernels.tiles import (
     next_kind,
     next_tile,
     or_none,
-    own_rows,
     range_of,
-    row_program,
     seen_pairs,
     some_row_sees,
 )
