@@ -144,6 +144,55 @@ def test_what_looks_at_keys_is_called_by_itself():
     assert by_heads.together([((0, 1), full), ((2, 3), evicting)], q, k, ctx) is None
 
 
+LINES = {
+    (3,): "vertical-slash(verticals=9, slashes=50)",
+    (0, 2): "vertical-slash(verticals=40, slashes=70, forced_slashes=3, forced_verticals=2)",
+    (1,): WINDOW,
+    (4,): "vertical-slash(fraction=0.2)",
+    (5,): "vertical-slash(verticals=9, slashes=50)",
+}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_lines_are_chosen_for_all_heads_at_once(padded):
+    parts = [(heads, make(text)) for heads, text in LINES.items()]
+    found = by_heads.joined(parts)
+    assert [tuple(heads) for heads, _ in found] == [(0, 2, 3, 4, 5), (1,)]
+    q, k, v = (torch.randn(2, heads, 300, 8, dtype=torch.float64) for heads in (6, 3, 3))
+    mask = causal() & padding(torch.tensor([300, 260])) if padded else causal()
+    ctx = Context(mask=mask)
+    got = by_heads.attend_by_heads(parts, q, k, v, ctx)
+    for heads, method in parts:
+        for h in heads:
+            kv = slice(h // 2, h // 2 + 1)
+            want = method(q[:, h : h + 1], k[:, kv], v[:, kv], ctx)
+            torch.testing.assert_close(got.out[:, h : h + 1], want.out)
+            torch.testing.assert_close(got.lse[:, h : h + 1], want.lse)
+    merged = found[0][1].layout(q[:, found[0][0]], k[:, [0, 1, 1, 2, 2]], v, ctx).dense()
+    for at, h in enumerate(found[0][0]):
+        method = next(m for heads, m in parts if h in heads)
+        one = method.layout(q[:, h : h + 1], k[:, h // 2 : h // 2 + 1], v, ctx).dense()
+        assert merged[:, at].equal(one[:, 0])
+
+
+def test_what_can_not_be_chosen_at_once_stays_apart():
+    full, window_ = make("full"), make(WINDOW)
+    few, many = make("vertical-slash(last=8)"), make("vertical-slash(last=64)")
+    parts = [((0,), full), ((1,), few), ((2,), window_), ((3,), many), ((4,), full)]
+    assert by_heads.joined(parts) == parts
+    assert by_heads.joined([((0, 1), few)]) == [((0, 1), few)]
+
+
+def test_key_heads_are_read_once_where_query_heads_share_them_evenly():
+    def heads(*index, group=3):
+        return by_heads.key_heads(torch.tensor(index), group).tolist()
+
+    assert heads(*range(9)) == [0, 1, 2]
+    assert heads(0, 3, 8) == [0, 1, 2]
+    assert heads(0, 1, 3) == [0, 0, 1]
+    assert heads(0, 3, 1) == [0, 1, 0]
+
+
 @pytest.mark.parametrize("mask", [None, causal()])
 def test_a_choice_that_decoding_makes_is_not_taken_for_everything(mask):
     class Chosen(type(make("full"))):

@@ -20,6 +20,7 @@ from foveate.hf import use
 from foveate.ops import AttentionOutput, Layout
 from foveate.parts import Attention, Context
 from foveate.parts.attention import mask_layout
+from foveate.parts.by_heads import joined
 from foveate.parts.context import Work
 from foveate.runs.memory import Peak
 
@@ -98,13 +99,14 @@ class Recorder(Attention):
         parts = self.method.split(layer)
         if parts is None:
             return None
-        total = sum(len(heads) for heads, _ in parts if heads is not None)
+        named = [(heads, part) for heads, part in parts if heads is not None]
+        if not named:
+            return [(None, Recorder(part, self.log, self._synchronise)) for _, part in parts]
+        total = sum(len(heads) for heads, _ in named)
         return [
-            (heads, Recorder(
-                part, self.log, self._synchronise, None if heads is None else (len(heads), total)
-            ))
-            for heads, part in parts
-        ]  # fmt: skip
+            (tuple(heads), Recorder(part, self.log, self._synchronise, (len(heads), total)))
+            for heads, part in joined(named)  # as the model runs them
+        ]
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Context | None = None

@@ -22,7 +22,7 @@ from foveate.hf.view import View, view_of
 from foveate.methods import make
 from foveate.ops import AttentionOutput, documents
 from foveate.parts import Attention, Context, Pattern, Rope
-from foveate.parts.by_heads import together
+from foveate.parts.by_heads import joined, key_heads, together
 from foveate.parts.context import Phase
 from foveate.parts.eviction import EvictingCache
 from foveate.parts.tree import Tree
@@ -235,19 +235,19 @@ def _by_head(
     if len(groups) == 1 and groups[0].heads is None:
         return _by_document(groups[0].method, query, key, value, view, ctx)
     heads, shared = query.shape[1], query.shape[1] // key.shape[1]
+    parts = [(group.heads, group.method) for group in groups if group.heads is not None]
     if ctx.phase == "decode" and view.documents is None:
-        parts = [(group.heads, group.method) for group in groups if group.heads is not None]
         one = together(parts, query, key, ctx)
         if one is not None:
             return one(query, key, value, ctx).out
     out: Tensor | None = None
-    for group in groups:
-        index = torch.tensor(group.heads, device=query.device)
-        kv_index = _kv_heads(index, shared)
+    for own, method in joined(parts):
+        index = torch.tensor(own, device=query.device)
+        kv_index = key_heads(index, shared)
         sinks = ctx.sink_logits
         theirs = view.heads(index, heads)
         part = _by_document(
-            group.method,
+            method,
             query[:, index],
             key[:, kv_index],
             value[:, kv_index],
@@ -264,14 +264,6 @@ def _by_head(
         out = out.index_copy(1, index, part)
     assert out is not None
     return out
-
-
-def _kv_heads(index: Tensor, shared: int) -> Tensor:
-    """Key/value heads for the query heads `index`, each once if they share them evenly."""
-    owner = index // shared
-    heads, counts = torch.unique_consecutive(owner, return_counts=True)
-    even = bool((counts == counts[0]).all()) and len(heads) == len(torch.unique(owner))
-    return heads if even else owner
 
 
 def _by_document(

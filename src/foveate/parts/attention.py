@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -128,6 +128,14 @@ class Pattern(Attention):
     def is_dense(self, q: Tensor, k: Tensor, ctx: Context) -> bool:
         """Whether this call keeps all that the mask allows, so that no choice is to be made."""
         return False
+
+    @classmethod
+    def for_heads(cls, methods: Sequence[Self]) -> Pattern | None:
+        """One pattern that runs a method for each query head; None where they can't be one.
+
+        For whoever has heads with numbers of their own: choosing for all at once costs less.
+        """
+        return None
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Context | None = None

@@ -80,6 +80,31 @@ def together(parts: Parts, q: Tensor, k: Tensor, ctx: Context) -> Together | Non
     return None
 
 
+def joined(parts: Parts) -> Parts:
+    """The same, with patterns as one where their class can choose for all their heads at once."""
+    kinds: dict[type[Pattern], dict[int, Pattern]] = {}
+    for heads, part in parts:
+        if isinstance(part, Pattern):
+            kinds.setdefault(type(part), {}).update(dict.fromkeys(heads, part))
+    found: list[tuple[Sequence[int], Attention]] = []
+    for kind, owners in kinds.items():
+        heads = sorted(owners)
+        several = sum(type(part) is kind for _, part in parts) > 1
+        one = kind.for_heads([owners[head] for head in heads]) if several else None
+        if one is not None:
+            found.append((heads, one))
+    done = {head for heads, _ in found for head in heads}
+    return found + [(heads, part) for heads, part in parts if heads[0] not in done]
+
+
+def key_heads(index: Tensor, group: int) -> Tensor:
+    """Key heads for the query heads `index`, each once if they share them evenly."""
+    owner = index // group
+    heads, counts = torch.unique_consecutive(owner, return_counts=True)
+    even = bool((counts == counts[0]).all()) and len(heads) == len(torch.unique(owner))
+    return heads if even else owner
+
+
 def attend_by_heads(parts: Parts, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> AttentionOutput:
     """Each part on its query heads, and their key heads as often as they are read.
 
@@ -91,14 +116,15 @@ def attend_by_heads(parts: Parts, q: Tensor, k: Tensor, v: Tensor, ctx: Context)
             return one(q, k, v, ctx)
     group = q.shape[1] // k.shape[1]
     order, outs, sums = [], [], []
-    for heads, method in parts:
+    for heads, method in joined(parts):
         at = torch.tensor(heads, device=q.device)
+        kv_at = key_heads(at, group)
         bias = ctx.bias
         if isinstance(bias, Tensor) and bias.dim() > 2 and bias.shape[-3] > 1:
             bias = bias.index_select(-3, at)
         sinks = None if ctx.sink_logits is None else ctx.sink_logits[at]
         own = replace(ctx, bias=bias, sink_logits=sinks)
-        part = method(q[:, at], k[:, at // group], v[:, at // group], own)
+        part = method(q[:, at], k[:, kv_at], v[:, kv_at], own)
         order.append(at)
         outs.append(part.out)
         sums.append(part.lse)

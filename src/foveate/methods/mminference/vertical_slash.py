@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,13 +11,18 @@ from typing_extensions import override
 
 from foveate.methods.mminference.distances import Distances
 from foveate.methods.mminference.kernel_index import kernel_index
-from foveate.methods.mminference.prefill import ProblemPattern, budget, check_fraction
+from foveate.methods.mminference.prefill import (
+    PrefillPattern,
+    ProblemPattern,
+    budget,
+    check_fraction,
+)
 from foveate.methods.mminference.problem import Part, Problem
 from foveate.ops import Layout
 from foveate.ops.errors import InputError
 from foveate.ops.masks.checks import whole
 from foveate.parts.anchor import Places, placed
-from foveate.parts.attention import TILE
+from foveate.parts.attention import TILE, Pattern
 from foveate.parts.context import Context
 from foveate.parts.estimate import last_row_sums
 from foveate.parts.listing import layout_of_runs
@@ -108,55 +114,21 @@ class VerticalSlash(ProblemPattern):
 
     def index(self, q: Tensor, k: Tensor, ctx: Context) -> Index:
         """Choose V and T; q (B, Hq, Lq, D), k (B, Hkv, Lkv, D)."""
-        tokens = tokens_of(q, k, ctx)
-        if not tokens.causal:
-            raise InputError(
-                "vertical-slash is defined for causal attention, but the mask lets queries see "
-                "later keys (no mask is everything); give Context(mask=causal()), or use a method "
-                "that also goes both ways, such as block-sparse."
-            )
-        if not tokens.regular:
-            raise InputError(
-                "vertical-slash needs positions that count up by one, because a slash is a fixed "
-                "distance; permute queries and keys after it, or use block-sparse."
-            )
-        sums = last_row_sums(q, k, ctx, tokens, self.last)
-        lengths = tokens.k_real.sum(1).expand(q.shape[0])
-        first = tokens.k_real.int().argmax(1).expand(q.shape[0])
-        places = torch.arange(k.shape[2], device=q.device)
-        forced = (places >= first[:, None]) & (places < first[:, None] + self.forced_verticals)
-        vertical = sums.vertical.masked_fill(forced[:, None], torch.inf)
-        slash = sums.slash.masked_fill(places < self.forced_slashes, torch.inf)
-        reach = places < lengths[:, None]
-        columns: list[Tensor] = []
-        offsets: list[Tensor] = []
-        for b, length in enumerate(lengths.tolist()):
-            nv, ns = self._budgets(length)
-            real = tokens.k_real[b if len(tokens.k_real) > 1 else 0]
-            columns.append(topk_mask(vertical[b], nv, real))
-            offsets.append(topk_mask(slash[b], ns, reach[b]))
-        return Index(torch.stack(columns), torch.stack(offsets), tokens)
+        return _chosen((self,) * q.shape[1], q, k, ctx)
 
     def layout_from(self, index: Index, q: Tensor, k: Tensor, ctx: Context) -> Layout:
         """The layout of a choice that is held fixed; q and k give only their shapes."""
-        assert ctx.mask is not None
-        tokens = index.tokens
-        rows = Places.of(tokens.q_real, TILE)
-        count = rows.index.shape[1]
-        if rows.moved:
-            at = tokens.q_pos[:, :1] - rows.front[:, None]
-            steps = torch.arange(count, device=q.device)
-            tokens = replace(tokens, q_pos=at + steps, shift=tokens.shift - rows.front)
-        runs, singles = kernel_index(
-            index.columns, index.offsets, tokens.shift, _first(tokens), count, TILE
-        )
-        sizes = (q.shape[0], q.shape[1], count, k.shape[2])
-        found = layout_of_runs(runs, singles, ctx.mask, tokens, sizes, TILE)
-        return placed(found, (q.shape[2], k.shape[2]), rows, None) if rows.moved else found
+        return _visited(index, q, k, ctx)
 
     @override
     def layout(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Layout:
         return self.layout_from(self.index(q, k, ctx), q, k, ctx)
+
+    @override
+    @classmethod
+    def for_heads(cls, methods: Sequence[VerticalSlash]) -> Pattern | None:
+        alike = len({m.last for m in methods}) == 1
+        return VerticalSlashes(tuple(methods)) if alike else None
 
     @override
     def parts(self, problem: Problem) -> list[list[Part]]:
@@ -170,6 +142,74 @@ class VerticalSlash(ProblemPattern):
         slash[:, : self.forced_slashes] = torch.inf
         columns, offsets = topk_mask(vertical, nv), topk_mask(slash, ns)
         return [[Part(rows, keys, v, Distances(t))] for v, t in zip(columns, offsets)]
+
+
+@dataclass(frozen=True)
+class VerticalSlashes(PrefillPattern):
+    """Query head h runs `methods[h]`; all by the same number of last queries."""
+
+    methods: tuple[VerticalSlash, ...]
+
+    @override
+    def _keeps_all(self, q: Tensor, k: Tensor, ctx: Context) -> bool:
+        return all(m._keeps_all(q, k, ctx) for m in self.methods)
+
+    @override
+    def layout(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Layout:
+        return _visited(_chosen(self.methods, q, k, ctx), q, k, ctx)
+
+
+def _chosen(methods: Sequence[VerticalSlash], q: Tensor, k: Tensor, ctx: Context) -> Index:
+    """V and T of each query head by its method."""
+    tokens = tokens_of(q, k, ctx)
+    if not tokens.causal:
+        raise InputError(
+            "vertical-slash is defined for causal attention, but the mask lets queries see "
+            "later keys (no mask is everything); give Context(mask=causal()), or use a method "
+            "that also goes both ways, such as block-sparse."
+        )
+    if not tokens.regular:
+        raise InputError(
+            "vertical-slash needs positions that count up by one, because a slash is a fixed "
+            "distance; permute queries and keys after it, or use block-sparse."
+        )
+    sums = last_row_sums(q, k, ctx, tokens, methods[0].last)
+    lengths = tokens.k_real.sum(1).expand(q.shape[0])
+    first = tokens.k_real.int().argmax(1).expand(q.shape[0])[:, None]
+    places = torch.arange(k.shape[2], device=q.device)
+    reach = places < lengths[:, None]
+    columns, offsets = (torch.zeros_like(x, dtype=torch.bool) for x in sums)
+    heads: dict[VerticalSlash, list[int]] = {}
+    for head, method in enumerate(methods):
+        heads.setdefault(method, []).append(head)
+    for method, mine in heads.items():
+        forced = (places >= first) & (places < first + method.forced_verticals)
+        vertical = sums.vertical[:, mine].masked_fill(forced[:, None], torch.inf)
+        slash = sums.slash[:, mine].masked_fill(places < method.forced_slashes, torch.inf)
+        for b, length in enumerate(lengths.tolist()):
+            nv, ns = method._budgets(length)
+            real = tokens.k_real[b if len(tokens.k_real) > 1 else 0]
+            columns[b, mine] = topk_mask(vertical[b], nv, real)
+            offsets[b, mine] = topk_mask(slash[b], ns, reach[b])
+    return Index(columns, offsets, tokens)
+
+
+def _visited(index: Index, q: Tensor, k: Tensor, ctx: Context) -> Layout:
+    """What a kernel visits to cover V and T."""
+    assert ctx.mask is not None
+    tokens = index.tokens
+    rows = Places.of(tokens.q_real, TILE)
+    count = rows.index.shape[1]
+    if rows.moved:
+        at = tokens.q_pos[:, :1] - rows.front[:, None]
+        steps = torch.arange(count, device=q.device)
+        tokens = replace(tokens, q_pos=at + steps, shift=tokens.shift - rows.front)
+    runs, singles = kernel_index(
+        index.columns, index.offsets, tokens.shift, _first(tokens), count, TILE
+    )
+    sizes = (q.shape[0], q.shape[1], count, k.shape[2])
+    found = layout_of_runs(runs, singles, ctx.mask, tokens, sizes, TILE)
+    return placed(found, (q.shape[2], k.shape[2]), rows, None) if rows.moved else found
 
 
 def _first(tokens: Tokens) -> Tensor:
