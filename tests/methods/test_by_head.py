@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -220,6 +221,33 @@ def test_a_choice_that_decoding_makes_is_not_taken_for_everything(mask):
     assert by_heads.together([((0, 1, 2, 3), make("flux"))], q, k, ctx) is None
     got = by_heads.attend_by_heads(parts, q, k, v, ctx).out
     torch.testing.assert_close(got[:, 2:], v[:, 1:, -1:].expand(-1, 2, -1, -1))
+
+
+def test_a_pattern_without_a_hash_is_asked_each_time():
+    @dataclass
+    class Near(type(make("full"))):
+        """The last keys; equal by its fields, so without a hash."""
+
+        keys: int = 9
+
+        def is_dense(self, q, k, ctx):
+            return False
+
+        def rule(self, ctx):
+            return window(self.keys, 0)
+
+        def layout(self, q, k, v, ctx):
+            return self.rule(ctx).layout(q.shape[2], k.shape[2], 64)
+
+    q, k, v = qkv(300)
+    q = q[:, :, -1:]
+    ctx = Context(mask=causal(), phase="decode")
+    parts = [((0, 1), make("full")), ((2, 3), Near())]
+    one = by_heads.together(parts, q, k, ctx)
+    assert one is not None
+    assert one.masks == (causal(), window(9, 0))
+    got = one(q, k, v, ctx).out
+    torch.testing.assert_close(got[:, 2:], Near()(q, k, v, ctx).out[:, 2:])
 
 
 def test_a_model_decodes_by_heads_as_in_its_prefill(tmp_path):

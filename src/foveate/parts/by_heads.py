@@ -64,12 +64,9 @@ def together(parts: Parts, q: Tensor, k: Tensor, ctx: Context) -> Together | Non
         decides = isinstance(part, nn.Module) or hasattr(part, "fitter")
         if not isinstance(part, Pattern) or decides or part.evicts:
             return None
-        shapes = q[:, : len(heads)], k[:, :1].expand(-1, len(heads), -1, -1)
-        mask = ctx.mask
-        if not part.is_dense(*shapes, ctx):
-            mask = part.rule(ctx)
-            if mask is None:
-                return None
+        told, mask = _told(part, len(heads), q, k, ctx)
+        if not told:
+            return None
         if mask not in masks:
             masks.append(mask)
         for head in heads:
@@ -103,6 +100,25 @@ def key_heads(index: Tensor, group: int) -> Tensor:
     heads, counts = torch.unique_consecutive(owner, return_counts=True)
     even = bool((counts == counts[0]).all()) and len(heads) == len(torch.unique(owner))
     return heads if even else owner
+
+
+def _told(
+    part: Pattern, heads: int, q: Tensor, k: Tensor, ctx: Context
+) -> tuple[bool, Mask | None]:
+    """Whether positions alone tell a pattern, and as which mask; asked once in a forward."""
+    key = (_told, part, heads, ctx.mask, ctx.phase, q.shape[2], k.shape[2])
+
+    def ask() -> tuple[bool, Mask | None]:
+        shapes = q[:, :heads], k[:, :1].expand(-1, heads, -1, -1)
+        if part.is_dense(*shapes, ctx):
+            return True, ctx.mask
+        mask = part.rule(ctx)
+        return mask is not None, mask
+
+    try:
+        return remember(ctx, key, ask)
+    except TypeError:  # a pattern that has no hash
+        return ask()
 
 
 def attend_by_heads(parts: Parts, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> AttentionOutput:

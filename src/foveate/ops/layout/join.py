@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -38,13 +39,18 @@ def by_heads(layouts: Sequence[Layout], owner: Sequence[int]) -> Layout:
         raise InputError(f"by_heads: expected lists for 1 or {batches} batch entries.")
     first, patterns, kinds = layouts[0], 0, []
     for one in layouts:
-        kinds.append(torch.where(one.kinds > 0, one.kinds + patterns, one.kinds))
+        told = patterns and one.bits.shape[0]
+        kinds.append(
+            torch.where(one.kinds > 0, one.kinds + patterns, one.kinds) if told else one.kinds
+        )
         patterns += one.bits.shape[0]
     if batches == 1:  # whole lists one after another
-        each = [layouts[i].cols for i in owner]
-        begin = torch.tensor([0, *(x.numel() for x in each)], device=first.device).cumsum(0)
-        ptr = torch.stack([layouts[i].ptr[0, 0] for i in owner]) + begin[:-1, None]
-        ptr, cols, kind = ptr[None], torch.cat(each), torch.cat([kinds[i] for i in owner])
+        begin = [0, *accumulate(layouts[i].cols.numel() for i in owner)]
+        table = torch.cat([one.ptr[0] for one in layouts])
+        at, begins = torch.tensor((tuple(owner), begin[:-1]), device=first.device).unbind()
+        ptr = (table[at] + begins[:, None])[None]
+        cols = torch.cat([layouts[i].cols for i in owner])
+        kind = torch.cat([kinds[i] for i in owner])
     else:
         ptr, at = _rearranged(layouts, owner, batches)
         cols, kind = torch.cat([x.cols for x in layouts])[at], torch.cat(kinds)[at]
