@@ -13,7 +13,7 @@ from foveate.compare.plan import entries_of
 from foveate.methods import make, spec
 from foveate.ops import padding, window
 from foveate.ops.errors import InputError, UnknownMethodError
-from foveate.parts import by_heads
+from foveate.parts import Pattern, by_heads
 
 WINDOW = "sink-window(sinks=1, window=5)"
 
@@ -225,7 +225,7 @@ def test_a_choice_that_decoding_makes_is_not_taken_for_everything(mask):
 
 def test_a_pattern_without_a_hash_is_asked_each_time():
     @dataclass
-    class Near(type(make("full"))):
+    class Near(Pattern):
         """The last keys; equal by its fields, so without a hash."""
 
         keys: int = 9
