@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
+import foveate
 from foveate import Context, causal
+from foveate.compare.measure import Log, Recorder
 from foveate.compare.plan import entries_of
 from foveate.methods import make, spec
-from foveate.ops import padding, window
+from foveate.methods.mminference.vertical_slash import VerticalSlash, VerticalSlashes
+from foveate.ops import blocks, padding, window
 from foveate.ops.errors import InputError, UnknownMethodError
 from foveate.parts import Pattern, by_heads
 
 WINDOW = "sink-window(sinks=1, window=5)"
+FEW = "vertical-slash(verticals=9, slashes=50)"
+MANY = "vertical-slash(verticals=40, slashes=90)"
 
 
 def written(tmp_path, layers, default="full", name="plan.json"):
@@ -146,11 +151,11 @@ def test_what_looks_at_keys_is_called_by_itself():
 
 
 LINES = {
-    (3,): "vertical-slash(verticals=9, slashes=50)",
+    (3,): FEW,
     (0, 2): "vertical-slash(verticals=40, slashes=70, forced_slashes=3, forced_verticals=2)",
     (1,): WINDOW,
     (4,): "vertical-slash(fraction=0.2)",
-    (5,): "vertical-slash(verticals=9, slashes=50)",
+    (5,): FEW,
 }
 
 
@@ -184,14 +189,136 @@ def test_what_can_not_be_chosen_at_once_stays_apart():
     assert by_heads.joined([((0, 1), few)]) == [((0, 1), few)]
 
 
-def test_key_heads_are_read_once_where_query_heads_share_them_evenly():
-    def heads(*index, group=3):
-        return by_heads.key_heads(torch.tensor(index), group).tolist()
+def test_a_head_that_keeps_all_keeps_what_the_mask_says():
+    own = torch.arange(200) % 2 == 0  # every second token doesn't see itself
+    table = torch.ones(200, 200).tril().bool() & (own | ~torch.eye(200, dtype=torch.bool))
+    ctx = Context(mask=causal() & blocks(table, 1))
+    q, k, v = (torch.randn(1, 2, 200, 8, dtype=torch.float64) for _ in "qkv")
+    parts = [
+        ((0,), make("vertical-slash")),
+        ((1,), make("vertical-slash(verticals=9, slashes=50)")),
+    ]
+    got = by_heads.attend_by_heads(parts, q, k, v, ctx)
+    want = make("full")(q, k, v, ctx)
+    torch.testing.assert_close(got.out[:, 0], want.out[:, 0])
+    assert not torch.allclose(got.out[:, 1], want.out[:, 1])
 
-    assert heads(*range(9)) == [0, 1, 2]
-    assert heads(0, 3, 8) == [0, 1, 2]
-    assert heads(0, 1, 3) == [0, 0, 1]
-    assert heads(0, 3, 1) == [0, 1, 0]
+
+def test_lines_chosen_at_once_have_the_same_gradients_sinks_and_bias():
+    parts = [(heads, make(text)) for heads, text in LINES.items()]
+    q, k, v = (
+        torch.randn(1, heads, 300, 8, dtype=torch.float64, requires_grad=True)
+        for heads in (6, 3, 3)
+    )
+    sinks = torch.randn(6, dtype=torch.float64)
+    bias = torch.randn(1, 6, 300, 300, dtype=torch.float64)
+    places = torch.arange(300)
+    ctx = Context(
+        mask=causal(), sink_logits=sinks, bias=bias, softcap=3.0, q_positions=places,
+        kv_positions=places,
+    )  # fmt: skip
+
+    def found(parts):
+        result = by_heads.attend_by_heads(parts, q, k, v, ctx)
+        loss = result.out.square().sum() + result.lse.sum()
+        return [result.out, result.lse, *torch.autograd.grad(loss, (q, k, v))]
+
+    got = found(parts)
+    apart = []
+    for heads, method in parts:  # one head at a time is never joined
+        for h in heads:
+            own = replace(ctx, sink_logits=sinks[h : h + 1], bias=bias[:, h : h + 1])
+            kv = slice(h // 2, h // 2 + 1)
+            one = method(q[:, h : h + 1], k[:, kv], v[:, kv], own)
+            apart.append((h, one.out, one.lse))
+    out, lse = (torch.cat([x[i] for x in sorted(apart, key=lambda x: x[0])], 1) for i in (1, 2))
+    loss = out.square().sum() + lse.sum()
+    for a, b in zip(got, [out, lse, *torch.autograd.grad(loss, (q, k, v))]):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_model_chooses_lines_for_all_heads_at_once(tmp_path, padded, monkeypatch):
+    layers = {"0": {"0,2": FEW, "1,3": MANY}, "1": {"0": FEW, "1": WINDOW, "2,3": MANY}}
+    model, ids = tiny(), torch.randint(64, (2, 200))
+    there = torch.ones_like(ids)
+    if padded:
+        there[1, :70] = 0  # on the left
+    calls, one = [], VerticalSlashes.layout
+
+    def counted(self, q, *rest):
+        calls.append(q.shape[1])
+        return one(self, q, *rest)
+
+    monkeypatch.setattr(VerticalSlashes, "layout", counted)
+    with foveate.use(model, written(tmp_path, layers)), torch.no_grad():
+        got = model(ids, attention_mask=there).logits
+        assert calls == [4, 3]
+        monkeypatch.setattr(VerticalSlash, "for_heads", classmethod(lambda cls, each: None))
+        want = model(ids, attention_mask=there).logits
+    assert calls == [4, 3]
+    torch.testing.assert_close(got[there > 0], want[there > 0], rtol=1e-4, atol=1e-5)
+
+
+def test_compare_records_heads_as_the_model_runs_them(tmp_path):
+    layers = {"0": {"0,2": FEW, "1,3": MANY}, "1": {"0": FEW, "1": WINDOW, "2,3": MANY}, "2": FEW}
+    recorder = Recorder(make(written(tmp_path, layers)), Log(), False)
+    told = [
+        [(heads, type(part.method).__name__, part._share) for heads, part in recorder.split(layer)]
+        for layer in range(3)
+    ]
+    assert told == [
+        [((0, 1, 2, 3), "VerticalSlashes", 1.0)],
+        [((0, 2, 3), "VerticalSlashes", 0.75), ((1,), "SinkWindow", 0.25)],
+        [(None, "VerticalSlash", 1.0)],
+    ]
+
+
+def test_only_the_class_itself_is_chosen_at_once():
+    class Own(VerticalSlash):
+        """Whose layout would be left out."""
+
+    parts = [((0,), Own()), ((1,), Own(verticals=50))]
+    assert by_heads.joined(parts) == parts
+    q, k, v = qkv(300)
+    with pytest.raises(InputError, match="2 methods for 4 query heads"):
+        VerticalSlashes((make(FEW),) * 2)(q, k, v, Context(mask=causal()))
+
+
+def test_heads_run_apart_in_a_whole_graph(tmp_path):
+    method = make(written(tmp_path, {"0": {"0,1": WINDOW, "2,3": "full"}}))
+    q, k, v = qkv(64)
+    ctx = Context(mask=causal())
+    want = method(q, k, v, ctx).out
+    compiled = torch.compile(lambda *x: method(*x, ctx).out, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), want)
+
+
+def test_key_heads_are_read_once_where_query_heads_share_them_evenly():
+    assert by_heads.key_heads(range(9), 3) == [0, 1, 2]
+    assert by_heads.key_heads((0, 3, 8), 3) == [0, 1, 2]
+    assert by_heads.key_heads((6, 7, 0, 1), 3) == [2, 0]
+    assert by_heads.key_heads((0, 1, 3), 3) == [0, 0, 1]
+    assert by_heads.key_heads((0, 3, 1), 3) == [0, 1, 0]
+
+
+def test_a_pattern_is_asked_once_in_a_forward():
+    asked = []
+
+    class Near(type(make("sink-window"))):
+        """Tells when it is asked."""
+
+        def rule(self, ctx):
+            asked.append(ctx.layer)
+            return super().rule(ctx)
+
+    q, k, v = qkv(300)
+    q = q[:, :, -1:]
+    ctx = Context(mask=causal(), phase="decode")
+    for layer in range(3):
+        parts = [((0, 1), make("full")), ((2, 3), Near(window=9))]
+        by_heads.attend_by_heads(parts, q, k, v, replace(ctx, layer=layer))
+    assert asked == [0]
 
 
 @pytest.mark.parametrize("mask", [None, causal()])

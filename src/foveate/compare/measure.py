@@ -100,8 +100,8 @@ class Recorder(Attention):
         if parts is None:
             return None
         named = [(heads, part) for heads, part in parts if heads is not None]
-        if not named:
-            return [(None, Recorder(part, self.log, self._synchronise)) for _, part in parts]
+        if len(named) < len(parts):
+            return [(heads, Recorder(part, self.log, self._synchronise)) for heads, part in parts]
         total = sum(len(heads) for heads, _ in named)
         return [
             (tuple(heads), Recorder(part, self.log, self._synchronise, (len(heads), total)))

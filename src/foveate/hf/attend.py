@@ -235,15 +235,18 @@ def _by_head(
     if len(groups) == 1 and groups[0].heads is None:
         return _by_document(groups[0].method, query, key, value, view, ctx)
     heads, shared = query.shape[1], query.shape[1] // key.shape[1]
-    parts = [(group.heads, group.method) for group in groups if group.heads is not None]
+    parts = [(group.heads or (), group.method) for group in groups]
     if ctx.phase == "decode" and view.documents is None:
         one = together(parts, query, key, ctx)
         if one is not None:
             return one(query, key, value, ctx).out
+    fewer = joined(parts)
+    if len(fewer) == 1 and list(fewer[0][0]) == list(range(heads)):
+        return _by_document(fewer[0][1], query, key, value, view, ctx)
     out: Tensor | None = None
-    for own, method in joined(parts):
+    for own, method in fewer:
         index = torch.tensor(own, device=query.device)
-        kv_index = key_heads(index, shared)
+        kv_index = key_heads(own, shared)
         sinks = ctx.sink_logits
         theirs = view.heads(index, heads)
         part = _by_document(

@@ -155,6 +155,11 @@ def _checked(data: Any, file: str) -> tuple[str, Plan]:
         patterns = {"": what} if isinstance(what, str) else what
         if not isinstance(patterns, Mapping) or not patterns:
             raise InputError(f"by-head(file={file!r}): layer {layer} names no pattern.")
+        if "" in patterns and len(patterns) > 1:
+            raise InputError(
+                f'by-head(file={file!r}): layer {layer} has "", which is all of its heads, beside '
+                "others; name each head once."
+            )
         seen: set[int] = set()
         for heads, text in patterns.items():
             make_attention(text)

@@ -1,7 +1,8 @@
 """Several attentions over the heads of one layer: each on its heads, or all in one call.
 
 A call for some heads copies their keys and values out of the cache. In decoding that costs more
-than attending; there, patterns that positions alone decide are one layout over all heads.
+than attending; there, patterns that positions alone decide are one layout over all heads. In
+prefill, patterns of a class that can choose for all their heads at once are one pattern.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ class Together(Pattern):
 
     @override
     def layout(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Layout:
-        def joined() -> Layout:
+        def build() -> Layout:
             return by_heads([mask_layout(m, q, k, ctx) for m in self.masks], self.owner)
 
         sizes = (q.shape[2], k.shape[2], q.device)
-        return remember(ctx, (Together, self.masks, self.owner, *sizes), joined)
+        return remember(ctx, (Together, self.masks, self.owner, *sizes), build)
 
 
 def together(parts: Parts, q: Tensor, k: Tensor, ctx: Context) -> Together | None:
@@ -94,19 +95,21 @@ def joined(parts: Parts) -> Parts:
     return found + [(heads, part) for heads, part in parts if heads[0] not in done]
 
 
-def key_heads(index: Tensor, group: int) -> Tensor:
-    """Key heads for the query heads `index`, each once if they share them evenly."""
-    owner = index // group
-    heads, counts = torch.unique_consecutive(owner, return_counts=True)
-    even = bool((counts == counts[0]).all()) and len(heads) == len(torch.unique(owner))
-    return heads if even else owner
+def key_heads(heads: Sequence[int], group: int) -> list[int]:
+    """Key heads for these query heads, each once if they share them evenly."""
+    owner = [head // group for head in heads]
+    once = list(dict.fromkeys(owner))
+    count = len(owner) // len(once)
+    even = owner == [head for head in once for _ in range(count)]
+    return once if even else owner
 
 
 def _told(
     part: Pattern, heads: int, q: Tensor, k: Tensor, ctx: Context
 ) -> tuple[bool, Mask | None]:
     """Whether positions alone tell a pattern, and as which mask; asked once in a forward."""
-    key = (_told, part, heads, ctx.mask, ctx.phase, q.shape[2], k.shape[2])
+    sizes = (heads, q.shape[2], k.shape[2], q.device)
+    key = (_told, part, ctx.mask, ctx.phase, ctx.grid, ctx.step, *sizes)
 
     def ask() -> tuple[bool, Mask | None]:
         shapes = q[:, :heads], k[:, :1].expand(-1, heads, -1, -1)
@@ -131,10 +134,13 @@ def attend_by_heads(parts: Parts, q: Tensor, k: Tensor, v: Tensor, ctx: Context)
         if one is not None:
             return one(q, k, v, ctx)
     group = q.shape[1] // k.shape[1]
+    parts = joined(parts)
+    if len(parts) == 1 and list(parts[0][0]) == list(range(q.shape[1])):
+        return parts[0][1](q, k, v, ctx)
     order, outs, sums = [], [], []
-    for heads, method in joined(parts):
+    for heads, method in parts:
         at = torch.tensor(heads, device=q.device)
-        kv_at = key_heads(at, group)
+        kv_at = key_heads(heads, group)
         bias = ctx.bias
         if isinstance(bias, Tensor) and bias.dim() > 2 and bias.shape[-3] > 1:
             bias = bias.index_select(-3, at)

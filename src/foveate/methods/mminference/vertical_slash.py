@@ -128,7 +128,8 @@ class VerticalSlash(ProblemPattern):
     @classmethod
     def for_heads(cls, methods: Sequence[VerticalSlash]) -> Pattern | None:
         alike = len({m.last for m in methods}) == 1
-        return VerticalSlashes(tuple(methods)) if alike else None
+        own = all(type(m) is VerticalSlash for m in methods)
+        return VerticalSlashes(tuple(methods)) if alike and own else None
 
     @override
     def parts(self, problem: Problem) -> list[list[Part]]:
@@ -156,6 +157,11 @@ class VerticalSlashes(PrefillPattern):
 
     @override
     def layout(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Layout:
+        if len(self.methods) != q.shape[1]:
+            raise InputError(
+                f"VerticalSlashes: {len(self.methods)} methods for {q.shape[1]} query heads; give "
+                "one for each."
+            )
         return _visited(_chosen(self.methods, q, k, ctx), q, k, ctx)
 
 
@@ -183,6 +189,9 @@ def _chosen(methods: Sequence[VerticalSlash], q: Tensor, k: Tensor, ctx: Context
     for head, method in enumerate(methods):
         heads.setdefault(method, []).append(head)
     for method, mine in heads.items():
+        if method._keeps_all(q, k, ctx):  # whatever the mask says, also of keys that aren't real
+            columns[:, mine] = offsets[:, mine] = True
+            continue
         forced = (places >= first) & (places < first + method.forced_verticals)
         vertical = sums.vertical[:, mine].masked_fill(forced[:, None], torch.inf)
         slash = sums.slash[:, mine].masked_fill(places < method.forced_slashes, torch.inf)
