@@ -194,10 +194,7 @@ def test_a_head_that_keeps_all_keeps_what_the_mask_says():
     table = torch.ones(200, 200).tril().bool() & (own | ~torch.eye(200, dtype=torch.bool))
     ctx = Context(mask=causal() & blocks(table, 1))
     q, k, v = (torch.randn(1, 2, 200, 8, dtype=torch.float64) for _ in "qkv")
-    parts = [
-        ((0,), make("vertical-slash")),
-        ((1,), make("vertical-slash(verticals=9, slashes=50)")),
-    ]
+    parts = [((0,), make("vertical-slash")), ((1,), make(FEW))]
     got = by_heads.attend_by_heads(parts, q, k, v, ctx)
     want = make("full")(q, k, v, ctx)
     torch.testing.assert_close(got.out[:, 0], want.out[:, 0])
@@ -379,8 +376,6 @@ def test_a_pattern_without_a_hash_is_asked_each_time():
 
 def test_a_model_decodes_by_heads_as_in_its_prefill(tmp_path):
     model = tiny()
-    import foveate
-
     text = written(
         tmp_path, {"0": {"0,3": WINDOW, "1,2": "full"}, "1": {"0-2": "full", "3": WINDOW}}
     )
