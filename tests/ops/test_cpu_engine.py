@@ -333,14 +333,15 @@ def test_paged_caches_are_layouts_over_the_pool(kernels: str, dtype: torch.dtype
     for b, (blocks, n) in enumerate(zip(table, lengths)):
         rows = torch.cat([torch.arange(p * page, (p + 1) * page) for p in blocks])[:n]
         at = slice(b, b + 1)
-        right = cpu.forward(q[at], pool_k[:, :, rows], pool_v[:, :, rows], None, 0.125, None, None)
-        torch.testing.assert_close(
-            out[at], right[0], rtol=2e-2 if dtype != torch.float32 else 1e-5, atol=1e-5
-        )
-        torch.testing.assert_close(lse[at], right[1], rtol=1e-5, atol=1e-5)
+        own = q[at], pool_k[:, :, rows], pool_v[:, :, rows]
+        whole, whole_lse = cpu.forward(*own, None, 0.125, None, None)
+        want, _ = attend(*own, torch.ones(1, 1, 1, n, dtype=torch.bool), scale=0.125)
+        # Pages cut the keys into other steps, and weights are rounded step by step.
+        error, usual = ((x.double() - want).abs().amax() for x in (out[at], whole))
+        assert error <= 2 * usual + 2e-7
+        torch.testing.assert_close(lse[at], whole_lse, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_forked_child_runs_after_the_parent_used_threads() -> None:
     q, k, v = make((1, 2, 2, 200, 200, 64, 64), torch.float32)
     torch.set_num_threads(3)

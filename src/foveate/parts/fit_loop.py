@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 from collections.abc import Callable
+from functools import cache
 from time import perf_counter
 from typing import Any
 
@@ -73,6 +76,7 @@ def loop(
             tensors = {_MODEL + n: t for n, t in weights(module).items()}
             tensors |= {_MOMENTS + n: t for n, t in moments(module, optimizer).items()}
             state.save({"setting": setting, "history": history, "seconds": spent}, tensors)
+            _give_back()
         said = ", ".join(f"{name} {value:.3g}" for name, value in found.items())
         progress((number + 1) / steps, said)
     return history
@@ -80,3 +84,21 @@ def loop(
 
 def _below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _give_back() -> None:
+    """Hand freed memory back to the system, where glibc would hold on to ever more of it.
+
+    Steps that run two branches of each layer leave holes that it doesn't fill: a fit of Flux at
+    1,024 tokens came to hold 23 GB, of which 1 was in use.
+    """
+    if (trim := _trim()) is not None:
+        trim(0)
+
+
+@cache
+def _trim() -> Callable[[int], int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    found: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return found

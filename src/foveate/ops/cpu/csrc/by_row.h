@@ -51,8 +51,13 @@ INLINE void take_values(const Values& v, int j, int n, int at, int dim, vf* x) {
   UNROLL for (int m = 0; m < M; ++m) x[m] = load(v.row(j) + at + m * VL);
 }
 
-// The same elements of the rows ahead, line by line.
+// As many lines of the rows ahead: the next ones, or the same elements'.
 template <class P, int M, class Values> INLINE void fetch_values(const Values& v, int j, int n, int at) {
+  if (v.joined()) {
+    const char* next = v.next(0) + (int64_t)at * (4 / P::PAIR) * n + j * M * 64;
+    UNROLL for (int m = 0; m < M; ++m) prefetch(next + m * 64);
+    return;
+  }
   UNROLL for (int i = 0; i < P::PAIR; ++i) {
     if (i && j * P::PAIR + i >= n) break;
     const char* row = v.next(j * P::PAIR + i) + at * (4 / P::PAIR);

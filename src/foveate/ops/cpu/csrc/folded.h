@@ -1,8 +1,10 @@
-// Scores of blocks of few rows, as in decoding: a vector holds `VL / F` rows times F neighbouring
-// elements of each, so that no lane idles. Lane r * F + i is element i of row r; keys are read F
-// elements at a time, repeated for every row.
+// Scores of blocks of few rows, as in decoding: NV vectors hold VL / F rows with E = F * NV neighbouring
+// elements of each, so that no lane idles. Lane r * E + i of vector v is element i of row r * NV + v;
+// keys are read E elements at a time, repeated for every row, once for all NV vectors. A vector of
+// scores has F keys: lane r * F + i is row r and key i.
 #pragma once
 #include "micro.h"
+#include "pack.h"
 
 namespace foveate {
 namespace FOVEATE_ISA {
@@ -73,20 +75,20 @@ template <int F> INLINE uint32_t lanes_seen(const uint64_t* word, int words) {
   return lanes;
 }
 
-// KN keys of `scores_folded`. With every line that is read goes the same one of a row ahead.
-template <class P, int F, int KN, class Keys>
+// KN keys of `scores_folded`. With every line that is read goes one of the rows ahead.
+template <class P, int F, int NV, int KN, class Keys>
 INLINE void scores_folded_of(const float* q, Keys k, int left, int n, float* s) {
-  constexpr int LINE = 16 / F > 0 ? 16 / F : 1;  // vectors of q that meet one line of a key
-  vf acc[KN];
+  constexpr int E = F * NV, LINE = 16 / E > 0 ? 16 / E : 1;  // steps of q that meet one line of a key
+  vf acc[KN][NV];
   auto last = [&](int j) __attribute__((always_inline)) { return j < left ? j : left - 1; };
-  UNROLL for (int j = 0; j < KN; ++j) acc[j] = vf{};
+  UNROLL for (int j = 0; j < KN; ++j) UNROLL for (int v = 0; v < NV; ++v) acc[j][v] = vf{};
   if (F >= 8) {  // memory is the limit: key by key, in the order in which they lie
     UNROLL for (int j = 0; j < KN; ++j) {
       const float* row = k.row(last(j));
       const char* next = k.next(last(j));
       auto add = [&](int t) __attribute__((always_inline)) {
-        if (t % LINE == 0) prefetch(next + t * F * 4);
-        acc[j] = P::fma(acc[j], load(q + t * VL), load_group<F>(row + t * F));
+        if (t % LINE == 0) prefetch(next + t * E * 4);
+        acc[j][0] = P::fma(acc[j][0], load(q + t * VL), load_group<E>(row + t * E));
       };
       int t = 0;
       for (; t + 4 <= n; t += 4) UNROLL for (int u = 0; u < 4; ++u) add(t + u);
@@ -96,27 +98,40 @@ INLINE void scores_folded_of(const float* q, Keys k, int left, int n, float* s) 
     const float* row[KN];
     UNROLL for (int j = 0; j < KN; ++j) row[j] = k.row(last(j));
     auto add = [&](int t) __attribute__((always_inline)) {
-      vf x = load(q + t * VL);
-      UNROLL for (int j = 0; j < KN; ++j) acc[j] = P::fma(acc[j], x, load_group<F>(row[j] + t * F));
+      vf x[NV];
+      UNROLL for (int v = 0; v < NV; ++v) x[v] = load(q + (t * NV + v) * VL);
+      UNROLL for (int j = 0; j < KN; ++j) {
+        vf y = load_group<E>(row[j] + t * E);
+        UNROLL for (int v = 0; v < NV; ++v) acc[j][v] = P::fma(acc[j][v], x[v], y);
+      }
     };
     int t = 0;
     for (; t + LINE <= n; t += LINE) {
-      UNROLL for (int j = 0; j < KN; ++j) prefetch(k.next(last(j)) + t * F * 4);
+      if (k.joined()) {
+        const char* next = k.next(0) + t / LINE * KN * 64;
+        UNROLL for (int j = 0; j < KN; ++j) prefetch(next + j * 64);
+      } else {
+        UNROLL for (int j = 0; j < KN; ++j) prefetch(k.next(last(j)) + t * E * 4);
+      }
       UNROLL for (int u = 0; u < LINE; ++u) add(t + u);
     }
     for (; t < n; ++t) add(t);
   }
-  UNROLL for (int j = 0; j < KN; j += F) store(s + j / F * VL, sum_groups<F>(acc + j));
+  UNROLL for (int j = 0; j < KN; j += F) {
+    vf x[E];
+    UNROLL for (int i = 0; i < E; ++i) x[i] = acc[j + i % F][i / F];
+    store(s + j / F * VL, sum_groups<E>(x));
+  }
 }
 
-// s[key / F][row * F + key % F] = q[row] . k[key], of n vectors of folded elements. Keys beyond the
-// last fill up its vector with what `settle` hides.
-template <class P, int F, class Keys>
+// s[key / F][row * F + key % F] = q[row] . k[key], of n steps of NV vectors of folded elements. Keys
+// beyond the last fill up its vector with what `settle` hides.
+template <class P, int F, int NV, class Keys>
 INLINE void scores_folded(const float* q, Keys k, int keys, int n, float* s) {
   constexpr int KN = F > 8 ? F : 8;
   int j = 0;
-  for (; j + KN <= keys; j += KN) scores_folded_of<P, F, KN>(q, k.from(j), KN, n, s + j / F * VL);
-  if (j < keys) scores_folded_of<P, F, KN>(q, k.from(j), keys - j, n, s + j / F * VL);
+  for (; j + KN <= keys; j += KN) scores_folded_of<P, F, NV, KN>(q, k.from(j), KN, n, s + j / F * VL);
+  if (j < keys) scores_folded_of<P, F, NV, KN>(q, k.from(j), keys - j, n, s + j / F * VL);
 }
 
 // Scores made ready for the softmax: c, cap and bias as in `adjust`, if so wanted; -inf where hidden;
@@ -141,12 +156,25 @@ INLINE void settle(float* s, int keys, bool adjusted, float c, float cap, const 
   store(top, max_groups<F>(m));
 }
 
-// q[e / F][r * F + e % F] from rows given as q[e][width].
-INLINE void fold(const float* from, int width, int rows, int n, int f, float* to) {
-  for (int t = 0; t < n / f; ++t)
-    for (int r = 0; r < VL / f; ++r)
-      for (int i = 0; i < f; ++i)
-        to[t * VL + r * f + i] = r < rows ? from[(int64_t)(t * f + i) * width + r] : 0;
+// q[step][v][r * E + i] = element step * E + i of row r * nv + v, from VL / f rows (null: zeros).
+template <class P, class T, int E>
+INLINE void fold_by(const T* const* row, int dim, int nv, float* to) {
+  for (int r = 0; r < VL / E * nv; ++r)
+    for (int at = 0, n = elements<P>(dim); at < n; at += VL) {
+      alignas(64) float x[VL];
+      store(x, row[r] ? element_block<P>(row[r], at, dim) : vf{});
+      float* q = to + ((int64_t)(at / E) * nv + r % nv) * VL + r / nv * E;
+      for (int i = 0; i < VL && at + i < n; i += E, q += nv * VL) memcpy(q, x + i, E * 4);
+    }
+}
+template <class P, class T> INLINE void fold(const T* const* row, int dim, int f, int nv, float* to) {
+  switch (f * nv) {
+    case 1: return fold_by<P, T, 1>(row, dim, nv, to);
+    case 2: return fold_by<P, T, 2>(row, dim, nv, to);
+    case 4: return fold_by<P, T, 4>(row, dim, nv, to);
+    case 8: return fold_by<P, T, VL < 8 ? VL : 8>(row, dim, nv, to);
+    default: return fold_by<P, T, VL>(row, dim, nv, to);
+  }
 }
 
 }  // namespace FOVEATE_ISA

@@ -43,8 +43,8 @@ INLINE int64_t forward_floats(const Call& c) {
 
 template <class P, class T, int W>
 void forward_step(const Call& c, const Item& it, const Block& b, Running& run, const Step& s, int at,
-                  const float* const* k, const float* const* v, const float* const* rows, float scale,
-                  float* score, float* weight, float* biases, Ahead ahead_k, Ahead ahead_v) {
+                  const float* const* k, const float* const* v, float scale, float* score, float* weight,
+                  float* biases, Ahead ahead_k, Ahead ahead_v) {
   alignas(64) float top[W], alpha[W];
   int lo = s.lo[at], hi = s.hi[at];
   if (P::PAIR == 2) lo &= ~1;
@@ -69,51 +69,9 @@ void forward_step(const Call& c, const Item& it, const Block& b, Running& run, c
   }
 #endif
   if (P::PAIR == 1) soften<W, sizeof(T) == 2 ? 4 : 5>(score, n, top, scale, run.max, run.total, alpha);
-  if (W == VL && run.by_row)
-    values_by_row<P, 1>(p, Listed::of(rows + lo, ahead_v), n, (int)c.value_dim, run.o, row_floats(c), alpha,
-                        run.first);
-  else
-    values<P, W>(p, v + lo / P::PAIR, (n + P::PAIR - 1) / P::PAIR, (int)c.value_dim, run.o, alpha, run.first,
-                 ahead_v);
+  values<P, W>(p, v + lo / P::PAIR, (n + P::PAIR - 1) / P::PAIR, (int)c.value_dim, run.o, alpha, run.first,
+               ahead_v);
   run.first = false;
-}
-
-template <class P, class T, int F>
-void folded_step(const Call& c, const Item& it, const Block& b, Running& run, const Step& s, int at,
-                 const float* const* k, const float* const* rows, float scale, float* score,
-                 float* biases, Ahead ahead_k, Ahead ahead_v) {
-  alignas(64) float top[VL], alpha[VL];
-  int lo = s.lo[at], hi = s.hi[at];
-  if (P::PAIR == 2) lo &= ~1;
-  int n = hi - lo;
-  const uint64_t* seen = s.whole[at] && lo == s.lo[at] ? nullptr : s.seen[at] + lo;
-  if (ahead_k.row) ahead_k.row += lo;
-  if (ahead_v.row) ahead_v.row += lo;
-  scores_folded<P, F>(run.q, Listed::of(k + lo, ahead_k), n, elements<P>((int)c.dim) / F, score);
-  if (c.bias) bias_block(c, it, b, run.query, s.key + lo, n, VL, F, biases);
-  float inner = (float)(c.softcap != 0 ? c.scale / c.softcap : c.scale * LOG2E);
-  settle<F>(score, n, c.softcap != 0 || c.bias, inner, (float)c.softcap, c.bias ? biases : nullptr, seen, top);
-  soften<VL, sizeof(T) == 2 ? 4 : 5>(score, (n + F - 1) / F, top, scale, run.max, run.total, alpha);
-  pair_weights<P>(score, (n + F - 1) / F);
-  values_by_row<P, F>(score, Listed::of(rows + lo, ahead_v), n, (int)c.value_dim, run.o, row_floats(c), alpha,
-                      run.first);
-  run.first = false;
-}
-
-template <class P, class T>
-INLINE auto folded_step_for(int fold) {
-  return fold == 2   ? folded_step<P, T, 2>
-         : fold == 4 ? folded_step<P, T, 4>
-         : fold == 8 ? folded_step<P, T, VL < 8 ? VL : 8>
-                     : folded_step<P, T, VL < 16 ? VL : 16>;
-}
-
-// How many elements of each row to put side by side: as many as leave room for all rows.
-template <class P> INLINE int fold_for(const Call& c, int rows) {
-  int f = VL;
-  while (f > 1 && VL / f < rows) f /= 2;
-  while (f > 1 && (elements<P>((int)c.dim) % f || c.dim % P::PAIR)) f /= 2;
-  return f;
 }
 
 // A block by rows as `finish` takes it.
@@ -208,6 +166,7 @@ void forward_item(const Call& c, const Item& it, const Item* following, Arena* a
     r.by_row = used <= VL && (sizeof(T) == 2 || c.value_dim % VL == 0);
     r.fold = r.by_row ? fold_for<P>(c, used) : 1;
     if (r.fold == 1 && r.width != VL) r.by_row = false;
+    r.across = across_for<P>(c, r.fold);
     r.q = floats(r.width * d);
     r.o = floats(r.width * dv);
     r.max = floats(r.width);
@@ -225,7 +184,8 @@ void forward_item(const Call& c, const Item& it, const Item* following, Arena* a
       const T* out = row_at<T>(c.out, it.batch, head, r.query[j]);
       for (int64_t e = 0; e < c.value_dim; e += 64 / (int64_t)sizeof(T)) __builtin_prefetch(out + e, 1, 2);
     }
-    rows_to_lanes<P>(row, r.width, (int)c.dim, r.q);
+    if (r.by_row) fold<P>(row, (int)c.dim, r.fold, r.across, r.q);
+    else rows_to_lanes<P>(row, r.width, (int)c.dim, r.q);
     if (sign != 1) {
       int64_t n = (int64_t)r.width * elements<P>((int)c.dim);
       if (sign == 0) memset(r.q, 0, n * 4);
@@ -233,11 +193,6 @@ void forward_item(const Call& c, const Item& it, const Item* following, Arena* a
         for (int64_t j = 0; j < n; ++j) ((uint32_t*)r.q)[j] ^= 0x80008000u;
       else
         for (int64_t j = 0; j < n; ++j) r.q[j] = -r.q[j];
-    }
-    if (r.fold > 1) {
-      float* folded = floats(VL * d);
-      fold(r.q, r.width, used, elements<P>((int)c.dim), r.fold, folded);
-      r.q = folded;
     }
   }
   if (P::PAIR == 2) {
@@ -251,7 +206,7 @@ void forward_item(const Call& c, const Item& it, const Item* following, Arena* a
   float* biases = c.bias ? floats(KEYS * ROWS) : nullptr;
   const float *k[KEYS], *v[KEYS];
   const float* const* rows = v;
-  if (lined) lined_keys_for<P, T>(run[0].fold)(c, it, run[0], stream, kv_head, scale, score, weight);
+  if (lined) lined_keys_for<P, T>(run[0])(c, it, run[0], stream, kv_head, scale, score, weight);
   if (more) fetch(v_row[0], step[0].n, c.value_dim);
   while (more) {
     const Step& s = step[now];
@@ -289,16 +244,16 @@ void forward_item(const Call& c, const Item& it, const Item* following, Arena* a
     if (P::PAIR == 2) rows = (const float* const*)v_row[now];
     for (int i = 0; i < blocks; ++i) {
       if (s.lo[i] >= s.hi[i]) continue;
-      if (run[i].fold > 1) {
-        folded_step_for<P, T>(run[i].fold)(c, it, block[i], run[i], s, i, k, rows, scale, score, biases,
-                                           ahead_k, ahead_v);
+      if (run[i].by_row) {
+        few_step_for<P, T>(run[i])(c, it, block[i], run[i], s, i, k, rows, scale, score, weight, biases,
+                                   ahead_k, ahead_v);
         ahead_k.row = ahead_v.row = nullptr;
         continue;
       }
       auto step_of = run[i].width == 64   ? forward_step<P, T, 64>
                      : run[i].width == 32 ? forward_step<P, T, 32>
                                           : forward_step<P, T, 16>;
-      step_of(c, it, block[i], run[i], s, i, k, v, rows, scale, score, weight, biases, ahead_k, ahead_v);
+      step_of(c, it, block[i], run[i], s, i, k, v, scale, score, weight, biases, ahead_k, ahead_v);
       ahead_k.row = ahead_v.row = nullptr;
     }
     now = then;

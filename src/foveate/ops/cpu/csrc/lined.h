@@ -1,9 +1,6 @@
 // Few rows against keys that all of them see and that lie one behind the other, as in decoding.
 #pragma once
-#include "by_row.h"
-#include "folded.h"
-#include "running.h"
-#include "softmax.h"
+#include "few.h"
 #include "stream.h"
 
 namespace foveate {
@@ -32,63 +29,36 @@ struct Lines {
   }
 };
 
-// A block of few rows against all of those, CHUNK keys at a time: then keys and values stay two streams
-// that the processor itself reads ahead, with the next chunk's lines fetched one for one.
-template <class P, class T, int F>
-void lined_keys(const Call& c, const Item& it, Running& run, const Stream& stream, int64_t kv_head,
-                float scale, float* score, float* weight) {
-  constexpr int CHUNK = F == 1 || (F == 2 && P::PAIR == 2) ? 32 : 16;
-  alignas(64) float top[VL], alpha[VL];
-  const char* keys = (const char*)row_at<T>(c.key, it.batch, kv_head, 0);
-  const char* vals = (const char*)row_at<T>(c.value, it.batch, kv_head, 0);
-  int64_t ks = c.key.l * (int64_t)sizeof(T), vs = c.value.l * (int64_t)sizeof(T);
-  Lines now = {&stream, stream.it->entry0, 0, 0, 0};
-  bool more = now.next(CHUNK);
-  while (more) {
-    Lines then = now;
-    more = then.next(CHUNK);
-    int64_t ahead = more ? then.first - now.first : 0;
-    int n = now.n;
-    Lined k = {keys + now.first * ks, ks, ahead * ks}, v = {vals + now.first * vs, vs, ahead * vs};
-    if (F > 1) {
-      scores_folded<P, F>(run.q, k, n, elements<P>((int)c.dim) / F, score);
+// A block of few rows against all of those, 2 to 8 KiB of keys at a time: then keys and values stay two
+// streams that the processor itself reads ahead, with the next chunk's lines fetched one for one.
+template <class P, class T, int F, int NV> struct LinedKeys {
+  static void of(const Call& c, const Item& it, Running& run, const Stream& stream, int64_t kv_head,
+                 float scale, float* score, float* weight) {
+    alignas(64) float top[VL], alpha[VL];
+    const char* keys = (const char*)row_at<T>(c.key, it.batch, kv_head, 0);
+    const char* vals = (const char*)row_at<T>(c.value, it.batch, kv_head, 0);
+    int64_t ks = c.key.l * (int64_t)sizeof(T), vs = c.value.l * (int64_t)sizeof(T);
+    constexpr int CHUNK = F == 1 || (F <= 4 && P::PAIR == 2) ? 32 : 16;
+    bool dense = ks == c.dim * (int64_t)sizeof(T) && vs == c.value_dim * (int64_t)sizeof(T) && VL == 16;
+    Lines now = {&stream, stream.it->entry0, 0, 0, 0};
+    bool more = now.next(CHUNK);
+    while (more) {
+      Lines then = now;
+      more = then.next(CHUNK);
+      int64_t ahead = more ? then.first - now.first : 0;
+      int n = now.n;
+      Lined k = {keys + now.first * ks, ks, ahead * ks, dense}, v = {vals + now.first * vs, vs, ahead * vs, dense};
+      scores_folded<P, F, NV>(run.q, k, n, elements<P>((int)c.dim) / (F * NV), score);
       settle<F>(score, n, false, 0, 0, nullptr, nullptr, top);
-      soften<VL, sizeof(T) == 2 ? 4 : 5>(score, (n + F - 1) / F, top, scale, run.max, run.total, alpha);
-      pair_weights<P>(score, (n + F - 1) / F);
-      values_by_row<P, F>(score, v, n, (int)c.value_dim, run.o, row_floats(c), alpha, run.first);
-    } else {
-      const float* row[CHUNK];
-      const char* far[CHUNK];
-      for (int j = 0; j < n; ++j) {
-        row[j] = k.row(j);
-        far[j] = k.next(j);
-      }
-      store(top, set1(-__builtin_inff()));
-      Ahead next = {far, (int)(c.dim * sizeof(T))};
-      scores<P, VL>(run.q, row, n, elements<P>((int)c.dim), score, top, nullptr, next);
-      const float* p = score;
-#if defined(__AVX512BF16__)
-      if (P::PAIR == 2) {
-        soften_pairs<VL>(score, n, top, scale, run.max, run.total, alpha, weight);
-        p = weight;
-      }
-#endif
-      if (P::PAIR == 1) soften<VL, sizeof(T) == 2 ? 4 : 5>(score, n, top, scale, run.max, run.total, alpha);
-      values_by_row<P, 1>(p, v, n, (int)c.value_dim, run.o, row_floats(c), alpha, run.first);
+      const float* p = weigh<P, T, F>(score, n, top, scale, run, alpha, weight);
+      values_by_row<P, F>(p, v, n, (int)c.value_dim, run.o, row_floats(c), alpha, run.first);
+      run.first = false;
+      now = then;
     }
-    run.first = false;
-    now = then;
   }
-}
+};
 
-template <class P, class T>
-INLINE auto lined_keys_for(int fold) {
-  return fold == 1   ? lined_keys<P, T, 1>
-         : fold == 2 ? lined_keys<P, T, 2>
-         : fold == 4 ? lined_keys<P, T, 4>
-         : fold == 8 ? lined_keys<P, T, VL < 8 ? VL : 8>
-                     : lined_keys<P, T, VL < 16 ? VL : 16>;
-}
+template <class P, class T> INLINE auto lined_keys_for(const Running& run) { return few_for<LinedKeys, P, T>(run); }
 
 }  // namespace FOVEATE_ISA
 }  // namespace foveate

@@ -53,17 +53,21 @@ struct Listed {
   __attribute__((always_inline)) const float* row(int j) const { return at[j]; }
   __attribute__((always_inline)) const char* next(int j) const { return far ? far[j] : (const char*)at[j]; }
   __attribute__((always_inline)) bool ahead() const { return far; }
+  __attribute__((always_inline)) bool joined() const { return false; }
   __attribute__((always_inline)) Listed from(int j) const { return {at + j, far ? far + j : nullptr}; }
 };
 
-// Rows one behind the other, `stride` bytes apart; those to be fetched lie `far` bytes further.
+// Rows one behind the other, `stride` bytes apart; those to be fetched lie `far` bytes further. Without
+// gaps they are fetched in the order of memory, which is what the processor's own reading ahead follows.
 struct Lined {
   const char* at;
   int64_t stride, far;
+  bool dense;  // a row ends where the next one begins
   __attribute__((always_inline)) const float* row(int j) const { return (const float*)(at + j * stride); }
   __attribute__((always_inline)) const char* next(int j) const { return at + j * stride + far; }
   __attribute__((always_inline)) bool ahead() const { return true; }
-  __attribute__((always_inline)) Lined from(int j) const { return {at + j * stride, stride, far}; }
+  __attribute__((always_inline)) bool joined() const { return dense; }
+  __attribute__((always_inline)) Lined from(int j) const { return {at + j * stride, stride, far, dense}; }
 };
 
 // Pairs of bf16 lie at any even address.

@@ -16,7 +16,8 @@ struct Running {
   float *q, *o, *max, *total;
   int32_t* query;
   int width;
-  int fold;     // elements of a row side by side; see folded.h
+  int fold;     // keys in a vector of scores where o is kept by rows, and
+  int across;   // vectors of queries that meet a key together; see folded.h
   bool by_row;  // o is [row][padded value]; see by_row.h
   bool first;
 };
