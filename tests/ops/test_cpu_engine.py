@@ -342,6 +342,7 @@ def test_paged_caches_are_layouts_over_the_pool(kernels: str, dtype: torch.dtype
         torch.testing.assert_close(lse[at], whole_lse, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_forked_child_runs_after_the_parent_used_threads() -> None:
     q, k, v = make((1, 2, 2, 200, 200, 64, 64), torch.float32)
     torch.set_num_threads(3)

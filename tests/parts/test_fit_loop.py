@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 import pytest
@@ -39,3 +40,10 @@ def test_freed_memory_goes_back_to_the_system_at_each_saving(
         module, optimizer, lambda number: {"loss": 1.0}, 7, lambda share, said: None, state, every=3
     )
     assert gave == [(0, [3]), (0, [3, 6]), (0, [3, 6, 7])]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has malloc_trim")
+def test_glibc_is_asked() -> None:
+    trim = fit_loop._trim()
+    assert trim is not None
+    assert trim(0) in (0, 1)

@@ -9,7 +9,7 @@
 namespace foveate {
 namespace FOVEATE_ISA {
 
-// How many elements of each row to put side by side: as many as leave room for all rows.
+// Keys in a vector of scores: as many as leave room for all rows.
 template <class P> INLINE int fold_for(const Call& c, int rows) {
   int f = VL;
   while (f > 1 && VL / f < rows) f /= 2;
@@ -17,10 +17,16 @@ template <class P> INLINE int fold_for(const Call& c, int rows) {
   return f;
 }
 
-// Two vectors of queries to each read of a key, where the number of elements allows and the products, not
-// memory, are the limit: from five rows on.
+// Two vectors of queries to each read of a key, where the number of elements allows, the products, not
+// memory, are the limit (with 16 lanes from five rows on), and 32 registers hold all sums.
 template <class P> INLINE int across_for(const Call& c, int fold) {
+#if defined(__AVX512F__) || defined(__aarch64__)
   return fold < 4 && fold < VL && elements<P>((int)c.dim) % (2 * fold) == 0 ? 2 : 1;
+#else
+  (void)c;
+  (void)fold;
+  return 1;
+#endif
 }
 
 // Kernel<P, T, F, NV>::of for a block's F and NV.
@@ -77,7 +83,9 @@ template <class P, class T, int F, int NV> struct FewStep {
   }
 };
 
-template <class P, class T> INLINE auto few_step_for(const Running& run) { return few_for<FewStep, P, T>(run); }
+template <class P, class T> INLINE auto few_step_for(const Running& run) {
+  return few_for<FewStep, P, T>(run);
+}
 
 }  // namespace FOVEATE_ISA
 }  // namespace foveate

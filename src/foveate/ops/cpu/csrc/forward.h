@@ -37,7 +37,7 @@ template <class T> INLINE void fetch_queries(const Call& c, const Item& it) {
 // Scratch floats that an item needs at most.
 INLINE int64_t forward_floats(const Call& c) {
   int64_t d = padded(c.dim, 2 * MAX_DIM_PAD), v = padded(c.value_dim, 2 * MAX_DIM_PAD);
-  int64_t block = ROWS * (d + v + 2) + ROWS + 16 * (d + v);
+  int64_t block = ROWS * (d + v + 2) + ROWS + 16 * v;
   return BLOCKS * block + KEYS * (d + v) + 3 * KEYS * ROWS + 4 * ROWS + 64 * 16;
 }
 
@@ -187,7 +187,7 @@ void forward_item(const Call& c, const Item& it, const Item* following, Arena* a
     if (r.by_row) fold<P>(row, (int)c.dim, r.fold, r.across, r.q);
     else rows_to_lanes<P>(row, r.width, (int)c.dim, r.q);
     if (sign != 1) {
-      int64_t n = (int64_t)r.width * elements<P>((int)c.dim);
+      int64_t n = (int64_t)(r.by_row ? VL / r.fold : r.width) * elements<P>((int)c.dim);
       if (sign == 0) memset(r.q, 0, n * 4);
       else if (P::PAIR == 2)
         for (int64_t j = 0; j < n; ++j) ((uint32_t*)r.q)[j] ^= 0x80008000u;

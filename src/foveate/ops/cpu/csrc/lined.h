@@ -29,8 +29,8 @@ struct Lines {
   }
 };
 
-// A block of few rows against all of those, 2 to 8 KiB of keys at a time: then keys and values stay two
-// streams that the processor itself reads ahead, with the next chunk's lines fetched one for one.
+// A block of few rows against all of those, CHUNK keys at a time: then keys and values stay two streams
+// that the processor itself reads ahead, with the next chunk's whole lines fetched one for one.
 template <class P, class T, int F, int NV> struct LinedKeys {
   static void of(const Call& c, const Item& it, Running& run, const Stream& stream, int64_t kv_head,
                  float scale, float* score, float* weight) {
@@ -47,7 +47,8 @@ template <class P, class T, int F, int NV> struct LinedKeys {
       more = then.next(CHUNK);
       int64_t ahead = more ? then.first - now.first : 0;
       int n = now.n;
-      Lined k = {keys + now.first * ks, ks, ahead * ks, dense}, v = {vals + now.first * vs, vs, ahead * vs, dense};
+      Lined k = {keys + now.first * ks, ks, ahead * ks, dense};
+      Lined v = {vals + now.first * vs, vs, ahead * vs, dense};
       scores_folded<P, F, NV>(run.q, k, n, elements<P>((int)c.dim) / (F * NV), score);
       settle<F>(score, n, false, 0, 0, nullptr, nullptr, top);
       const float* p = weigh<P, T, F>(score, n, top, scale, run, alpha, weight);
@@ -58,7 +59,9 @@ template <class P, class T, int F, int NV> struct LinedKeys {
   }
 };
 
-template <class P, class T> INLINE auto lined_keys_for(const Running& run) { return few_for<LinedKeys, P, T>(run); }
+template <class P, class T> INLINE auto lined_keys_for(const Running& run) {
+  return few_for<LinedKeys, P, T>(run);
+}
 
 }  // namespace FOVEATE_ISA
 }  // namespace foveate
