@@ -194,6 +194,21 @@ def test_6_routers_begin_almost_surely_full():
     assert sum(p.numel() for p in LayerRouter(128).parameters()) == 592_002
 
 
+def test_a_standardized_router_is_the_papers_on_queries_of_mean_0_and_variance_1():
+    u = 0.03 * torch.randn(40, 16) + torch.linspace(-2, 2, 16)
+    plain, router = LayerRouter(16), LayerRouter(16)
+    torch.nn.init.normal_(plain.head[-1].weight)  # 0 at first, which would hide everything
+    router.load_state_dict(plain.state_dict())
+    router.standardize(u)
+    scaled = (u - u.mean(0)) / (u - u.mean(0)).square().mean().sqrt()
+    torch.testing.assert_close(router(u), plain(scaled), atol=1e-4, rtol=1e-4)
+    assert float((router(u) - plain(u)).detach().abs().max()) > 1e-2
+    alike = LayerRouter(16)
+    before = alike.encoder[0].weight.clone()
+    alike.standardize(torch.ones(3, 16))
+    assert torch.equal(alike.encoder[0].weight, before)
+
+
 # -- oracle 7 ------------------------------------------------------------------------------------
 def test_7_the_router_looks_at_both_ends_only_and_before_rotation():
     raw, rope = torch.randn(1, 4, 60, 16), Rope.of(16)

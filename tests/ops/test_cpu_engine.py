@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from oracle import attend, masks
 
 from foveate.ops import Layout, causal, cpu, padding, window
+from foveate.ops.cpu import binding
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.reason())
 FUZZ = settings(
@@ -368,3 +369,16 @@ def test_a_forked_child_runs_after_the_parent_used_threads() -> None:
         os.waitpid(child, 0)
     assert done
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_what_a_call_says_stands_in_its_fields():
+    query, out = torch.randn(2, 6, 5, 8).transpose(0, 1), torch.empty(6, 2, 5, 4)
+    key, value = torch.randn(6, 1, 9, 8), torch.randn(6, 1, 9, 4)
+    lse = torch.empty(6, 2, 5)
+    call = binding.described(query, key, value, out, lse, 0.25, 3.0)
+    found = [getattr(call, name) for name, _ in binding.Call._fields_[:11]]
+    assert found == [0, 6, 2, 1, 5, 9, 8, 4, torch.get_num_threads(), 0.25, 3.0]
+    for rows, x in ((call.query, query), (call.key, key), (call.value, value), (call.out, out)):
+        assert (rows.data, rows.b, rows.h, rows.l) == (x.data_ptr(), *x.stride()[:3])
+    assert call.lse == lse.data_ptr()
+    assert not any(bytes(call)[binding.Call.bias.offset :])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -81,7 +79,7 @@ def attention(
         chosen = None if backend == "auto" else forced(inputs, backend)
         if _plain(inputs):
             if inputs.layout is not None:
-                inputs = replace(inputs, layout=inputs.layout.checked())
+                inputs.layout.checked()
             result = (chosen or choose(inputs, backend)).forward(inputs)
             return result if sink_logits is None else with_sinks(result, sink_logits)
         packed = library.pack(inputs.mask, inputs.layout)

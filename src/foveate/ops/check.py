@@ -13,7 +13,8 @@ from foveate.ops.layout import Layout
 from foveate.ops.masks import Mask, blocks
 from foveate.ops.types import EIGHT_BITS
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DTYPES = (*_FLOATS, *EIGHT_BITS)
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor, narrow: bool = False) -> None:
@@ -28,7 +29,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, narrow: bool = Fals
             raise InputError(
                 f"{name} must be (batch, heads, length, head size), got shape {tuple(x.shape)}."
             )
-        if x.dtype not in (*_FLOATS, *EIGHT_BITS):
+        if x.dtype not in _DTYPES:
             raise InputError(f"{name} has dtype {x.dtype}; expected a floating-point dtype.")
     _check_dtypes(query, key, value, narrow)
     if not (query.device == key.device == value.device):
@@ -36,32 +37,28 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, narrow: bool = Fals
             "query, key and value must be on one device, got "
             f"{query.device}, {key.device} and {value.device}; move them together."
         )
-    if not (query.shape[0] == key.shape[0] == value.shape[0]):
-        raise InputError(
-            f"Batch sizes differ: query {query.shape[0]}, key {key.shape[0]}, "
-            f"value {value.shape[0]}."
-        )
-    if key.shape[1] != value.shape[1] or key.shape[2] != value.shape[2]:
+    (batch, heads, _, dim), keys, values = query.shape, key.shape, value.shape
+    if not (batch == keys[0] == values[0]):
+        raise InputError(f"Batch sizes differ: query {batch}, key {keys[0]}, value {values[0]}.")
+    if keys[1] != values[1] or keys[2] != values[2]:
         raise InputError(
             "key and value must have the same heads and length, got "
-            f"{tuple(key.shape)} and {tuple(value.shape)}."
+            f"{tuple(keys)} and {tuple(values)}."
         )
-    if query.shape[3] != key.shape[3]:
-        raise InputError(f"Head sizes differ: query {query.shape[3]}, key {key.shape[3]}.")
-    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
-        raise InputError(
-            f"{query.shape[1]} query heads are not a multiple of {key.shape[1]} key/value heads."
-        )
+    if dim != keys[3]:
+        raise InputError(f"Head sizes differ: query {dim}, key {keys[3]}.")
+    if keys[1] == 0 or heads % keys[1]:
+        raise InputError(f"{heads} query heads are not a multiple of {keys[1]} key/value heads.")
 
 
 def _check_dtypes(query: Tensor, key: Tensor, value: Tensor, narrow: bool) -> None:
+    if query.dtype == key.dtype == value.dtype and query.dtype in _FLOATS:
+        return
     found = f"{query.dtype}, {key.dtype} and {value.dtype}"
     if not any(x.dtype in EIGHT_BITS for x in (query, key, value)):
-        if not query.dtype == key.dtype == value.dtype:
-            raise InputError(
-                f"query, key and value must have one dtype, got {found}; convert them to the same."
-            )
-        return
+        raise InputError(
+            f"query, key and value must have one dtype, got {found}; convert them to the same."
+        )
     wider = (torch.float16, torch.bfloat16, torch.float32)
     if not narrow:
         raise InputError(

@@ -9,7 +9,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from foveate.methods.flux.router import Routers
 from foveate.methods.flux.train import (
@@ -22,12 +22,13 @@ from foveate.methods.flux.train import (
 )
 from foveate.ops.errors import InputError
 from foveate.parts.fit_loop import loop
-from foveate.parts.fitting import Artefact, Batches, Frozen, Progress, State
+from foveate.parts.fitting import Artefact, Batch, Batches, Frozen, Progress, State
 
 if TYPE_CHECKING:
     from foveate.methods.flux.pattern import Flux
 
-STEPS, LR, LR_MULTIPLIERS, CLIP = 100, 2e-3, 2e-2, 5.0
+STEPS, LR, LR_MULTIPLIERS, CLIP = 150, 1e-3, 2e-2, 5.0
+FIRST = 8  # batches whose pooled queries say where the routers begin
 
 
 class Learnt(nn.Module):
@@ -69,6 +70,7 @@ def fit(
     learnt = Learnt(model.layers, model.head_dim).to(first.ids.device)
     optimizer = optimizer_of(learnt.routers, learnt.multipliers, LR, LR_MULTIPLIERS)
     rates = [group["lr"] for group in optimizer.param_groups]
+    begin(method, model, learnt.routers, [first] + [batches.train(i) for i in range(1, FIRST)])
 
     def step(number: int) -> dict[str, float]:
         batch = batches.train(number)
@@ -92,9 +94,9 @@ def fit(
 
     setting: dict[str, Any] = {
         "model": model.fingerprint, "text": batches.describe(), "steps": STEPS, "lr": LR,
-        "lr_multipliers": LR_MULTIPLIERS, "targets": TARGETS, "sinks": method.sinks,
-        "local": method.local, "block": block, "mode": method.mode, "pool": method.pool,
-        "layers": list(model.layers), "head_dim": model.head_dim,
+        "lr_multipliers": LR_MULTIPLIERS, "targets": TARGETS, "first": FIRST,
+        "sinks": method.sinks, "local": method.local, "block": block, "mode": method.mode,
+        "pool": method.pool, "layers": list(model.layers), "head_dim": model.head_dim,
     }  # fmt: skip
     history = loop(learnt, optimizer, step, STEPS, progress, state, setting=setting, every=5)
     facts = setting | {
@@ -104,6 +106,19 @@ def fit(
     }
     tensors = {name: t.detach().cpu() for name, t in learnt.routers.state_dict().items()}
     return Artefact("flux", facts, tensors)
+
+
+@torch.no_grad()
+def begin(method: Flux, model: Frozen, routers: Routers, batches: list[Batch]) -> None:
+    """Start each router at the mean and spread of its layer's pooled queries in these batches."""
+    pooled: dict[int, list[Tensor]] = defaultdict(list)
+    for batch in batches:
+        mixing = Mixing(method, routers, batch.prompt)  # all full, which is how routers begin
+        model.run(batch.ids, mixing)
+        for layer, u in mixing.u.items():
+            pooled[layer].append(u)
+    for layer, found in pooled.items():
+        routers.standardize(layer, torch.cat(found))
 
 
 @torch.no_grad()

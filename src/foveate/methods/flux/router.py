@@ -50,6 +50,21 @@ class LayerRouter(nn.Module):
         with torch.no_grad():
             last.bias.copy_(torch.tensor([0.0, BIAS]))
 
+    @torch.no_grad()
+    def standardize(self, u: Tensor) -> None:
+        """Begin where u (N, d) has mean 0 and, over all of its elements, variance 1.
+
+        The first layer takes it up, W1 (u - mean) / deviation, so the router stays the paper's.
+        Its start alone is ours: what tells prompts apart is a few per cent of a pooled query, and
+        at the paper's start a hundred steps of two prompts move all prompts together instead.
+        """
+        first = self.encoder[0]
+        assert isinstance(first, nn.Linear)
+        mean = u.mean(0)
+        deviation = float((u - mean).square().mean().sqrt())
+        first.weight.div_(deviation or 1.0)
+        first.bias.copy_(-(first.weight @ mean))
+
     def forward(self, u: Tensor) -> Tensor:
         """Pooled queries (B, d) to logits (B, 2)."""
         if u.shape[-1] != self.dim:
@@ -76,12 +91,21 @@ class Routers(nn.Module):
 
     def logits(self, layer: int, u: Tensor) -> Tensor:
         """(B, 2) of one layer, from pooled queries (B, d)."""
+        logits: Tensor = self._of(layer)(u)
+        return logits
+
+    def standardize(self, layer: int, u: Tensor) -> None:
+        """`LayerRouter.standardize` of one layer."""
+        self._of(layer).standardize(u)
+
+    def _of(self, layer: int) -> LayerRouter:
         if str(layer) not in self.by_layer:
             raise InputError(
                 f"Layer {layer} has no router; there are routers for {sorted(self.layers)}."
             )
-        logits: Tensor = self.by_layer[str(layer)](u)
-        return logits
+        router = self.by_layer[str(layer)]
+        assert isinstance(router, LayerRouter)
+        return router
 
 
 def pooled(q: Tensor, ctx: Context, rows: list[Tensor], size: int) -> Tensor:

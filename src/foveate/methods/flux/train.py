@@ -66,6 +66,7 @@ class Mixing(Attention):
         tau: temperature.
         random: of the Gumbel noise; None adds none.
         soft: mix by y[1] instead of straight through.
+        u: pooled queries, by layer, (B, d).
         r: what was decided, by layer, (B,).
     """
 
@@ -77,6 +78,7 @@ class Mixing(Attention):
     tau: float = 1.0
     random: torch.Generator | None = None
     soft: bool = False
+    u: dict[int, Tensor] = field(default_factory=dict)
     r: dict[int, Tensor] = field(default_factory=dict)
 
     def __call__(
@@ -85,7 +87,8 @@ class Mixing(Attention):
         """Shapes as in `Attention`; sequences have no padding."""
         ctx = Context() if ctx is None else ctx
         rows = [torch.arange(n, device=q.device) for n in self.prompt]
-        logits = self.routers.logits(ctx.layer, pooled(q, ctx, rows, self.method.pool))
+        u = self.u[ctx.layer] = pooled(q, ctx, rows, self.method.pool)
+        logits = self.routers.logits(ctx.layer, u)
         noise = None if self.random is None else gumbel(tuple(logits.shape), self.random)
         r = relaxed(logits, noise, self.tau, soft=self.soft)
         self.r[ctx.layer] = r

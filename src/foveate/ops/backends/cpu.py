@@ -73,6 +73,8 @@ class Cpu(Backend):
 
 def _resolved(inputs: Inputs) -> Inputs:
     """Masks as layouts of 128: two blocks of rows share each tile's keys."""
+    if inputs.mask is None:
+        return inputs
     if inputs.query.shape[2] == 1 and inputs.mask == causal():
         return replace(inputs, mask=None)  # the last query sees every key: no layout for each step
     return inputs.resolved(128, gathers=True)

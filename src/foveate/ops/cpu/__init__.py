@@ -55,11 +55,12 @@ def supports(
     if query.dtype not in binding.DTYPES:
         name = str(query.dtype).removeprefix("torch.")
         reasons.append(f"dtype {name} (it takes float32, bfloat16, float16)")
-    if any(x.device.type != "cpu" for x in (query, key, value)):
+    if not (query.is_cpu and key.is_cpu and value.is_cpu):
         reasons.append(f"device {query.device.type} (it runs on cpu)")
-    largest = max(query.shape[-1], value.shape[-1])
-    if largest > MAX_DIM:
-        reasons.append(f"head size {largest} (it takes up to {MAX_DIM})")
+    for size in (query.shape[3], value.shape[3]):
+        if size > MAX_DIM:
+            reasons.append(f"head size {size} (it takes up to {MAX_DIM})")
+            break
     if bias is not None and bias.dtype not in (*binding.DTYPES, torch.float64):
         reasons.append(f"bias of dtype {bias.dtype}")
     return reasons
@@ -91,14 +92,12 @@ def forward(
     Returns:
         out (B, Hq, Lq, Dv), lse (B, Hq, Lq) fp32 natural log; out 0 and lse -inf for empty rows.
     """
-    rows = query.shape[:3]
-    out = query.new_empty((*rows, value.shape[3]))
-    lse = query.new_empty(rows, dtype=torch.float32)
-    if 0 in rows:
+    batch, heads, length, _ = query.shape
+    out = query.new_empty((batch, heads, length, value.shape[3]))
+    lse = query.new_empty((batch, heads, length), dtype=torch.float32)
+    if 0 in (batch, heads, length):
         return out, lse
-    call, kept = _call(query, key, value, layout, scale, softcap, bias, bias_first)
-    call.out = binding.rows(out)
-    call.lse = lse.data_ptr()
+    call, kept = _call(query, key, value, out, lse, layout, scale, softcap, bias, bias_first)
     binding.run("foveate_forward", call)
     del kept
     return out, lse
@@ -137,15 +136,10 @@ def backward(
     if query.numel() == 0 or key.numel() == 0 or value.numel() == 0:
         dq, dk, dv = dq.zero_(), dk.zero_(), dv.zero_()
         return dq, dk, dv, None if dbias is None or bias is None else dbias.to(bias.dtype)
-    call, kept = _call(query, key, value, layout, scale, softcap, bias, bias_first)
-    out = out if out.stride(-1) == 1 else out.contiguous()
-    lse = lse.contiguous()
-    kept += [out, lse]
-    call.out, call.lse = binding.rows(out), lse.data_ptr()
+    out, lse = _rows(out), lse.contiguous()
+    call, kept = _call(query, key, value, out, lse, layout, scale, softcap, bias, bias_first)
     if grad_out is not None:
-        grad_out = grad_out.to(query.dtype)
-        # An expanded gradient, as of a sum, has strides of 0.
-        grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
+        grad_out = _rows(grad_out.to(query.dtype))  # an expanded one, as of a sum, has strides of 0
         kept.append(grad_out)
         call.grad_out = binding.rows(grad_out)
     if grad_lse is not None:
@@ -168,6 +162,8 @@ def _call(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    out: Tensor,
+    lse: Tensor,
     layout: Layout | None,
     scale: float,
     softcap: float | None,
@@ -175,26 +171,9 @@ def _call(
     bias_first: int | None = None,
 ) -> tuple[Call, list[Tensor]]:
     """The call's description, and the tensors that must outlive it."""
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    kept = [query, key, value]
-    batch, heads, q_len, dim = query.shape
-    _, kv_heads, kv_len, value_dim = value.shape
-    call = Call(
-        binding.DTYPES[query.dtype],
-        batch,
-        heads,
-        kv_heads,
-        q_len,
-        kv_len,
-        dim,
-        value_dim,
-        torch.get_num_threads(),
-        scale,
-        softcap or 0.0,
-        binding.rows(query),
-        binding.rows(key),
-        binding.rows(value),
-    )
+    query, key, value = _rows(query), _rows(key), _rows(value)
+    kept = [query, key, value, out, lse]
+    call = binding.described(query, key, value, out, lse, scale, softcap or 0.0)
     if bias is not None:
         bias = bias.detach().float() if bias.dtype == torch.float64 else bias
         kept.append(bias)
@@ -210,6 +189,11 @@ def _call(
     return call, kept
 
 
+def _rows(x: Tensor) -> Tensor:
+    """With a contiguous last axis, which is all that the engine asks of strides."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _describe(call: Call, layout: Layout, kept: list[Tensor]) -> None:
     ptr, cols, kinds, bits = (
         x.contiguous() for x in (layout.ptr, layout.cols, layout.kinds, layout.bits)
@@ -217,8 +201,7 @@ def _describe(call: Call, layout: Layout, kept: list[Tensor]) -> None:
     gathered = None if layout.gathered is None else layout.gathered.contiguous()
     kept += [ptr, cols, kinds, bits]
     call.q_tile, call.kv_tile = layout.q_tile, layout.kv_tile
-    virtual = layout.kv_len if layout.kv_index is None else layout.kv_index.shape[-1]
-    call.q_tiles, call.kv_tiles = ptr.shape[2] - 1, -(-virtual // layout.kv_tile)
+    call.q_tiles, call.kv_tiles = ptr.shape[2] - 1, layout.kv_tiles
     call.groups_b, call.groups_h = ptr.shape[0], ptr.shape[1]
     call.entries, call.patterns = cols.shape[0], bits.shape[0]
     call.ptr, call.cols, call.kinds = ptr.data_ptr(), cols.data_ptr(), kinds.data_ptr()
@@ -226,7 +209,7 @@ def _describe(call: Call, layout: Layout, kept: list[Tensor]) -> None:
     if gathered is not None:
         kept.append(gathered)
         call.lists, call.gathered = gathered.shape[0], gathered.data_ptr()
-    call.q_index = binding.table(layout.q_index, kept)
-    call.kv_index = binding.table(layout.kv_index, kept)
-    call.key_range = binding.table(layout.key_range, kept)
-    call.row_range = binding.table(layout.row_range, kept)
+    for name in ("q_index", "kv_index", "key_range", "row_range"):
+        listed = getattr(layout, name)
+        if listed is not None:
+            setattr(call, name, binding.table(listed, kept))
