@@ -105,24 +105,24 @@ template <class P, int F, class Values>
 void values_by_row(const float* p, Values v, int n, int dim, float* o, int64_t stride, const float* alpha,
                    bool first) {
   using W = Weights<P, F>;
-  constexpr int ALL = VL / F, R = ALL > 8 ? 8 : ALL, LEAST = P::PAIR;
+  // 16 rows of fp32 at once read each value once; of pairs, which come by two vectors, 8 are quicker.
+  constexpr int ALL = VL / F, R = ALL == 16 && P::PAIR == 2 ? 8 : ALL, LEAST = P::PAIR;
 #if defined(__AVX512F__)
-  constexpr int M = R == 8 ? 2 : R == 4 ? 4 : 8;
+  constexpr int M = R >= 2 ? 16 / R : 8;
 #else
-  constexpr int M = R == 8 ? 1 : R == 4 ? 2 : 4;
+  constexpr int M = R >= 2 ? 8 / R : 4;
 #endif
   constexpr int HALF = M / 2 > LEAST ? M / 2 : LEAST;
-  for (int r = 0; r < ALL; r += R) {
-    auto run = [&](int at, auto size) __attribute__((always_inline)) {
-      constexpr int N = decltype(size)::value;
+  auto run = [&](int at, auto size) __attribute__((always_inline)) {
+    constexpr int N = decltype(size)::value;
+    for (int r = 0; r < ALL; r += R)
       values_by_row_of<P, F, R, N>(p + r * W::ROW, v, n, at, dim, o + r * stride, stride, alpha + r * F,
                                    first, !r && v.ahead());
-    };
-    int at = 0;
-    for (; at + M * VL <= dim; at += M * VL) run(at, Size<M>{});
-    for (; at + HALF * VL <= dim; at += HALF * VL) run(at, Size<HALF>{});
-    for (; at < dim; at += LEAST * VL) run(at, Size<LEAST>{});
-  }
+  };
+  int at = 0;
+  for (; at + M * VL <= dim; at += M * VL) run(at, Size<M>{});
+  for (; at + HALF * VL <= dim; at += HALF * VL) run(at, Size<HALF>{});
+  for (; at < dim; at += LEAST * VL) run(at, Size<LEAST>{});
 }
 
 // The way back: to[d][width] from rows.

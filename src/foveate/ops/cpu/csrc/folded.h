@@ -151,7 +151,7 @@ INLINE void settle(float* s, int keys, bool adjusted, float c, float cap, const 
     if (seen || keys - j < F)
       x = select(lanes_seen<F>(seen ? seen + j : nullptr, keys - j), x, set1(-__builtin_inff()));
     m = vmax(m, x);
-    store(at, x);
+    if (adjusted || seen || keys - j < F) store(at, x);
   }
   store(top, max_groups<F>(m));
 }
