@@ -64,7 +64,8 @@ def fit(
         raise InputError(
             f"At {length:,} tokens flux's sparse branch (sinks={method.sinks}, "
             f"local={method.local}) sees everything, so that there is nothing to learn; give a "
-            f"greater --length, or fit flux(sinks=64, local={max(64, length // 4)}, block=64)."
+            f"greater --length, or fit flux(sinks=64, local={max(64, length // 4)}, block=64, "
+            "pool=8)."
         )
     torch.manual_seed(0)
     learnt = Learnt(model.layers, model.head_dim).to(first.ids.device)

@@ -46,7 +46,9 @@ class Flux(Pattern):
         mode: "streaming"; "triangle", in which a prompt's last `last` queries see everything; or
             "window", without sinks.
         last: of "triangle" (128).
-        pool: p, tokens at the prompt's start and end whose queries are pooled (150).
+        pool: p, tokens at the prompt's start and end whose queries are pooled (150). Where no
+            more than a short question tells prompts apart, take about its length: the mean over
+            150 tokens hides it.
         route: "learned", or the same for all layers: "full" or "sparse".
 
     Raises:
