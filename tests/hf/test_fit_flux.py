@@ -88,20 +88,24 @@ def test_routers_are_fitted_reloaded_and_decide():
     assert beams.shape == (2, 206)
 
 
-def test_routers_begin_at_the_mean_of_the_first_prompts():
-    frozen, seen = FrozenModel(tiny("llama")), []
-    learnt = flux_fit.Learnt(frozen.layers, frozen.head_dim)
-    first = [batches().train(i) for i in range(3)]
-    for batch in first:
-        mixing = Mixing(make(METHOD), learnt.routers, batch.prompt)
+def test_a_fit_begins_at_the_mean_and_spread_of_the_first_prompts(monkeypatch):
+    monkeypatch.setattr(flux_fit, "STEPS", 0)
+    monkeypatch.setattr(flux_fit, "FIRST", 3)
+    made, _ = fit(tiny("llama"))
+    frozen = FrozenModel(tiny("llama"))
+    routers, seen = make(METHOD).with_artefact(made).routers, []
+    for number in range(3):
+        batch = batches().train(number)
+        mixing = Mixing(make(METHOD), flux_fit.Learnt(frozen.layers, 16).routers, batch.prompt)
         frozen.run(batch.ids, mixing)
         seen.append(mixing.u)
-    flux_fit.begin(make(METHOD), frozen, learnt.routers, first)
+    torch.manual_seed(0)
+    plain = flux_fit.Learnt(frozen.layers, 16).routers
     for layer in frozen.layers:
         u = torch.cat([pooled[layer] for pooled in seen])
-        x = learnt.routers.by_layer[str(layer)].encoder[0](u)
-        torch.testing.assert_close(x.mean(0), torch.zeros(128), atol=1e-4, rtol=0.0)
-        assert float(x.std()) > 0.1
+        scaled = (u - u.mean(0)) / (u - u.mean(0)).square().mean().sqrt()
+        x, wanted = (r.by_layer[str(layer)].encoder[0] for r in (routers, plain))
+        torch.testing.assert_close(x(u), wanted(scaled), atol=1e-4, rtol=1e-4)
 
 
 def test_a_fit_that_was_cut_off_ends_with_the_same_routers(tmp_path, monkeypatch):

@@ -381,4 +381,5 @@ def test_what_a_call_says_stands_in_its_fields():
     for rows, x in ((call.query, query), (call.key, key), (call.value, value), (call.out, out)):
         assert (rows.data, rows.b, rows.h, rows.l) == (x.data_ptr(), *x.stride()[:3])
     assert call.lse == lse.data_ptr()
+    assert binding._HEAD.size == binding.Call.bias.offset
     assert not any(bytes(call)[binding.Call.bias.offset :])

@@ -71,7 +71,6 @@ def fit(
     learnt = Learnt(model.layers, model.head_dim).to(first.ids.device)
     optimizer = optimizer_of(learnt.routers, learnt.multipliers, LR, LR_MULTIPLIERS)
     rates = [group["lr"] for group in optimizer.param_groups]
-    begin(method, model, learnt.routers, [first] + [batches.train(i) for i in range(1, FIRST)])
 
     def step(number: int) -> dict[str, float]:
         batch = batches.train(number)
@@ -99,6 +98,10 @@ def fit(
         "sinks": method.sinks, "local": method.local, "block": block, "mode": method.mode,
         "pool": method.pool, "layers": list(model.layers), "head_dim": model.head_dim,
     }  # fmt: skip
+    held = state.load()
+    if held is None or held[0].get("setting") != setting:
+        progress(0.0, "looking at the first prompts")
+        begin(method, model, learnt.routers, [first] + [batches.train(i) for i in range(1, FIRST)])
     history = loop(learnt, optimizer, step, STEPS, progress, state, setting=setting, every=5)
     facts = setting | {
         "held_out": judge(method, model, learnt.routers, batches),

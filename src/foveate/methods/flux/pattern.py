@@ -47,8 +47,8 @@ class Flux(Pattern):
             "window", without sinks.
         last: of "triangle" (128).
         pool: p, tokens at the prompt's start and end whose queries are pooled (150). Where no
-            more than a short question tells prompts apart, take about its length: the mean over
-            150 tokens hides it.
+            more than a short question tells prompts apart, take about its length: it is a small
+            part of a mean over 150 tokens.
         route: "learned", or the same for all layers: "full" or "sparse".
 
     Raises:

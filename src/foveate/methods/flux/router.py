@@ -55,14 +55,15 @@ class LayerRouter(nn.Module):
         """Begin where u (N, d) has mean 0 and, over all of its elements, variance 1.
 
         The first layer takes it up, W1 (u - mean) / deviation, so the router stays the paper's.
-        Its start alone is ours: what tells prompts apart is a few per cent of a pooled query, and
-        at the paper's start a hundred steps of two prompts move all prompts together instead.
+        Its start alone is ours: what pooled queries have in common is several times larger than
+        what tells them apart, and moves all prompts together while steps are few.
         """
         first = self.encoder[0]
         assert isinstance(first, nn.Linear)
         mean = u.mean(0)
         deviation = float((u - mean).square().mean().sqrt())
-        first.weight.div_(deviation or 1.0)
+        if deviation > 1e-5 * float(u.abs().max()):  # else they are alike but for rounding
+            first.weight.div_(deviation)
         first.bias.copy_(-(first.weight @ mean))
 
     def forward(self, u: Tensor) -> Tensor:

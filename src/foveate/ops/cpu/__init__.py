@@ -57,10 +57,9 @@ def supports(
         reasons.append(f"dtype {name} (it takes float32, bfloat16, float16)")
     if not (query.is_cpu and key.is_cpu and value.is_cpu):
         reasons.append(f"device {query.device.type} (it runs on cpu)")
-    for size in (query.shape[3], value.shape[3]):
-        if size > MAX_DIM:
-            reasons.append(f"head size {size} (it takes up to {MAX_DIM})")
-            break
+    largest = max(query.shape[3], value.shape[3])
+    if largest > MAX_DIM:
+        reasons.append(f"head size {largest} (it takes up to {MAX_DIM})")
     if bias is not None and bias.dtype not in (*binding.DTYPES, torch.float64):
         reasons.append(f"bias of dtype {bias.dtype}")
     return reasons

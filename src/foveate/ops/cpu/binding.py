@@ -59,7 +59,7 @@ class Call(ctypes.Structure):
 
 # What every call says: `Call` up to lse. Packed at once: field by field it costs a short call more
 # than its work.
-_HEAD = Struct("@9q 2d 4q 4q 4q 4q q")
+_HEAD = Struct("@9q 2d P3q P3q P3q P3q P")
 _REST = bytes(ctypes.sizeof(Call) - _HEAD.size)
 
 
