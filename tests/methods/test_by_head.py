@@ -138,6 +138,37 @@ def test_decoding_is_one_call_without_copies(tmp_path, padded, monkeypatch):
     assert not torch.allclose(got.out, make("full")(q, k, v, ctx).out)
 
 
+@pytest.mark.parametrize("bias", [None, 1, "heads"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(9, 3), (4, 4), (20, 1)])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # of blocks, of the engine
+def test_decoding_reads_a_key_head_once_for_all_its_heads(
+    dtype, padded, heads, kv_heads, bias, monkeypatch
+):
+    q = torch.randn(2, heads, 1, 16, dtype=dtype, requires_grad=True)
+    k, v = torch.randn(2, 2, kv_heads, 300, 16, dtype=dtype)
+    mask = causal() & padding(torch.tensor([300, 260])) if padded else causal()
+    if bias is not None:
+        bias = torch.randn(1, heads if bias == "heads" else 1, 1, 300, dtype=dtype)
+    ctx = Context(mask=mask, phase="decode", bias=bias, softcap=3.0, scale=0.7)
+    every = range(heads)
+    parts = [(every[::3], make(WINDOW)), (every[1::3], make("full")), (every[2::3], make(FEW))]
+    asked = []
+    real = by_heads.attention
+    monkeypatch.setattr(by_heads, "attention", lambda *a, **k: asked.append(k) or real(*a, **k))
+    got = by_heads.attend_by_heads(parts, q, k, v, ctx)
+    shared = heads > kv_heads
+    assert len(asked) == shared  # one list of tiles for each key head
+    assert not shared or asked[0]["layout"].groups[1] == kv_heads
+    (slope,) = torch.autograd.grad(got.out.square().sum() + got.lse.sum(), q)
+    monkeypatch.setattr(by_heads, "together", lambda *_: None)
+    want = by_heads.attend_by_heads(parts, q, k, v, replace(ctx, store={}))
+    torch.testing.assert_close(got.out, want.out)
+    torch.testing.assert_close(got.lse, want.lse)
+    (right,) = torch.autograd.grad(want.out.square().sum() + want.lse.sum(), q)
+    torch.testing.assert_close(slope, right)
+
+
 def test_what_looks_at_keys_is_called_by_itself():
     q, k, _ = qkv(300)
     ctx = Context(mask=causal(), phase="prefill")

@@ -1,7 +1,8 @@
 """Several attentions over the heads of one layer: each on its heads, or all in one call.
 
 A call for some heads copies their keys and values out of the cache. In decoding that costs more
-than attending; there, patterns that positions alone decide are one layout over all heads. In
+than attending; there, patterns that positions alone decide are one layout over all heads, and where
+it can be the query heads of a key head are rows of one tile, so that its keys are read once. In
 prefill, patterns of a class that can choose for all their heads at once are one pattern.
 """
 
@@ -14,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from foveate.ops import AttentionOutput, Layout, Mask
-from foveate.ops.layout.join import by_heads, plain
-from foveate.parts.attention import Attention, Pattern, mask_layout, remember
+from foveate.ops import AttentionOutput, Layout, Mask, attention
+from foveate.ops.layout.join import by_heads, heads_as_rows, plain, tiled_row
+from foveate.parts.attention import EVERYTHING, TILE, Attention, Pattern, mask_layout, remember
 from foveate.parts.context import Context
 
 Parts = Sequence[tuple[Sequence[int], Attention]]
+_ROWS = 32  # query heads that are taken as rows of one tile at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +47,57 @@ class Together(Pattern):
 
         sizes = (q.shape[2], k.shape[2], q.device)
         return remember(ctx, (Together, self.masks, self.owner, *sizes), build)
+
+    @override
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, ctx: Context | None = None
+    ) -> AttentionOutput:
+        """As any pattern; one query of each head reads each key head once for all its heads."""
+        ctx = Context() if ctx is None else ctx
+        if not _as_rows(self.masks, q, k, ctx) or self.is_dense(q, k, ctx):
+            return super().__call__(q, k, v, ctx)
+        kv_heads, kv_len = k.shape[1:3]
+        group = q.shape[1] // kv_heads
+
+        def build() -> Layout:
+            rows = [_row(mask, q, k, ctx) for mask in self.masks]
+            return heads_as_rows(rows, self.owner, group, kv_len, TILE)
+
+        key = (Together.__call__, self.masks, self.owner, group, kv_len, q.device)
+        options = ctx.options
+        if ctx.bias is not None and ctx.bias.shape[-3] > 1:
+            options["bias"] = ctx.bias.unflatten(-3, (kv_heads, group)).squeeze(-2)
+        found = attention(
+            q.reshape(len(q), kv_heads, group, q.shape[3]), k, v,
+            layout=remember(ctx, key, build), **options,
+        )  # fmt: skip
+        return AttentionOutput(found.out.reshape(*q.shape[:3], -1), found.lse.reshape(q.shape[:3]))
+
+
+def _as_rows(masks: Sequence[Mask | None], q: Tensor, k: Tensor, ctx: Context) -> bool:
+    """Whether the query heads of a key head can be rows of one query tile."""
+    group = q.shape[1] // k.shape[1]
+    bias = ctx.bias is None or (isinstance(ctx.bias, Tensor) and ctx.bias.dim() == 4)
+    return (
+        q.shape[2] == 1
+        and 1 < group <= _ROWS
+        and bias
+        and ctx.sink_logits is None
+        and ctx.stats is None
+        and not torch.compiler.is_compiling()
+        and all(mask is None or mask.groups()[1] == 1 for mask in masks)
+    )
+
+
+def _row(mask: Mask | None, q: Tensor, k: Tensor, ctx: Context) -> Tensor:
+    """What the one query sees; asked once in a forward."""
+    mask, kv_len = EVERYTHING if mask is None else mask, k.shape[2]
+
+    def build() -> Tensor:
+        at = {"q_positions": ctx.q_positions, "kv_positions": ctx.kv_positions}
+        return tiled_row(mask.dense(1, kv_len, **at, device=q.device)[:, 0, 0], TILE)
+
+    return remember(ctx, (_row, mask, kv_len, q.device), build)
 
 
 def together(parts: Parts, q: Tensor, k: Tensor, ctx: Context) -> Together | None:
@@ -73,7 +126,9 @@ def together(parts: Parts, q: Tensor, k: Tensor, ctx: Context) -> Together | Non
         for head in heads:
             owner[head] = masks.index(mask)
     found = Together(tuple(masks), tuple(owner))
-    if found.is_dense(q, k, ctx) or all(plain(mask_layout(m, q, k, ctx)) for m in masks):
+    if found.is_dense(q, k, ctx) or _as_rows(masks, q, k, ctx):
+        return found
+    if all(plain(mask_layout(m, q, k, ctx)) for m in masks):
         return found
     return None
 

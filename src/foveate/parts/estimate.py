@@ -27,6 +27,7 @@ class Sums(NamedTuple):
     slash: Tensor
 
 
+@torch.no_grad()
 def last_row_sums(q: Tensor, k: Tensor, ctx: Context, tokens: Tokens, last: int) -> Sums:
     """Attention of each sequence's last real queries, summed per key and per distance.
 
@@ -55,6 +56,10 @@ def last_row_sums(q: Tensor, k: Tensor, ctx: Context, tokens: Tokens, last: int)
     slash = torch.zeros(batch, heads, kv_len + count - 1, dtype=work, device=q.device)
     row_step = max(1, _BUDGET // max(1, group * kv_len))
     head_step = max(1, _BUDGET // max(1, group * kv_len * count))
+    # One room for the weights of all steps: memory that is new costs more than writing it.
+    n = min(count, row_step)
+    most = min(heads, head_step * group) * n * (kv_len + n - 1)
+    room = torch.empty(n - 1 + most, dtype=work, device=q.device)
     found = []
     for b in range(batch):
         t = b if len(tokens.shift) > 1 else 0
@@ -64,29 +69,66 @@ def last_row_sums(q: Tensor, k: Tensor, ctx: Context, tokens: Tokens, last: int)
             hidden, span, cut = _hidden(ctx, tokens, part, b, heads)
             if span.start == span.stop:
                 continue
+            at = end - 1 - int(part[-1]) + span.start
             for g in range(0, kv_heads, head_step):
                 mine = slice(g * group, min(g + head_step, kv_heads) * group)
-                some = (q[b, mine][:, part].to(work) * scale).reshape(-1, group * len(part), dim)
-                weights = some @ k[b, g : g + head_step, span].to(work).mT
-                weights = weights.reshape(-1, len(part), weights.shape[-1])
-                if ctx.softcap is not None:
-                    weights = weights.div_(ctx.softcap).tanh_().mul_(ctx.softcap)
-                if ctx.bias is not None:
-                    weights = weights + _rows_of(ctx.bias, b, mine, part, heads, span)
-                weights[..., cut].masked_fill_(
-                    hidden[mine] if len(hidden) > 1 else hidden, -torch.inf
-                )
-                top = weights.amax(-1, keepdim=True).clamp_min(torch.finfo(work).min)
-                weights = weights.sub_(top).exp_()
-                total = weights.sum(-1, keepdim=True)
-                weights.div_(total.masked_fill(total == 0, 1.0))
-                vertical[b, mine, span] += weights.sum(1)
-                at = end - 1 - int(part[0]) + span.start
-                for r, row in enumerate(weights.unbind(1)):
-                    slash[b, mine, at - r : at - r + row.shape[1]] += row
-                del weights, row  # so that the next ones take their memory
+                some = q[b, mine][:, part].to(work) * scale
+                keys = k[b, g : g + head_step, span].to(work)
+                bias = None if ctx.bias is None else _rows_of(ctx.bias, b, mine, part, heads, span)
+                unseen = hidden[mine] if len(hidden) > 1 else hidden
+                sums = _sums(some, keys, unseen, cut, ctx.softcap, bias, room)
+                vertical[b, mine, span] += sums.vertical
+                slash[b, mine, at : at + sums.slash.shape[1]] += sums.slash
         found.append(_by_distance(slash[b], end - 1 + int(tokens.shift[t]), kv_len))
     return Sums(vertical, torch.stack(found))
+
+
+def _sums(
+    q: Tensor,
+    k: Tensor,
+    hidden: Tensor,
+    cut: slice,
+    softcap: float | None,
+    bias: Tensor | None,
+    room: Tensor,
+) -> Sums:
+    """Weights of n consecutive queries on c keys, summed along columns and along diagonals.
+
+    Args:
+        q: (H, n, D), scaled.
+        k: (G, c, D); each is of H // G consecutive heads.
+        hidden: (H or 1, n, ...) what isn't seen of the keys `cut`.
+        cut: some of the c keys.
+        softcap: of the scores.
+        bias: broadcastable to (H, n, c), or None.
+        room: where the weights are made; n - 1 + H * n * (c + n - 1) numbers or more.
+
+    Returns:
+        vertical (H, c); and slash (H, c + n - 1), where key j of query i counts at j + n - 1 - i.
+    """
+    heads, n, dim = q.shape
+    count = k.shape[1]
+    width = count + n - 1
+    # One row after the other, n - 1 zeros before each: read with rows that are longer by one, each
+    # begins one key later than the row before, and what stands in a column is a diagonal.
+    flat = room[: n - 1 + heads * n * width]
+    flat[: n - 1] = 0.0
+    weights = flat[n - 1 :].view(heads, n, width)
+    weights[..., count:] = -torch.inf
+    for one, key, out in zip(q.view(len(k), -1, dim), k, weights.view(len(k), -1, width)):
+        torch.mm(one, key.mT, out=out[:, :count])
+    scores = weights[..., :count]
+    if softcap is not None:
+        scores.div_(softcap).tanh_().mul_(softcap)
+    if bias is not None:
+        scores.add_(bias)
+    scores[..., cut].masked_fill_(hidden, -torch.inf)
+    torch.softmax(weights, -1, out=weights)
+    blind = weights[..., :1].isnan()
+    if blind.any():  # rows that see nothing
+        weights.masked_fill_(blind, 0.0)
+    sheared = flat.as_strided(weights.shape, (n * width, width + 1, 1))
+    return Sums(weights.sum(1)[:, :count], sheared.sum(1))
 
 
 def _hidden(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
@@ -58,6 +59,80 @@ def by_heads(layouts: Sequence[Layout], owner: Sequence[int]) -> Layout:
         first.q_len, first.kv_len, first.q_tile, first.kv_tile, ptr, cols, kind,
         torch.cat([x.bits for x in layouts]),
     )  # fmt: skip
+
+
+def tiled_row(seen: Tensor, tile: int) -> Tensor:
+    """What one query sees, as `heads_as_rows` takes it.
+
+    Args:
+        seen: bool (B or 1, Lkv).
+        tile: keys of a tile, a multiple of 8.
+
+    Returns:
+        Float (B or 1, Tk * (tile + 2)), 1.0 for yes: the Tk * tile keys, those beyond the last 0.0;
+        then for each tile whether it sees any key of it; then whether all that are real.
+    """
+    beyond = -seen.shape[1] % tile
+    tiles = torch.nn.functional.pad(seen, (0, beyond)).unflatten(1, (-1, tile))
+    real = torch.nn.functional.pad(seen, (0, beyond), value=True).view_as(tiles)
+    return torch.cat((tiles.flatten(1), tiles.any(2), real.all(2)), 1).float()
+
+
+def heads_as_rows(
+    rows: Sequence[Tensor], owner: tuple[int, ...], group: int, kv_len: int, tile: int
+) -> Layout:
+    """Decoding's layout where the query heads of a key head are the rows of one tile.
+
+    Each key head is read once, over every tile that one of its heads visits; bits say who sees
+    what. It is for queries (B, Hq, 1, D) taken as (B, Hkv, group, D).
+
+    Args:
+        rows: what heads may see, as `tiled_row` tells it.
+        owner: for each of the Hq query heads the index of its row.
+        group: query heads of a key head, a divisor of Hq.
+        kv_len: Lkv.
+        tile: keys of a tile.
+    """
+    batches, device = max(len(row) for row in rows), rows[0].device
+    powers, whole = (x.to(device) for x in _powers(owner, group, len(rows)))
+    octets, tiles = -(-group // 8), -(-kv_len // tile)
+    known = powers @ torch.stack([row.expand(batches, -1) for row in rows], 1)
+    known = known.view(batches, len(owner) // group, octets, -1)  # bytes, as floats
+    keys, some, every = known.split((tiles * tile, tiles, tiles), 3)
+    visited, full = some > 0, every == whole
+    visited, full = (
+        (visited.any(2), full.all(2)) if octets > 1 else (visited[:, :, 0], full[:, :, 0])
+    )
+    at = visited.flatten().nonzero()[:, 0]
+    counts = visited.sum(2)
+    ends = counts.flatten().cumsum(0).view_as(counts)
+    bits = keys.to(torch.uint8).unflatten(3, (tiles, tile)).permute(0, 1, 3, 4, 2)
+    return Layout(
+        q_len=group,
+        kv_len=kv_len,
+        q_tile=8 * octets,
+        kv_tile=tile,
+        ptr=torch.stack((ends - counts, ends), 2),
+        cols=(at % tiles).int(),
+        kinds=(at + 1).masked_fill(full.flatten()[at], 0).int(),
+        bits=bits.reshape(-1, tile, octets),
+    )
+
+
+@lru_cache(maxsize=1024)
+def _powers(owner: tuple[int, ...], group: int, count: int) -> tuple[Tensor, Tensor]:
+    """Weights that make bytes of rows: bit r % 8 of byte r // 8 of a key head is its head r.
+
+    Returns:
+        (Hkv * octets, count), and each row's sum as (Hkv, octets, 1).
+    """
+    octets = -(-group // 8)
+    table = [[0.0] * count for _ in range(len(owner) // group * octets)]
+    for head, row in enumerate(owner):
+        at = head % group
+        table[head // group * octets + at // 8][row] += 2.0 ** (at % 8)
+    weights = torch.tensor(table)
+    return weights, weights.sum(1).view(-1, octets, 1)
 
 
 def _rearranged(
