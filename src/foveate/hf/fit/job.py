@@ -1,14 +1,17 @@
 """The job of `foveate fit`: a method's fit on one model, resumable, its artefact where `use` looks.
 
 While it runs, what is needed to go on lies beside the artefact's place, in `<key>.fit`; started
-again with the same arguments a fit goes on from there, and a finished one isn't made twice.
+again with the same arguments a fit goes on from there, and a finished one isn't made twice. One
+that was made with other arguments is never taken for this one, nor replaced unasked.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +24,22 @@ from foveate.hf.fit.frozen import FrozenModel
 from foveate.hf.fit.texts import TextBatches
 from foveate.hf.load import ModelInfo, load_tokenizer, load_weights, locate
 from foveate.methods import make_attention
+from foveate.methods.naming import spec
 from foveate.ops.errors import InputError
 from foveate.parts.fitting import Artefact, fitter_of
+
+SETTINGS = "settings"  # among the facts: what the fit was asked for
 
 
 @dataclass(frozen=True)
 class FileState:
-    """What a fit keeps to go on, as one safetensors file."""
+    """What a fit keeps to go on, as one safetensors file.
+
+    Attributes:
+        path: of the file.
+        fingerprint: of the model, and of whatever else must be the same to go on.
+        key: of the method.
+    """
 
     path: Path
     fingerprint: str
@@ -89,7 +101,7 @@ def run(
         facts without the history of steps.
 
     Raises:
-        FoveateError: bad input, before any weights are read.
+        FoveateError: bad input, before any weights are read; or a fit with other settings is there.
     """
     method = make_attention(job.method)
     fitter = fitter_of(method)
@@ -107,18 +119,24 @@ def run(
     path = job.out
     if path is None:
         path = place(model.fingerprint, key, suffix_of(method))
-    state = FileState(path.with_suffix(".fit"), model.fingerprint, key)
+    settings = {
+        "method": spec(method), "text": batches.describe(), "length": job.length,
+        "batch": job.batch,
+    }  # fmt: skip
+    started = hashlib.sha256(json.dumps([model.fingerprint, settings]).encode()).hexdigest()
+    state = FileState(path.with_suffix(".fit"), started, key)
     if job.fresh:
         state.clear()
     done = None if job.fresh else _there(path, model.fingerprint, key)
-    if done is None:
+    found = done is not None
+    if done is not None:
+        _same_settings(done.facts.get(SETTINGS), settings, path)
+    else:
         _writable(path)
         done = fitter(method, model, batches, tell, state)
+        done = replace(done, facts=done.facts | {SETTINGS: settings})
         save(done, model.fingerprint, path)
         state.clear()
-        found = False
-    else:
-        found = True
     facts = {name: value for name, value in done.facts.items() if name != "history"}
     return {
         "key": key, "path": str(path), "model": info.name, "fingerprint": model.fingerprint,
@@ -137,6 +155,17 @@ def _batches(job: Job, info: ModelInfo) -> TextBatches:
     return TextBatches(
         tokenizer, torch.tensor(ids, dtype=torch.int64), job.length, job.batch, title=title
     )
+
+
+def _same_settings(made: dict[str, Any] | None, asked: dict[str, Any], path: Path) -> None:
+    """Refuse a fit that was made with other settings; one that doesn't tell passes."""
+    other = [name for name in asked if made is not None and made.get(name) != asked[name]]
+    if made is not None and other:
+        told = "; ".join(f"{name} {made.get(name)}, not {asked[name]}" for name in other)
+        raise InputError(
+            f"{path} holds a fit with other settings: {told}. Give --fresh to replace it, "
+            "--out FILE to keep both, or the settings that it was made with."
+        )
 
 
 def _there(path: Path, fingerprint: str, key: str) -> Artefact | None:
