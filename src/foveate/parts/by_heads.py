@@ -81,9 +81,11 @@ def _as_rows(masks: Sequence[Mask | None], q: Tensor, k: Tensor, ctx: Context) -
     return (
         q.shape[2] == 1
         and 1 < group <= _ROWS
+        and len(q) > 0
         and bias
         and ctx.sink_logits is None
         and ctx.stats is None
+        and ctx.again is None
         and not torch.compiler.is_compiling()
         and all(mask is None or mask.groups()[1] == 1 for mask in masks)
     )

@@ -115,7 +115,7 @@ def _sums(
     flat[: n - 1] = 0.0
     weights = flat[n - 1 :].view(heads, n, width)
     weights[..., count:] = -torch.inf
-    for one, key, out in zip(q.view(len(k), -1, dim), k, weights.view(len(k), -1, width)):
+    for one, key, out in zip(q.reshape(len(k), -1, dim), k, weights.view(len(k), -1, width)):
         torch.mm(one, key.mT, out=out[:, :count])
     scores = weights[..., :count]
     if softcap is not None:
