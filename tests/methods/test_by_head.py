@@ -139,7 +139,7 @@ def test_decoding_is_one_call_without_copies(tmp_path, padded, monkeypatch):
 
 
 @pytest.mark.parametrize("bias", [None, 1, "heads"])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(9, 3), (4, 4), (20, 1)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(9, 3), (4, 4), (24, 2), (20, 1)])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # of blocks, of the engine
 def test_decoding_reads_a_key_head_once_for_all_its_heads(
@@ -149,7 +149,7 @@ def test_decoding_reads_a_key_head_once_for_all_its_heads(
     k, v = torch.randn(2, 2, kv_heads, 300, 16, dtype=dtype)
     mask = causal() & padding(torch.tensor([300, 260])) if padded else causal()
     if bias is not None:
-        bias = torch.randn(1, heads if bias == "heads" else 1, 1, 300, dtype=dtype)
+        bias = torch.randn(2, heads if bias == "heads" else 1, 1, 300, dtype=dtype)
     ctx = Context(mask=mask, phase="decode", bias=bias, softcap=3.0, scale=0.7)
     every = range(heads)
     parts = [(every[::3], make(WINDOW)), (every[1::3], make("full")), (every[2::3], make(FEW))]
@@ -157,7 +157,7 @@ def test_decoding_reads_a_key_head_once_for_all_its_heads(
     real = by_heads.attention
     monkeypatch.setattr(by_heads, "attention", lambda *a, **k: asked.append(k) or real(*a, **k))
     got = by_heads.attend_by_heads(parts, q, k, v, ctx)
-    shared = heads > kv_heads
+    shared = 1 < heads // kv_heads <= 16
     assert len(asked) == shared  # one list of tiles for each key head
     assert not shared or asked[0]["layout"].groups[1] == kv_heads
     (slope,) = torch.autograd.grad(got.out.square().sum() + got.lse.sum(), q)
@@ -167,6 +167,27 @@ def test_decoding_reads_a_key_head_once_for_all_its_heads(
     torch.testing.assert_close(got.lse, want.lse)
     (right,) = torch.autograd.grad(want.out.square().sum() + want.lse.sum(), q)
     torch.testing.assert_close(slope, right)
+
+
+def test_heads_are_rows_of_a_tile_only_where_they_see_much_the_same():
+    q, k = torch.randn(1, 6, 1, 8), torch.randn(1, 2, 640, 8)
+    ctx = Context(mask=causal(), phase="decode")
+    full, near = make("full"), make(WINDOW)
+
+    def rows(parts, ctx=ctx, q=q):
+        return by_heads.together(parts, q, k, ctx).rows
+
+    # Ten tiles, of which the window has two. Of each key head's three heads see everything ...
+    assert rows([((0, 1, 3, 4), full), ((2, 5), near)])  # two, two: 44 tiles one by one for 20
+    assert not rows([((0, 1, 3), full), ((2, 4, 5), near)])  # two, one
+    assert rows([((0, 1, 2), full), ((3, 4, 5), near)])  # all alike
+    parts = [((0, 1, 3, 4), full), ((2, 5), near)]
+    assert not rows(parts, replace(ctx, stats=lambda **_: None))
+    assert not rows(parts, replace(ctx, sink_logits=torch.zeros(6)))
+    for shape in ((1, 2, 1, 640), (1, 6, 3, 640), (1, 1, 3, 640), (6, 1, 640)):
+        assert not rows(parts, replace(ctx, bias=torch.zeros(shape)))
+    assert not rows(parts, q=q[:0])
+    assert by_heads.attend_by_heads(parts, q[:0], k[:0], k[:0], ctx).out.shape == (0, 6, 1, 8)
 
 
 def test_what_looks_at_keys_is_called_by_itself():

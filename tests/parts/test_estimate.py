@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from foveate.ops import causal, documents, padding, window
+from foveate.ops import blocks, causal, documents, padding, window
 from foveate.parts import Context
 from foveate.parts import estimate as module
 from foveate.parts.estimate import last_row_sums
@@ -114,8 +114,6 @@ def test_fewer_queries_than_asked_for():
 
 def test_masks_that_differ_by_head():
     q, k = qk()
-    from foveate.ops import blocks
-
     table = torch.rand(2, 40, 40) < 0.5
     table |= torch.eye(40).bool()
     ours = sums(q, k, Context(mask=causal() & blocks(table, 1)), 8)
@@ -141,3 +139,18 @@ def test_documents_are_kept_apart():
     ours = sums(q, k, Context(mask=mask), 8)
     assert not ours.vertical[0, :, :25].any()
     assert not ours.slash[0, :, 15:].any()
+
+
+@pytest.mark.parametrize("budget", [1 << 21, 1500, 200], ids=["at once", "two heads", "row by row"])
+def test_steps_of_any_size_rows_that_see_nothing_and_any_strides(monkeypatch, budget):
+    monkeypatch.setattr(module, "_BUDGET", budget)
+    storage = torch.randn(40, 8, 10, dtype=torch.float64)  # heads innermost
+    q, k = storage.permute(2, 0, 1)[None], torch.randn(1, 5, 40, 8, dtype=torch.float64)
+    table = (torch.rand(1, 40, 40) < 0.5) | torch.eye(40).bool()
+    table[0, [33, 35]] = False
+    ours = sums(q, k, Context(mask=causal() & blocks(table, 1), softcap=2.0), 8)
+    allowed = causal().dense(40, 40)[0, 0] & table[0]
+    vertical, slash = by_loops(q[0], k[0], allowed, range(32, 40), softcap=2.0)
+    torch.testing.assert_close(ours.vertical[0], vertical)
+    torch.testing.assert_close(ours.slash[0], slash)
+    assert vertical.sum() == pytest.approx(10 * 6)

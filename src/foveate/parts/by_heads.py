@@ -1,8 +1,8 @@
 """Several attentions over the heads of one layer: each on its heads, or all in one call.
 
 A call for some heads copies their keys and values out of the cache. In decoding that costs more
-than attending; there, patterns that positions alone decide are one layout over all heads, and where
-it can be the query heads of a key head are rows of one tile, so that its keys are read once. In
+than attending; there, patterns that positions alone decide are one layout over all heads. Where the
+query heads of a key head see much the same, they are rows of one tile: its keys are read once. In
 prefill, patterns of a class that can choose for all their heads at once are one pattern.
 """
 
@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +24,8 @@ from foveate.parts.attention import EVERYTHING, TILE, Attention, Pattern, mask_l
 from foveate.parts.context import Context
 
 Parts = Sequence[tuple[Sequence[int], Attention]]
-_ROWS = 32  # query heads that are taken as rows of one tile at most
+_ROWS = 16  # query heads that are taken as rows of one tile at most
+_WORTH = 2  # tiles that heads would read one by one, for each that their key heads read at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,10 +35,12 @@ class Together(Pattern):
     Attributes:
         masks: distinct ones; None is everything.
         owner: for each query head the index of its mask.
+        rows: whether the query heads of a key head are rows of one tile; for one query.
     """
 
     masks: tuple[Mask | None, ...]
     owner: tuple[int, ...]
+    rows: bool = False
 
     @override
     def is_dense(self, q: Tensor, k: Tensor, ctx: Context) -> bool:
@@ -52,15 +58,15 @@ class Together(Pattern):
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, ctx: Context | None = None
     ) -> AttentionOutput:
-        """As any pattern; one query of each head reads each key head once for all its heads."""
+        """As any pattern; with `rows`, each key head is read once for all its heads."""
         ctx = Context() if ctx is None else ctx
-        if not _as_rows(self.masks, q, k, ctx) or self.is_dense(q, k, ctx):
+        if not self.rows:
             return super().__call__(q, k, v, ctx)
         kv_heads, kv_len = k.shape[1:3]
         group = q.shape[1] // kv_heads
 
         def build() -> Layout:
-            rows = [_row(mask, q, k, ctx) for mask in self.masks]
+            rows = [_row(mask, q, k, ctx).known for mask in self.masks]
             return heads_as_rows(rows, self.owner, group, kv_len, TILE)
 
         key = (Together.__call__, self.masks, self.owner, group, kv_len, q.device)
@@ -71,35 +77,60 @@ class Together(Pattern):
             q.reshape(len(q), kv_heads, group, q.shape[3]), k, v,
             layout=remember(ctx, key, build), **options,
         )  # fmt: skip
-        return AttentionOutput(found.out.reshape(*q.shape[:3], -1), found.lse.reshape(q.shape[:3]))
+        return AttentionOutput(
+            found.out.reshape(*q.shape[:3], v.shape[3]), found.lse.reshape(q.shape[:3])
+        )
 
 
-def _as_rows(masks: Sequence[Mask | None], q: Tensor, k: Tensor, ctx: Context) -> bool:
-    """Whether the query heads of a key head can be rows of one query tile."""
-    group = q.shape[1] // k.shape[1]
-    bias = ctx.bias is None or (isinstance(ctx.bias, Tensor) and ctx.bias.dim() == 4)
-    return (
-        q.shape[2] == 1
-        and 1 < group <= _ROWS
-        and len(q) > 0
-        and bias
-        and ctx.sink_logits is None
-        and ctx.stats is None
-        and ctx.again is None
-        and not torch.compiler.is_compiling()
-        and all(mask is None or mask.groups()[1] == 1 for mask in masks)
-    )
+class _Row(NamedTuple):
+    """What one query sees, as `tiled_row` tells it; and its tiles, as the bits of a number."""
+
+    known: Tensor
+    tiles: int
 
 
-def _row(mask: Mask | None, q: Tensor, k: Tensor, ctx: Context) -> Tensor:
+def _row(mask: Mask | None, q: Tensor, k: Tensor, ctx: Context) -> _Row:
     """What the one query sees; asked once in a forward."""
     mask, kv_len = EVERYTHING if mask is None else mask, k.shape[2]
 
-    def build() -> Tensor:
+    def build() -> _Row:
         at = {"q_positions": ctx.q_positions, "kv_positions": ctx.kv_positions}
-        return tiled_row(mask.dense(1, kv_len, **at, device=q.device)[:, 0, 0], TILE)
+        known = tiled_row(mask.dense(1, kv_len, **at, device=q.device)[:, 0, 0], TILE)
+        tiles = -(-kv_len // TILE)
+        visited = (known[:, tiles * TILE : -tiles] > 0).any(0).tolist()
+        return _Row(known, int("".join("01"[one] for one in visited), 2))
 
     return remember(ctx, (_row, mask, kv_len, q.device), build)
+
+
+def _as_rows(
+    masks: Sequence[Mask | None], owner: Sequence[int], q: Tensor, k: Tensor, ctx: Context
+) -> bool:
+    """Whether the query heads of a key head can be rows of one tile, and should.
+
+    Not where somebody counts what each head visits, or keeps the call to repeat it.
+    """
+    group = q.shape[1] // k.shape[1]
+    if not 1 < group <= _ROWS or q.shape[2] != 1 or not len(q):
+        return False
+    if ctx.sink_logits is not None or ctx.stats is not None or ctx.again is not None:
+        return False
+    if ctx.bias is not None and not (
+        isinstance(ctx.bias, Tensor)
+        and ctx.bias.dim() == 4
+        and ctx.bias.shape[1] in (1, q.shape[1])
+        and ctx.bias.shape[2] == 1
+    ):
+        return False
+    if any(mask is not None and mask.groups()[1] > 1 for mask in masks):
+        return False
+    if torch.compiler.is_compiling():
+        return False
+    tiles = [_row(mask, q, k, ctx).tiles for mask in masks]
+    alone = sum(tiles[one].bit_count() for one in owner)
+    heads = range(0, len(owner), group)
+    shared = [reduce(or_, (tiles[one] for one in owner[at : at + group])) for at in heads]
+    return alone >= _WORTH * sum(one.bit_count() for one in shared)
 
 
 def together(parts: Parts, q: Tensor, k: Tensor, ctx: Context) -> Together | None:
@@ -128,8 +159,10 @@ def together(parts: Parts, q: Tensor, k: Tensor, ctx: Context) -> Together | Non
         for head in heads:
             owner[head] = masks.index(mask)
     found = Together(tuple(masks), tuple(owner))
-    if found.is_dense(q, k, ctx) or _as_rows(masks, q, k, ctx):
+    if found.is_dense(q, k, ctx):
         return found
+    if _as_rows(masks, owner, q, k, ctx):
+        return replace(found, rows=True)
     if all(plain(mask_layout(m, q, k, ctx)) for m in masks):
         return found
     return None

@@ -1,17 +1,15 @@
 """The job of `foveate fit`: a method's fit on one model, resumable, its artefact where `use` looks.
 
 While it runs, what is needed to go on lies beside the artefact's place, in `<key>.fit`; started
-again with the same arguments a fit goes on from there, and a finished one isn't made twice. One
-that was made with other arguments is never taken for this one, nor replaced unasked.
+again with the same arguments a fit goes on from there, and a finished one isn't made twice. A
+finished one of other text or settings is neither taken for it nor replaced unasked.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +22,13 @@ from foveate.hf.fit.frozen import FrozenModel
 from foveate.hf.fit.texts import TextBatches
 from foveate.hf.load import ModelInfo, load_tokenizer, load_weights, locate
 from foveate.methods import make_attention
-from foveate.methods.naming import spec
 from foveate.ops.errors import InputError
 from foveate.parts.fitting import Artefact, fitter_of
-
-SETTINGS = "settings"  # among the facts: what the fit was asked for
 
 
 @dataclass(frozen=True)
 class FileState:
-    """What a fit keeps to go on, as one safetensors file.
-
-    Attributes:
-        path: of the file.
-        fingerprint: of the model, and of whatever else must be the same to go on.
-        key: of the method.
-    """
+    """What a fit keeps to go on, as one safetensors file."""
 
     path: Path
     fingerprint: str
@@ -101,7 +90,8 @@ def run(
         facts without the history of steps.
 
     Raises:
-        FoveateError: bad input, before any weights are read; or a fit with other settings is there.
+        FoveateError: bad input, before any weights are read; what is there is another fit (told of
+            the cache, whose place goes by the weights, once they are read).
     """
     method = make_attention(job.method)
     fitter = fitter_of(method)
@@ -114,33 +104,31 @@ def run(
     batches = _batches(job, info)
     if job.out is not None:
         _writable(job.out)
+        if job.out.is_file() and not job.fresh:
+            _same(_own(job.out, key), method, batches, job.out)
     say(f"Loading {info.name}")
     model = FrozenModel(load_weights(info, device=job.device))
     path = job.out
     if path is None:
         path = place(model.fingerprint, key, suffix_of(method))
-    settings = {
-        "method": spec(method), "text": batches.describe(), "length": job.length,
-        "batch": job.batch,
-    }  # fmt: skip
-    started = hashlib.sha256(json.dumps([model.fingerprint, settings]).encode()).hexdigest()
-    state = FileState(path.with_suffix(".fit"), started, key)
+    state = FileState(path.with_suffix(".fit"), model.fingerprint, key)
     if job.fresh:
         state.clear()
     done = None if job.fresh else _there(path, model.fingerprint, key)
     found = done is not None
     if done is not None:
-        _same_settings(done.facts.get(SETTINGS), settings, path)
+        _same(done, method, batches, path)
+    elif job.out is not None and path.is_file() and not job.fresh:
+        raise InputError(f"{path} is of another model; --fresh replaces it.")
     else:
         _writable(path)
         done = fitter(method, model, batches, tell, state)
-        done = replace(done, facts=done.facts | {SETTINGS: settings})
         save(done, model.fingerprint, path)
         state.clear()
     facts = {name: value for name, value in done.facts.items() if name != "history"}
     return {
         "key": key, "path": str(path), "model": info.name, "fingerprint": model.fingerprint,
-        "found": found, "text": batches.describe(), "facts": facts,
+        "found": found, "text": facts.get("text", batches.describe()), "facts": facts,
     }  # fmt: skip
 
 
@@ -157,14 +145,32 @@ def _batches(job: Job, info: ModelInfo) -> TextBatches:
     )
 
 
-def _same_settings(made: dict[str, Any] | None, asked: dict[str, Any], path: Path) -> None:
-    """Refuse a fit that was made with other settings; one that doesn't tell passes."""
-    other = [name for name in asked if made is not None and made.get(name) != asked[name]]
-    if made is not None and other:
-        told = "; ".join(f"{name} {made.get(name)}, not {asked[name]}" for name in other)
+def _own(path: Path, key: str) -> Artefact:
+    """The artefact in a file that the user named."""
+    try:
+        artefact, _ = load(path)
+    except ArtefactError as error:
+        raise InputError(f"{error} --fresh replaces {path}.") from error
+    if artefact.key != key:
+        raise InputError(f"{path} holds a fit of {artefact.key}, not {key}; --fresh replaces it.")
+    return artefact
+
+
+def _same(there: Artefact, method: Any, batches: TextBatches, path: Path) -> None:
+    """Refuse a fit of other text, or with other settings, of those that fits keep as facts."""
+    facts, asked, other = there.facts, batches.describe(), []
+    # The title may change, the digest of the text and how it is cut may not.
+    if "text" in facts and facts["text"].rpartition(" (")[2] != asked.rpartition(" (")[2]:
+        other.append(f"on {facts['text']}, not {asked}")
+    for one in fields(method):
+        value = getattr(method, one.name)
+        value = list(value) if isinstance(value, tuple) else value
+        if one.init and value is not None and facts.get(one.name, value) != value:
+            other.append(f"{one.name} {facts[one.name]}, not {value}")
+    if other:
         raise InputError(
-            f"{path} holds a fit with other settings: {told}. Give --fresh to replace it, "
-            "--out FILE to keep both, or the settings that it was made with."
+            f"{path} holds a fit with other settings: {'; '.join(other)}. Give --fresh to replace "
+            "it, --out FILE to keep both, or the settings that it was made with."
         )
 
 

@@ -138,7 +138,8 @@ def fit(
     }
     facts: dict[str, Any] = {
         "followers": [model.layers[n] for n in followers], "unchanged": list(kept),
-        "text": batches.describe(), "held_out": held, **found,
+        "share": method.share, "block": method.block, "text": batches.describe(),
+        "held_out": held, **found,
     }  # fmt: skip
     return Artefact("echoatt", facts)
 

@@ -94,12 +94,12 @@ def heads_as_rows(
         tile: keys of a tile.
     """
     batches, device = max(len(row) for row in rows), rows[0].device
-    powers, whole = (x.to(device) for x in _powers(owner, group, len(rows)))
+    powers = torch.tensor(_powers(owner, group, len(rows)), device=device)
     octets, tiles = -(-group // 8), -(-kv_len // tile)
     known = powers @ torch.stack([row.expand(batches, -1) for row in rows], 1)
     known = known.view(batches, len(owner) // group, octets, -1)  # bytes, as floats
     keys, some, every = known.split((tiles * tile, tiles, tiles), 3)
-    visited, full = some > 0, every == whole
+    visited, full = some > 0, every == powers.sum(1).view(-1, octets, 1)
     visited, full = (
         (visited.any(2), full.all(2)) if octets > 1 else (visited[:, :, 0], full[:, :, 0])
     )
@@ -120,19 +120,17 @@ def heads_as_rows(
 
 
 @lru_cache(maxsize=1024)
-def _powers(owner: tuple[int, ...], group: int, count: int) -> tuple[Tensor, Tensor]:
-    """Weights that make bytes of rows: bit r % 8 of byte r // 8 of a key head is its head r.
+def _powers(owner: tuple[int, ...], group: int, count: int) -> list[list[float]]:
+    """(Hkv * octets, count) weights that make bytes of rows.
 
-    Returns:
-        (Hkv * octets, count), and each row's sum as (Hkv, octets, 1).
+    Bit r % 8 of byte r // 8 of a key head is its query head r.
     """
     octets = -(-group // 8)
     table = [[0.0] * count for _ in range(len(owner) // group * octets)]
     for head, row in enumerate(owner):
         at = head % group
         table[head // group * octets + at // 8][row] += 2.0 ** (at % 8)
-    weights = torch.tensor(table)
-    return weights, weights.sum(1).view(-1, octets, 1)
+    return table
 
 
 def _rearranged(
