@@ -88,6 +88,7 @@ struct Keys {
   const float *k[KEYS], *v[KEYS];  // rows of elements
   const float* k_values[KEYS];     // rows, or interleaved pairs of rows, for dQ
   float *dk[KEYS], *dv[KEYS];
+  float *far_dk[KEYS], *far_dv[KEYS];  // sums that the next step adds to
   const int32_t* key;
   float *p, *s, *slope, *bias, *packed_p, *packed_s, *pairs;
 };
@@ -127,6 +128,7 @@ void backward_step(const Call& c, const Item& it, const Block& b, Turned& t, con
   int lo = step.lo[at], hi = step.hi[at];
   if (P::PAIR == 2) lo &= ~1;
   int n = hi - lo;
+  bool far = ahead_k.row;
   const uint64_t* seen = step.whole[at] && lo == step.lo[at] ? nullptr : step.seen[at] + lo;
   if (ahead_k.row) ahead_k.row += lo;
   if (ahead_v.row) ahead_v.row += lo;
@@ -153,6 +155,8 @@ void backward_step(const Call& c, const Item& it, const Block& b, Turned& t, con
   alignas(64) float ones[W];
   for (int r = 0; r < W; ++r) ones[r] = 1;
   int d = (int)padded(c.dim, 16), dv = (int)padded(c.value_dim, 16);
+  float* const* far_dk = far ? keys.far_dk + lo : nullptr;
+  float* const* far_dv = far ? keys.far_dv + lo : nullptr;
   Ahead none = {nullptr, 0};
 #if defined(__AVX512BF16__)
   if (P::PAIR == 2) {
@@ -165,15 +169,15 @@ void backward_step(const Call& c, const Item& it, const Block& b, Turned& t, con
       for (int r = 0; r < W; r += VL)
         store(keys.pairs + j / 2 * W + r,
               interleave(load(s + j * W + r), j + 1 < n ? load(s + (j + 1) * W + r) : vf{}));
-    gather_rows<P>(t.g_rows, dv, keys.packed_p, W / 2, W / 2, n, dv, keys.dv + lo);
-    gather_rows<P>(t.q_rows, d, keys.packed_s, W / 2, W / 2, n, d, keys.dk + lo);
+    gather_rows<P>(t.g_rows, dv, keys.packed_p, W / 2, W / 2, n, dv, keys.dv + lo, far_dv);
+    gather_rows<P>(t.q_rows, d, keys.packed_s, W / 2, W / 2, n, d, keys.dk + lo, far_dk);
     values<P, W>(keys.pairs, keys.k_values + lo / 2, (n + 1) / 2, (int)c.dim, t.dq, ones, t.first, none);
     t.first = false;
     return;
   }
 #endif
-  gather_rows<P>(t.g_rows, dv, p, W, W, n, dv, keys.dv + lo);
-  gather_rows<P>(t.q_rows, d, s, W, W, n, d, keys.dk + lo);
+  gather_rows<P>(t.g_rows, dv, p, W, W, n, dv, keys.dv + lo, far_dv);
+  gather_rows<P>(t.q_rows, d, s, W, W, n, d, keys.dk + lo, far_dk);
   values<P, W>(s, keys.k_values + lo, n, (int)c.dim, t.dq, ones, t.first, none);
   t.first = false;
 }
@@ -245,6 +249,11 @@ void backward_item(const Call& c, const Item& it, Arena* arena, const Sums& sums
       for (int j = step[then].n; j < KEYS; ++j) {
         k_row[then][j] = k_row[then][0];
         v_row[then][j] = v_row[then][0];
+      }
+      for (int j = 0; j < KEYS; ++j) {
+        int64_t key = step[then].key[j < step[then].n ? j : 0];
+        keys.far_dk[j] = sums.key + key * sums.key_row;
+        keys.far_dv[j] = sums.value + key * sums.value_row;
       }
       ahead_k = {(const char* const*)k_row[then], (int)(c.dim * sizeof(T))};
       ahead_v = {(const char* const*)v_row[then], (int)(c.value_dim * sizeof(T))};

@@ -118,7 +118,8 @@ int backward(const Call& call) {
   Call c = call;
   const Kernels* k = chosen_kernels();
   int64_t threads = threads_for(c.threads, 2.5 * work(c));
-  int64_t blocks = blocks_for(c, threads, ROWS * (3 * c.dim + 2 * c.value_dim) * 4);
+  // Every block more that shares a step spares a way of dK and dV through memory.
+  int64_t blocks = blocks_for(c, threads, ROWS * (3 * c.dim + 2 * c.value_dim) * 4, near_cache() / 2);
   if (!c.ptr) make_dense(&c, blocks);
   bool placed = true;
   if (c.q_index.data) {

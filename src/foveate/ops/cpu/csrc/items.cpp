@@ -1,6 +1,7 @@
 #include "items.h"
 
 #include <math.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <numeric>
@@ -52,8 +53,16 @@ double work(const Call& c) {
   return area * (double)(c.dim + c.value_dim);
 }
 
-int64_t blocks_for(const Call& c, int64_t threads, int64_t block_bytes) {
-  int64_t blocks = std::min<int64_t>(BLOCKS, std::max<int64_t>(1, (256 << 10) / block_bytes));
+int64_t near_cache() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes > 0) return std::max<int64_t>(256 << 10, std::min<int64_t>(1 << 20, bytes));
+#endif
+  return 1 << 20;
+}
+
+int64_t blocks_for(const Call& c, int64_t threads, int64_t block_bytes, int64_t room) {
+  int64_t blocks = std::min<int64_t>(BLOCKS, std::max<int64_t>(1, room / block_bytes));
   int64_t rows = c.batch * c.heads * c.q_len;
   while (blocks > 1 && threads > 1 && rows / (ROWS * blocks) < 6 * threads) blocks /= 2;
   return blocks;

@@ -35,8 +35,11 @@ void make_dense(Call* c, int64_t blocks);
 // About how many multiplications one product over the visited tiles takes, times two.
 double work(const Call& c);
 
-// Blocks of rows for an item, so that there are enough items and their buffers stay in the cache.
-int64_t blocks_for(const Call& c, int64_t threads, int64_t block_bytes);
+// Bytes of the cache that a core has to itself, between 256 KiB and 1 MiB.
+int64_t near_cache();
+
+// Blocks of rows for an item, so that there are enough items and their buffers have room.
+int64_t blocks_for(const Call& c, int64_t threads, int64_t block_bytes, int64_t room);
 
 // Items of heads from .. to of a batch entry, whole lists; last tiles first.
 void add_items(const Call& c, int64_t batch, int64_t from, int64_t to, int64_t blocks,

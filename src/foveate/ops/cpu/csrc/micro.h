@@ -225,8 +225,12 @@ void values(const float* p, const float* const* v, int n, int dim, float* o, con
 // KN rows of `gather_rows`, NV vectors of columns.
 template <class P, int KN, int NV>
 INLINE void gather_rows_of(const float* a, int64_t lda, const float* b, int64_t ldb, int n,
-                           float* const* c, int64_t at) {
+                           float* const* c, int64_t at, float* const* far) {
   vf acc[KN][NV];
+  if (far) {
+    UNROLL for (int j = 0; j < KN; ++j)
+      UNROLL for (int v = 0; v < NV; ++v) __builtin_prefetch(far[j] + at + v * VL, 1, 2);
+  }
   const float* row[KN];
   UNROLL for (int j = 0; j < KN; ++j) {
     row[j] = b + j * ldb;
@@ -241,17 +245,23 @@ INLINE void gather_rows_of(const float* a, int64_t lda, const float* b, int64_t 
   }
 }
 
-// c[j][d] += sum over t < n of b[j][t] * a[t][d], for `dim` columns, a multiple of 16.
+// c[j][d] += sum over t < n of b[j][t] * a[t][d], for `dim` columns, a multiple of 16. Fetches the
+// same columns of the rows `far`, which the next step adds to (null: none).
 template <class P>
 void gather_rows(const float* a, int64_t lda, const float* b, int64_t ldb, int n, int keys, int dim,
-                 float* const* c) {
+                 float* const* c, float* const* far) {
   int d = 0;
   auto columns = [&](auto most, auto vectors) __attribute__((always_inline)) {
     constexpr int KN = decltype(most)::value, NV = decltype(vectors)::value;
     int j = 0;
-    for (; j + KN <= keys; j += KN) gather_rows_of<P, KN, NV>(a + d, lda, b + j * ldb, ldb, n, c + j, d);
-    for (; j + 4 <= keys; j += 4) gather_rows_of<P, 4, NV>(a + d, lda, b + j * ldb, ldb, n, c + j, d);
-    for (; j < keys; ++j) gather_rows_of<P, 1, NV>(a + d, lda, b + j * ldb, ldb, n, c + j, d);
+    auto run = [&](auto size) __attribute__((always_inline)) {
+      constexpr int N = decltype(size)::value;
+      gather_rows_of<P, N, NV>(a + d, lda, b + j * ldb, ldb, n, c + j, d, far ? far + j : nullptr);
+      j += N;
+    };
+    while (j + KN <= keys) run(Size<KN>{});
+    while (j + 4 <= keys) run(Size<4>{});
+    while (j < keys) run(Size<1>{});
     d += NV * VL;
   };
 #if defined(__AVX512F__)
