@@ -30,7 +30,8 @@ struct Lines {
 };
 
 // A block of few rows against all of those, CHUNK keys at a time: then keys and values stay two streams
-// that the processor itself reads ahead, with the next chunk's whole lines fetched one for one.
+// that the processor itself reads ahead, with the next chunk's whole lines fetched one for one. Where keys
+// are read one by one and values by whole rows, only jumps are told to it.
 template <class P, class T, int F, int NV> struct LinedKeys {
   static void of(const Call& c, const Item& it, Running& run, const Stream& stream, int64_t kv_head,
                  float scale, float* score, float* weight) {
@@ -40,20 +41,30 @@ template <class P, class T, int F, int NV> struct LinedKeys {
     int64_t ks = c.key.l * (int64_t)sizeof(T), vs = c.value.l * (int64_t)sizeof(T);
     constexpr int CHUNK = F == 1 || (F <= 4 && P::PAIR == 2) ? 32 : 16;
     bool dense = ks == c.dim * (int64_t)sizeof(T) && vs == c.value_dim * (int64_t)sizeof(T) && VL == 16;
+    bool streamed = F >= 8 && dense && c.value_dim <= 8 * VL;
+    auto meet = [&](auto k, auto v, int n) __attribute__((always_inline)) {
+      scores_folded<P, F, NV>(run.q, k, n, elements<P>((int)c.dim) / (F * NV), score);
+      settle<F>(score, n, false, 0, 0, nullptr, nullptr, top);
+      const float* p = weigh<P, T, F>(score, n, top, scale, run, alpha, weight);
+      values_by_row<P, F>(p, v, n, (int)c.value_dim, run.o, row_floats(c), alpha, run.first);
+      run.first = false;
+    };
     Lines now = {&stream, stream.it->entry0, 0, 0, 0};
     bool more = now.next(CHUNK);
     while (more) {
       Lines then = now;
       more = then.next(CHUNK);
       int64_t ahead = more ? then.first - now.first : 0;
-      int n = now.n;
-      Lined k = {keys + now.first * ks, ks, ahead * ks, dense};
-      Lined v = {vals + now.first * vs, vs, ahead * vs, dense};
-      scores_folded<P, F, NV>(run.q, k, n, elements<P>((int)c.dim) / (F * NV), score);
-      settle<F>(score, n, false, 0, 0, nullptr, nullptr, top);
-      const float* p = weigh<P, T, F>(score, n, top, scale, run, alpha, weight);
-      values_by_row<P, F>(p, v, n, (int)c.value_dim, run.o, row_floats(c), alpha, run.first);
-      run.first = false;
+      const char *k = keys + now.first * ks, *v = vals + now.first * vs;
+      if (streamed) {
+        if (ahead && ahead != now.n) {
+          for (int64_t i = 0; i < then.n * ks; i += 64) prefetch(k + ahead * ks + i);
+          for (int64_t i = 0; i < then.n * vs; i += 64) prefetch(v + ahead * vs + i);
+        }
+        meet(Streamed{k, ks}, Streamed{v, vs}, now.n);
+      } else {
+        meet(Lined{k, ks, ahead * ks, dense}, Lined{v, vs, ahead * vs, dense}, now.n);
+      }
       now = then;
     }
   }

@@ -70,6 +70,18 @@ struct Lined {
   __attribute__((always_inline)) Lined from(int j) const { return {at + j * stride, stride, far, dense}; }
 };
 
+// Rows one behind the other without gaps, read in the order of memory: a stream that the processor
+// foresees, faster than it can be told. So a row asks for no lines but its own, before it reads them.
+struct Streamed {
+  const char* at;
+  int64_t stride;
+  __attribute__((always_inline)) const float* row(int j) const { return (const float*)(at + j * stride); }
+  __attribute__((always_inline)) const char* next(int j) const { return at + j * stride; }
+  __attribute__((always_inline)) bool ahead() const { return true; }
+  __attribute__((always_inline)) bool joined() const { return true; }
+  __attribute__((always_inline)) Streamed from(int j) const { return {at + j * stride, stride}; }
+};
+
 // Pairs of bf16 lie at any even address.
 INLINE float scalar(const float* p) { float x; memcpy(&x, p, 4); return x; }
 
