@@ -267,6 +267,26 @@ def test_decoding_over_a_list_that_threads_share(kernels: str, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (64, 144)])
+def test_decoding_over_long_runs_with_jumps(kernels: str, dims: Any, dtype: torch.dtype) -> None:
+    """Few heads read long runs as streams; from one to the next they jump, also backwards."""
+    kv_len, tile = 2777, 64
+    tiles = torch.zeros(2, 2, 1, -(-kv_len // tile), dtype=torch.bool)
+    tiles[0, 0, :, 1:13] = tiles[0, 0, :, 20:44] = True
+    tiles[0, 1, :, ::2] = True  # short runs
+    tiles[1, 0, :, :] = True
+    layout = Layout.from_tiles(tiles, 1, kv_len, (8, tile))
+    ptr, cols = layout.ptr, layout.cols.clone()
+    for group in (ptr[0, 0], ptr[1, 0]):
+        cols[group[0] : group[1]] = cols[group[0] : group[1]].roll(9)
+    for heads in (1, 2, 4):
+        q, k, v = make((2, 2 * heads, 2, 1, kv_len, *dims), dtype, strided=heads == 4)
+        compare(q, k, v, layout, layout.dense())
+        compare(q, k, v, replace(layout, cols=cols), layout.dense())
+        compare(q, k, v, None, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decoding_with_keys_by_index_ranges_and_repeats(kernels: str, dtype: torch.dtype) -> None:
     q_len, kv_len, n = 2, 333, 117
     q, k, v = make((2, 8, 2, q_len, kv_len, 64, 64), dtype)

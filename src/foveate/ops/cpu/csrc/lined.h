@@ -29,9 +29,17 @@ struct Lines {
   }
 };
 
+// Whether they are long runs, which pay for the processor's finding out where each leads.
+INLINE bool long_runs(const Stream& stream) {
+  Lines run = {&stream, stream.it->entry0, 0, 0, 0};
+  int64_t keys = 0, runs = 0;
+  for (; run.next(1 << 20); ++runs) keys += run.n;
+  return keys >= 512 * runs;
+}
+
 // A block of few rows against all of those, CHUNK keys at a time: then keys and values stay two streams
-// that the processor itself reads ahead, with the next chunk's whole lines fetched one for one. Where keys
-// are read one by one and values by whole rows, only jumps are told to it.
+// that the processor itself reads ahead, with the next chunk's whole lines fetched one for one. In long
+// runs, where keys are read one by one and values by whole rows, only jumps are told to it.
 template <class P, class T, int F, int NV> struct LinedKeys {
   static void of(const Call& c, const Item& it, Running& run, const Stream& stream, int64_t kv_head,
                  float scale, float* score, float* weight) {
@@ -41,7 +49,7 @@ template <class P, class T, int F, int NV> struct LinedKeys {
     int64_t ks = c.key.l * (int64_t)sizeof(T), vs = c.value.l * (int64_t)sizeof(T);
     constexpr int CHUNK = F == 1 || (F <= 4 && P::PAIR == 2) ? 32 : 16;
     bool dense = ks == c.dim * (int64_t)sizeof(T) && vs == c.value_dim * (int64_t)sizeof(T) && VL == 16;
-    bool streamed = F >= 8 && dense && c.value_dim <= 8 * VL;
+    bool streamed = F >= 8 && dense && c.value_dim <= 8 * VL && long_runs(stream);
     auto meet = [&](auto k, auto v, int n) __attribute__((always_inline)) {
       scores_folded<P, F, NV>(run.q, k, n, elements<P>((int)c.dim) / (F * NV), score);
       settle<F>(score, n, false, 0, 0, nullptr, nullptr, top);
