@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from foveate.bench import decode, kernels
+from foveate.bench import decode, job, kernels, screen
 from foveate.bench.ideal import counts, ideal_seconds, useful_flops
 from foveate.bench.roofs import Pool, Product
 from foveate.bench.show import decode_summary, decode_table, kernel_tables, summary
@@ -293,6 +293,39 @@ def test_a_second_run_measures_nothing(tmp_path, pace, monkeypatch):
         assert kernels.run(options, records) == first
     with Records(tmp_path) as records, pytest.raises(TypeError):
         kernels.run(small(pace, masks=("causal", "sliding"), seed=1), records)
+
+
+def test_cells_of_another_code_are_measured_anew_and_said_so(tmp_path, pace, monkeypatch):
+    here = job.environment()
+    with Records(tmp_path) as records:
+        kernels.run(small(pace, masks=("causal", "sliding")), records)
+        assert not records.notes
+    with Records(tmp_path) as records:
+        kernels.run(small(pace, masks=("causal", "sliding")), records)
+        assert not records.notes
+    with Records(tmp_path) as records:
+        kernels.run(small(pace, masks=("causal", "full"), seed=1), records)
+        (note,) = records.notes
+        assert note.startswith("1 of these 2 cells")
+        assert "with other settings" in note
+    monkeypatch.setattr(job, "environment", lambda: {**here, "code": "new"})
+    with Records(tmp_path) as records:
+        kernels.run(small(pace, masks=("causal", "sliding", "full")), records)
+        (note,) = records.notes
+        assert note.startswith("3 of these 3 cells")
+        assert "with another code:" in note
+        assert len(records) == 7
+
+
+def test_what_a_job_notes_is_printed(tmp_path, capsys):
+    def noting(records, begin):
+        records.notes.append("one thing")
+        begin("cell", 0, 1)
+        begin("cell", 0, 1)
+        return []
+
+    screen.run_job(noting, str(tmp_path), False)
+    assert capsys.readouterr().err.count("one thing") == 1
 
 
 def test_an_interrupted_run_goes_on(tmp_path, pace, monkeypatch):

@@ -228,6 +228,15 @@ def test_few_queries_against_many_keys(kernels: str, dims: Any, dtype: torch.dty
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dims", [(576, 512), (300, 272)])
+def test_few_queries_of_long_rows(kernels: str, dims: Any, dtype: torch.dtype) -> None:
+    """Latent caches: rows of more elements than are summed in one go."""
+    for group in (1, 3, 16, 20):
+        q, k, v = make((1, group, 1, 1, 201, *dims), dtype)
+        compare(q, k, v, None, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tile", [16, 64])
 @pytest.mark.parametrize("dims", [(64, 64), (128, 80), (36, 33)])
 def test_decoding_over_selected_whole_and_partial_tiles(

@@ -90,7 +90,12 @@ def _lengths(axis: Any, found: list[Found]) -> None:
         colour = _COLOURS.get(name, _OTHER)
         style = "-" if mask == "full" else "--"
         label = f"{name} {mask} D={head_dim} t={threads}"
-        axis.plot(x, y, style, marker="o", markersize=3, color=colour, label=label)
+        marker = "o" if head_dim <= 64 else "s"
+        inside = colour if threads == 1 else "white"
+        axis.plot(
+            x, y, style, marker=marker, markersize=4, markerfacecolor=inside, color=colour,
+            label=label,
+        )  # fmt: skip
         axis.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
     axis.axhline(1, color="black", linewidth=0.8)
     if lines:

@@ -41,11 +41,13 @@ def run_cells(
         {"cell", "values"} of all cells, in order.
     """
     here, done = environment(), []
-    for number, cell in enumerate(cells):
+    names = [{"job": job, **asdict(cell)} for cell in cells]
+    keys = [digest({"cell": named, "how": how, "environment": here}) for named in names]
+    if records is not None:
+        _note_others(records, names, keys, here)
+    for number, (cell, named, key) in enumerate(zip(cells, names, keys, strict=True)):
         if begin is not None:
             begin(str(cell), number, len(cells))
-        named = {"job": job, **asdict(cell)}
-        key = digest({"cell": named, "how": how, "environment": here})
         values = None if records is None else records.get(key)
         if values is None:
             values = {**_with_threads(cell, measure), "environment": here}
@@ -53,6 +55,23 @@ def run_cells(
                 records.add(key, named, values)
         done.append({"cell": named, "values": values})
     return done
+
+
+def _note_others(
+    records: Records, names: list[dict[str, Any]], keys: list[str], here: dict[str, Any]
+) -> None:
+    """Say why cells that the records have are measured anew."""
+    found = [records.others(key, named) for key, named in zip(keys, names, strict=True)]
+    count = sum(1 for others in found if others)
+    if not count:
+        return
+    before = [values.get("environment", {}) for others in found for values in others]
+    differ = [name for name in here if any(past.get(name) != here[name] for past in before)]
+    records.notes.append(
+        f"{count} of these {len(keys)} cells are in {records.path} already, but measured with "
+        f"{'another ' + ', '.join(differ) if differ else 'other settings'}: they are measured "
+        "anew, beside the earlier lines (--fresh puts those aside)."
+    )
 
 
 def _with_threads(cell: Any, measure: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:

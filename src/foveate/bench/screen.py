@@ -31,10 +31,16 @@ def run_job(
         ) as progress,
     ):  # fmt: skip
         task = progress.add_task("", total=None)
-        for note in records.notes:
-            errors.print(Text(note, style="dim"), soft_wrap=True)
+
+        def tell() -> None:
+            for note in records.notes:
+                errors.print(Text(note, style="dim"), soft_wrap=True)
+            records.notes.clear()
+
+        tell()
 
         def begin(label: str, number: int, total: int) -> None:
+            tell()
             progress.update(task, description=label, completed=number, total=total)
 
         return job(records, begin)

@@ -89,6 +89,13 @@ class Records:
         record = self._found.get(key)
         return None if record is None else record["values"]
 
+    def others(self, key: str, cell: dict[str, Any]) -> list[dict[str, Any]]:
+        """What the same cell has under other keys; nothing if it is there under this one."""
+        if key in self._found:
+            return []
+        wanted = json.loads(json.dumps(cell))
+        return [record["values"] for record in self._found.values() if record["cell"] == wanted]
+
     def add(self, key: str, cell: dict[str, Any], values: dict[str, Any]) -> None:
         """Append a record; when this returns it is on the disk.
 
