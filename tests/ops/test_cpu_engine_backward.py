@@ -174,3 +174,22 @@ def test_error_stays_below_twice_that_of_sdpa() -> None:
         for a, b, c in zip(ours, theirs, right):
             error, other = ((x.double() - c).abs().max().item() for x in (a, b))
             assert error <= 2 * other + band * c.abs().max().item()
+
+
+@pytest.mark.parametrize("even", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_take_whole_heads_or_parts_of_them(dtype: torch.dtype, even: bool) -> None:
+    """As many key/value heads as threads: taken whole if their lists are alike, else in parts."""
+    length, tile = 640, 64
+    q, k, v = make((1, 6, 3, length, length, 32, 32), dtype)
+    tiles = torch.rand(1, 6, length // tile, length // tile) < 0.5
+    if not even:
+        tiles[:, 2:] &= torch.rand_like(tiles[:, 2:], dtype=torch.float) < 0.1
+    layout = Layout.from_tiles(tiles, length, length, tile)
+    torch.set_num_threads(3)
+    try:
+        compare(q, k, v, layout, layout.dense())
+        compare(q, k, v, None, None)
+        compare(q, k, v, layout, layout.dense(), bias=torch.randn(1, 1, length, length))
+    finally:
+        torch.set_num_threads(1)

@@ -18,10 +18,29 @@ struct Unit {
 
 int64_t weight_of(const Item& it) { return (it.entry1 - it.entry0) * (it.row1 - it.row0) * it.heads; }
 
+// Whether the threads have about as much to do if each takes whole key/value heads.
+bool balanced(const Call& c, int64_t threads) {
+  bool chained = c.grad_bias && c.gbias_q != 0;  // heads may have to wait for each other
+  int64_t heads = c.batch * c.kv_heads, group = c.heads / c.kv_heads;
+  if (chained || heads < threads) return false;
+  std::vector<int64_t> entries(heads, 1), load(threads, 0);
+  int64_t total = 0;
+  for (int64_t i = 0; i < heads; ++i) {
+    for (int64_t h = 0; c.ptr && h < group; ++h) {
+      const int64_t* ptr = c.ptr + group_of(c, i / c.kv_heads, i % c.kv_heads * group + h) * (c.q_tiles + 1);
+      entries[i] += ptr[c.q_tiles] - ptr[0];
+    }
+    total += entries[i];
+  }
+  std::sort(entries.rbegin(), entries.rend());
+  for (int64_t n : entries) *std::min_element(load.begin(), load.end()) += n;
+  return *std::max_element(load.begin(), load.end()) * threads * 10 <= total * 11;
+}
+
 // Parts for each key/value head: enough for the threads, each worth more than adding its sums up.
 int64_t parts_for(const Call& c, int64_t threads, bool whole) {
   int64_t heads = c.batch * c.kv_heads;
-  if (whole || threads < 2 || heads >= 4 * threads) return 1;
+  if (whole || threads < 2 || heads >= 4 * threads || balanced(c, threads)) return 1;
   double pairs = work(c) / (double)(c.dim + c.value_dim) / (double)heads;
   int64_t worth = (int64_t)(pairs / (32.0 * (double)std::max<int64_t>(1, c.kv_len)));
   return std::max<int64_t>(1, std::min((4 * threads + heads - 1) / heads, worth));
