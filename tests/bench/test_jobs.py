@@ -306,15 +306,20 @@ def test_cells_of_another_code_are_measured_anew_and_said_so(tmp_path, pace, mon
     with Records(tmp_path) as records:
         kernels.run(small(pace, masks=("causal", "full"), seed=1), records)
         (note,) = records.notes
-        assert note.startswith("1 of these 2 cells")
+        assert note.startswith("Of 2 cells 1 ")
         assert "with other settings" in note
     monkeypatch.setattr(job, "environment", lambda: {**here, "code": "new"})
     with Records(tmp_path) as records:
         kernels.run(small(pace, masks=("causal", "sliding", "full")), records)
         (note,) = records.notes
-        assert note.startswith("3 of these 3 cells")
-        assert "with another code:" in note
+        assert note.startswith("Of 3 cells 3 ")
+        assert "with another code " in note
         assert len(records) == 7
+    with Records(tmp_path) as records:  # causal is there with this code, full with another one too
+        kernels.run(small(pace, masks=("causal", "full"), seed=2), records)
+        (note,) = records.notes
+        assert "with other settings" in note
+        assert "code" not in note
 
 
 def test_what_a_job_notes_is_printed(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -26,6 +27,7 @@ def run_cells(
     measure: Callable[[Any], dict[str, Any]],
     records: Records | None,
     begin: Begin | None,
+    noting: bool = True,
 ) -> list[dict[str, Any]]:
     """Measure every cell that isn't in the records yet.
 
@@ -36,6 +38,8 @@ def run_cells(
         measure: the values of one cell.
         records: where finished cells are kept, and found again.
         begin: told (label, number of this cell from 0, number of cells) before each.
+        noting: leave in the records' notes why cells that they have are measured anew; not wanted
+            where a job hands its cells over one by one.
 
     Returns:
         {"cell", "values"} of all cells, in order.
@@ -43,7 +47,7 @@ def run_cells(
     here, done = environment(), []
     names = [{"job": job, **asdict(cell)} for cell in cells]
     keys = [digest({"cell": named, "how": how, "environment": here}) for named in names]
-    if records is not None:
+    if records is not None and noting:
         _note_others(records, names, keys, here)
     for number, (cell, named, key) in enumerate(zip(cells, names, keys, strict=True)):
         if begin is not None:
@@ -60,18 +64,21 @@ def run_cells(
 def _note_others(
     records: Records, names: list[dict[str, Any]], keys: list[str], here: dict[str, Any]
 ) -> None:
-    """Say why cells that the records have are measured anew."""
-    found = [records.others(key, named) for key, named in zip(keys, names, strict=True)]
-    count = sum(1 for others in found if others)
-    if not count:
-        return
-    before = [values.get("environment", {}) for others in found for values in others]
-    differ = [name for name in here if any(past.get(name) != here[name] for past in before)]
-    records.notes.append(
-        f"{count} of these {len(keys)} cells are in {records.path} already, but measured with "
-        f"{'another ' + ', '.join(differ) if differ else 'other settings'}: they are measured "
-        "anew, beside the earlier lines (--fresh puts those aside)."
-    )
+    """Say why cells that the records have are measured anew: what their nearest line differs in."""
+    reasons: Counter[str] = Counter()
+    for key, named in zip(keys, names, strict=True):
+        differences = [
+            [name for name in here if values.get("environment", {}).get(name) != here[name]]
+            for values in records.others(key, named)
+        ]
+        if differences:
+            least = min(differences, key=len)
+            reasons["another " + ", ".join(least) if least else "other settings"] += 1
+    for reason, count in reasons.items():
+        records.notes.append(
+            f"Of {len(keys)} cells {count} that {records.path} has with {reason} will be measured "
+            "anew, beside the earlier lines (--fresh puts those aside)."
+        )
 
 
 def _with_threads(cell: Any, measure: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:

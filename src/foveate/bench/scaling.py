@@ -276,8 +276,9 @@ def run(
                         begin(label, len(done), total)
 
                 last = run_cells(
-                    "scaling", [cell], how, lambda c: measure(c, options), records, told_once
-                )[0]
+                    "scaling", [cell], how, lambda c: measure(c, options), records, told_once,
+                    noting=False,
+                )[0]  # fmt: skip
                 done.append(last)
     return done
 

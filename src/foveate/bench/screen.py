@@ -43,7 +43,9 @@ def run_job(
             tell()
             progress.update(task, description=label, completed=number, total=total)
 
-        return job(records, begin)
+        found = job(records, begin)
+        tell()
+        return found
 
 
 def print_json(found: list[dict[str, Any]], lines: list[str]) -> None:

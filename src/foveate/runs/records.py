@@ -93,8 +93,9 @@ class Records:
         """What the same cell has under other keys; nothing if it is there under this one."""
         if key in self._found:
             return []
-        wanted = json.loads(json.dumps(cell))
-        return [record["values"] for record in self._found.values() if record["cell"] == wanted]
+        wanted = digest(cell)
+        found = self._found.values()
+        return [record["values"] for record in found if digest(record["cell"]) == wanted]
 
     def add(self, key: str, cell: dict[str, Any], values: dict[str, Any]) -> None:
         """Append a record; when this returns it is on the disk.

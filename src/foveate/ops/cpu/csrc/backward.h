@@ -88,7 +88,7 @@ struct Keys {
   const float *k[KEYS], *v[KEYS];  // rows of elements
   const float* k_values[KEYS];     // rows, or interleaved pairs of rows, for dQ
   float *dk[KEYS], *dv[KEYS];
-  float *far_dk[KEYS], *far_dv[KEYS];  // sums that the next step adds to
+  float *far_dk[KEYS], *far_dv[KEYS];  // sums that the next step adds to, to be fetched
   const int32_t* key;
   float *p, *s, *slope, *bias, *packed_p, *packed_s, *pairs;
 };

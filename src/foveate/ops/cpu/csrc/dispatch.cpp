@@ -81,7 +81,7 @@ int forward(const Call& call) {
   Call c = call;
   const Kernels* k = chosen();
   int64_t threads = threads_for(c.threads, work(c));
-  int64_t blocks = blocks_for(c, threads, ROWS * (c.dim + c.value_dim) * 4, near_cache() / 4);
+  int64_t blocks = blocks_for(c, threads, ROWS * (c.dim + c.value_dim) * 4, 256 << 10);
   int64_t rows = c.batch * c.heads * c.q_len;
   if (!c.ptr) make_dense(&c, blocks);
   Inverse inverse;

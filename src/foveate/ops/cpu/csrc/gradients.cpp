@@ -18,9 +18,11 @@ struct Unit {
 
 int64_t weight_of(const Item& it) { return (it.entry1 - it.entry0) * (it.row1 - it.row0) * it.heads; }
 
-// Whether the threads have about as much to do if each takes whole key/value heads.
+// Whether the threads, if they are alike, have about as much to do when each takes whole key/value
+// heads; every tile counts as a full one.
 bool balanced(const Call& c, int64_t threads) {
-  bool chained = c.grad_bias && c.gbias_q != 0;  // heads may have to wait for each other
+  bool shared = (!c.gbias_b && c.batch > 1) || (!c.gbias_h && c.kv_heads > 1);
+  bool chained = c.grad_bias && c.gbias_q != 0 && shared;  // heads wait for each other
   int64_t heads = c.batch * c.kv_heads, group = c.heads / c.kv_heads;
   if (chained || heads < threads) return false;
   std::vector<int64_t> entries(heads, 1), load(threads, 0);
@@ -137,8 +139,9 @@ int backward(const Call& call) {
   Call c = call;
   const Kernels* k = chosen_kernels();
   int64_t threads = threads_for(c.threads, 2.5 * work(c));
-  // Every block more that shares a step spares a way of dK and dV through memory.
-  int64_t blocks = blocks_for(c, threads, ROWS * (3 * c.dim + 2 * c.value_dim) * 4, near_cache() / 2);
+  // Blocks that share a step share its way of dK and dV through memory.
+  int64_t room = std::max<int64_t>(256 << 10, near_cache() / 2);
+  int64_t blocks = blocks_for(c, threads, ROWS * (3 * c.dim + 2 * c.value_dim) * 4, room);
   if (!c.ptr) make_dense(&c, blocks);
   bool placed = true;
   if (c.q_index.data) {
@@ -175,6 +178,7 @@ int backward(const Call& call) {
       Arena* arena = thread_arena(bytes);
       Arena* sums_arena = thread_sums(own * 4 + 128);
       if (!arena || !sums_arena) return false;
+      large_pages(sums_arena->data, own * 4);
       auto home = [&](const Rows& x) { return (char*)x.data + (u.batch * x.b + u.kv_head * x.h) * item_size; };
       float* base = parts > 1 ? shared.data + n * c.kv_len * (kd + vd) : (float*)sums_arena->data;
       Sums s{};

@@ -56,7 +56,7 @@ double work(const Call& c) {
 int64_t near_cache() {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
   static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  if (bytes > 0) return std::max<int64_t>(256 << 10, std::min<int64_t>(1 << 20, bytes));
+  if (bytes > 0) return std::min<int64_t>(1 << 20, bytes);
 #endif
   return 1 << 20;
 }

@@ -35,7 +35,7 @@ void make_dense(Call* c, int64_t blocks);
 // About how many multiplications one product over the visited tiles takes, times two.
 double work(const Call& c);
 
-// Bytes of the cache that a core has to itself, between 256 KiB and 1 MiB.
+// Bytes of the second-level cache as the system tells it, at most 1 MiB; 1 MiB if it doesn't tell.
 int64_t near_cache();
 
 // Blocks of rows for an item, so that there are enough items and their buffers have room.

@@ -71,7 +71,8 @@ struct Lined {
 };
 
 // Rows one behind the other without gaps, read in the order of memory: a stream that the processor
-// foresees, faster than it can be told. So a row asks for no lines but its own, before it reads them.
+// foresees, faster than it can be told. What is asked for are lines of these same rows, which was
+// measured to be faster than asking for none.
 struct Streamed {
   const char* at;
   int64_t stride;
