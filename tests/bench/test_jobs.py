@@ -319,7 +319,7 @@ def test_cells_of_another_code_are_measured_anew_and_said_so(tmp_path, pace, mon
         kernels.run(small(pace, masks=("causal", "full"), seed=2), records)
         (note,) = records.notes
         assert "with other settings" in note
-        assert "code" not in note
+        assert "another code" not in note
 
 
 def test_what_a_job_notes_is_printed(tmp_path, capsys):
