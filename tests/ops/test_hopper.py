@@ -33,20 +33,30 @@ SHAPES = {
 }
 
 
-def halves(wanted: int) -> Any:
-    """In place of `run_hopper.halves`: this one wherever it can be."""
-    return lambda call: 1 if call.plan is not None and call.plan.q_tile % 128 else wanted
+FORMS = {"one": run_hopper.ONE, "two": run_hopper.TWO, "three": run_hopper.THREE}
 
 
-@pytest.fixture(params=[2, 1], ids=["128 rows", "64 rows"])
-def either(request: Any, monkeypatch: Any) -> None:
-    """Blocks of either size."""
-    monkeypatch.setattr(run_hopper, "halves", halves(request.param))
+def wanted(form: Any) -> Any:
+    """In place of `run_hopper.form`: this one wherever it can be."""
+
+    def found(call: Any) -> Any:
+        if call.query.shape[3] != 64:
+            return run_hopper.TWO
+        small = call.plan is not None and call.plan.q_tile % 128
+        return run_hopper.ONE if small and form == run_hopper.TWO else form
+
+    return found
+
+
+@pytest.fixture(params=FORMS)
+def each_form(request: Any, monkeypatch: Any) -> None:
+    """Blocks in every form."""
+    monkeypatch.setattr(run_hopper, "form", wanted(FORMS[request.param]))
 
 
 def on_hopper(test: Any) -> Any:
-    """A test that runs the kernel, with blocks of either size."""
-    test = pytest.mark.usefixtures("either")(test)
+    """A test that runs the kernel, in every form."""
+    test = pytest.mark.usefixtures("each_form")(test)
     return pytest.mark.gpu(pytest.mark.skipif(not HERE, reason="needs a Hopper GPU")(test))
 
 
@@ -147,7 +157,7 @@ def test_long_lists_among_short_ones(dim: int) -> None:
     q, k, v = make((2, 4, 2, 1500, 1500, dim, dim), torch.bfloat16)
     layout = Layout.from_dense(uneven(1500), (256, 128))
     assert plan_of(layout).row_order.giants
-    compare(Engine, q, k, v, layout, uneven(1500))
+    compare(Engine, q, k, v, layout, uneven(1500)[None, None])
 
 
 @on_hopper
@@ -201,37 +211,63 @@ def test_a_configuration_that_is_tried_is_the_other_kernels(monkeypatch: Any) ->
             assert run_hopper.takes(call) == taken
 
 
-def test_blocks_of_64_rows() -> None:
-    whole = Layout.from_tiles(torch.ones(1, 1, 16, 16) > 0, 2048, 2048, 128)
+def forms_of(dim: int, length: int, **layouts: Layout | None) -> dict[str, Any]:
+    q, k, v = make((1, 1, 1, length, length, dim, dim), torch.bfloat16)
+    calls = {name: describe(q, k, v, x, 0.1, None, None, None) for name, x in layouts.items()}
+    return {name: run_hopper.form(c) for name, c in calls.items() if run_hopper.fits(c)}
+
+
+@pytest.mark.parametrize("dim", run_hopper.HEAD_SIZES)
+def test_long_lists_have_more_blocks_on_a_multiprocessor(dim: int) -> None:
+    length, tiles = 16_384, torch.zeros(1, 1, 128, 128, dtype=torch.bool)
     some = {
-        "ranges": causal().layout(2048, 2048, 128),
-        "small tiles": causal().layout(2048, 2048, 64),
-        "whole": whole,
         "none": None,
+        "causal": causal().layout(length, length, 128),  # 8,256 keys a row
+        "small tiles": window(600, 0).layout(length, length, 64),
+        "wide": window(4096, 0).layout(length, length, 128),
+        "narrow": window(600, 0).layout(length, length, 128),
+        "nothing": Layout.from_tiles(tiles, length, length, 128),
     }
-    found = {}
-    for dim in run_hopper.HEAD_SIZES:
-        q, k, v = make((1, 1, 1, 2048, 2048, dim, dim), torch.bfloat16)
-        calls = {name: describe(q, k, v, x, 0.1, None, None, None) for name, x in some.items()}
-        found[dim] = {name: run_hopper.halves(c) for name, c in calls.items() if run_hopper.fits(c)}
-    assert found[64] == {"ranges": 1, "small tiles": 1, "whole": 2, "none": 2}
-    assert found[128] == {"ranges": 2, "whole": 2, "none": 2}
+    one, two, three = FORMS.values()
+    found = forms_of(dim, length, **some)
+    if dim == 64:
+        assert found == {
+            "none": three, "causal": three, "small tiles": one, "wide": two, "narrow": one,
+            "nothing": one,
+        }  # fmt: skip
+        assert forms_of(dim, 2048, none=None, causal=causal().layout(2048, 2048, 128)) == {
+            "none": two, "causal": one
+        }  # fmt: skip
+    else:
+        assert found == dict.fromkeys(some.keys() - {"small tiles"}, two)
 
 
-@pytest.mark.parametrize("wanted", [1, 2])
-def test_blocks_of_long_lists_come_first(wanted: int, monkeypatch: Any) -> None:
-    monkeypatch.setattr(run_hopper, "halves", halves(wanted))
+@on_hopper
+@pytest.mark.parametrize("mask", ["causal", "window"])
+def test_every_form_adds_the_same_numbers(mask: str, monkeypatch: Any) -> None:
+    q, k, v = tensors("odd", 64)
+    layout = MASKS[mask].layout(q.shape[2], k.shape[2], 128)  # type: ignore[union-attr]
+    got = Engine.forward(q, k, v, layout, 0.1, None, None, None)
+    monkeypatch.setattr(run_hopper, "form", wanted(run_hopper.TWO))
+    want = Engine.forward(q, k, v, layout, 0.1, None, None, None)
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_blocks_of_long_lists_come_first(name: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(run_hopper, "form", wanted(FORMS[name]))
+    rows = FORMS[name].rows
     q, k, v = make((2, 4, 2, 2048, 2048, 64, 64), torch.bfloat16)
     layout = Layout.from_dense(uneven(2048), (256, 128))
     call = describe(q, k, v, layout, 0.1, None, None, None)
     monkeypatch.setattr(run_hopper, "_descriptor", lambda x, rows: None)
     args = run_hopper.arguments(call, torch.empty_like(q), torch.empty(q.shape[:3]))
     blocks, giants = args["BLOCKS"], args["giants"]
-    assert blocks.shape[0] == args["count"] == 2048 // (64 * wanted)
-    assert giants == 256 // (64 * wanted)  # those of the tile whose rows see everything
+    assert blocks.shape[0] == args["count"] == 2048 // rows
+    assert giants == 256 // rows  # those of the tile whose rows see everything
     assert blocks[:giants, 0].ge(1792).all()
     assert blocks[giants:, 0].lt(1792).all()
-    assert blocks[:, 0].sort().values.equal(torch.arange(0, 2048, 64 * wanted).int())
+    assert blocks[:, 0].sort().values.equal(torch.arange(0, 2048, rows).int())
 
 
 def test_calls_that_it_leaves_to_the_other_kernel() -> None:

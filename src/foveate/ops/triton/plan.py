@@ -151,11 +151,11 @@ class Plan(Layout):
         return None if found is None else found.reshape(*self.groups, -1, 2)
 
     def blocks(self, rows: int) -> Tensor:
-        """Blocks of `rows` rows, (lists x blocks in a tile, 8) int32, longest lists first.
+        """Blocks of `rows` rows, (lists x blocks in a tile, 9) int32, longest lists first.
 
         Of each: first row, group of the batch, of the heads, where in `by_row` its list begins, its
         whole tiles end, and all of it ends; first key that some row of it sees and end, where rows
-        see ranges.
+        see ranges; the first tile of its list, 0 of an empty one.
         """
         name = ("blocks", rows, 0)
         if name not in self._kept:
@@ -167,7 +167,9 @@ class Plan(Layout):
             group_h = item // self.q_tiles % self.groups[1]
             row0 = (item % self.q_tiles * self.q_tile)[:, None] + sub * rows
             first, until = self._seen_by_blocks(rows, row0, group_b[:, None], group_h[:, None])
-            each = (row0, group_b, group_h, start, mid, end, first, until)
+            tiles = torch.nn.functional.pad(self.by_row.tiles, (0, 1))
+            tile = tiles[start.long()].where(start < end, 0)
+            each = (row0, group_b, group_h, start, mid, end, first, until, tile)
             wide = (x if x.dim() == 2 else x[:, None].expand(row0.shape) for x in each)
             self._kept[name] = torch.stack([x.int() for x in wide], -1).flatten(0, 1)
         found: Tensor = self._kept[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,16 +14,40 @@ from foveate.ops.triton.config import forced, processors
 
 HEAD_SIZES = (64, 128)
 VERSIONS = ((3, 6), (3, 7))  # of Triton, whose Gluon the kernel was compiled with
-# Stages of keys and values, and buffers of queries, by halves of a block (64 rows), head size and
-# keys of a step. With one half two programs share a multiprocessor.
+
+
+class Form(NamedTuple):
+    """How blocks lie on a multiprocessor.
+
+    Attributes:
+        halves: groups of warps to a block, 64 rows each.
+        parts: blocks that a program has at once.
+        programs: on a multiprocessor.
+    """
+
+    halves: int
+    parts: int = 1
+    programs: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Of a block."""
+        return 64 * self.halves
+
+
+ONE, TWO, THREE = Form(1, programs=2), Form(2), Form(1, parts=3)
+# Stages of keys and values, and buffers of queries, by form, head size and keys of a step.
 _ROOM = {
-    (2, 128, 128): (3, 1), (2, 128, 64): (6, 1), (2, 64, 128): (5, 1), (2, 64, 64): (6, 1),
-    (1, 128, 64): (3, 1), (1, 64, 128): (3, 2), (1, 64, 64): (6, 1),
+    (TWO, 128, 128): (3, 1), (TWO, 128, 64): (6, 1), (TWO, 64, 128): (5, 1), (TWO, 64, 64): (6, 1),
+    (ONE, 64, 128): (3, 2), (ONE, 64, 64): (6, 1),
+    (THREE, 64, 128): (2, 1), (THREE, 64, 64): (4, 1),
 }  # fmt: skip
-# Halves of a block where some tiles are ranges, by head size. With one, what one program waits for
-# is hidden behind the other's work, for twice the reading of keys: on an H200 windows, documents
-# and causal attention gain 3 to 10% at head size 64, and lose 5 to 17% at 128.
-_RANGED = {64: 1, 128: 2}
+# At head size 64, from how many keys in a row's list on each form is used. Three groups of warps
+# keep the tensor cores busiest, but three programs' code and two stages make every block's begin
+# and end dear; where lists are short, what one program waits for is hidden behind another's work.
+# On an H200, 8,192 tokens, microseconds of one, two, three: all keys 1,213, 1,166, 1,082; causal
+# 721, 713, 705; windows of 819 keys 216, 218, 266. Causal at 32,768: 4,994, 4,881, 4,438.
+_LONG = {TWO: 2048, THREE: 8192}
 
 
 @cache
@@ -75,33 +99,41 @@ def _fills(call: Call) -> bool:
     return 2 * blocks_in >= processors(call.query.device.index or 0)
 
 
-def halves(call: Call) -> int:
-    """Halves of a block; by what kind of lists there are, never by how long they are."""
-    plan = call.plan
-    if plan is None:
-        return 2
-    if plan.q_tile % 128:
-        return 1
-    return _RANGED[call.query.shape[3]] if plan.bits.shape[0] else 2
+def form(call: Call) -> Form:
+    """How a call's blocks lie; all forms add the same numbers in the same order.
+
+    At most three kernels for all layouts of a head size. No list is looked at: the mean is known
+    without waiting for the GPU.
+    """
+    plan, keys = call.plan, call.key.shape[2]
+    if call.query.shape[3] != 64:
+        return TWO
+    if plan is not None:
+        lists = plan.groups[0] * plan.groups[1] * plan.q_tiles
+        keys = plan.by_row.tiles.shape[0] * plan.kv_tile // lists
+    if keys >= _LONG[THREE]:
+        return THREE
+    small = plan is not None and plan.q_tile % 128
+    return ONE if small or keys < _LONG[TWO] else TWO
 
 
 def launch(call: Call, out: Tensor, lse: Tensor) -> None:
     """Run the kernel; out (B, Hq, Lq, D) and lse (B, Hq, Lq) are written whole."""
     from foveate.ops.triton.kernels.hopper import attend_hopper
 
-    args = arguments(call, out, lse)
-    room = processors(call.query.device.index or 0) * (2 if args["HALVES"] == 1 else 1)
-    attend_hopper[(min(args["programs"], room),)](**args)
+    args, own = arguments(call, out, lse), form(call)
+    room = processors(call.query.device.index or 0) * own.programs
+    attend_hopper[(min(-(-args["programs"] // own.parts), room),)](**args)
 
 
 def arguments(call: Call, out: Tensor, lse: Tensor) -> dict[str, Any]:
     """What `attend_hopper` is called with."""
-    plan, dim, parts = call.plan, call.query.shape[3], halves(call)
-    rows = 64 * parts
+    plan, dim, own = call.plan, call.query.shape[3], form(call)
+    rows = own.rows
     batch, heads, length = call.query.shape[:3]
     q_tile, kv_tile = (rows, 128) if plan is None else (plan.q_tile, plan.kv_tile)
-    keys = 128 if kv_tile % 128 == 0 and (parts, dim, 128) in _ROOM else 64
-    stages, buffers = _ROOM[parts, dim, keys]
+    keys = 128 if kv_tile % 128 == 0 else 64
+    stages, buffers = _ROOM[own, dim, keys]
     cols = kinds = table = lists = None
     steps = [0, 0]
     groups, count, giants = (1, 1), -(-length // rows), 0
@@ -125,9 +157,9 @@ def arguments(call: Call, out: Tensor, lse: Tensor) -> dict[str, Any]:
         "q_rows": length, "kv_rows": call.key.shape[2], "scale": call.numbers()["scale"],
         "GROUP": call.group,
         "Q_TILE": q_tile, "KV_TILE": kv_tile, "N": keys, "D": dim, "STAGES": stages,
-        "BUFFERS": buffers, "HALVES": parts, "num_warps": 4,
+        "BUFFERS": buffers, "HALVES": own.halves, "PARTS": own.parts, "num_warps": 4,
         # Half of a multiprocessor's registers: the four warps that compute take what others leave.
-        **({"maxnreg": 128} if parts == 1 else {}),
+        **({"maxnreg": 128} if own.programs == 2 else {}),
     }  # fmt: skip
 
 
