@@ -38,16 +38,15 @@ class Form(NamedTuple):
 ONE, TWO, THREE = Form(1, programs=2), Form(2), Form(1, parts=3)
 # Stages of keys and values, and buffers of queries, by form, head size and keys of a step.
 _ROOM = {
-    (TWO, 128, 128): (3, 1), (TWO, 128, 64): (6, 1), (TWO, 64, 128): (5, 1), (TWO, 64, 64): (6, 1),
-    (ONE, 64, 128): (3, 2), (ONE, 64, 64): (6, 1),
+    (TWO, 128, 128): (3, 1), (TWO, 128, 64): (6, 1), (ONE, 64, 128): (3, 2), (ONE, 64, 64): (6, 1),
     (THREE, 64, 128): (2, 1), (THREE, 64, 64): (4, 1),
 }  # fmt: skip
-# At head size 64, from how many keys in a row's list on each form is used. Three groups of warps
-# keep the tensor cores busiest, but three programs' code and two stages make every block's begin
-# and end dear; where lists are short, what one program waits for is hidden behind another's work.
-# On an H200, 8,192 tokens, microseconds of one, two, three: all keys 1,213, 1,166, 1,082; causal
-# 721, 713, 705; windows of 819 keys 216, 218, 266. Causal at 32,768: 4,994, 4,881, 4,438.
-_LONG = {TWO: 2048, THREE: 8192}
+# At head size 64, from how many keys in a row's list on a program has three blocks. Three groups of
+# warps keep the tensor cores busiest, but three programs' code and two stages make every block's
+# begin and end dear; where lists are short, what one program waits for is hidden behind another's
+# work. On an H200, 8,192 tokens, one to three: all keys 1.14, a random half of the tiles 1.04,
+# causal 1.02, a random fifth of the tiles 0.90, windows of 819 keys 0.82 times as fast.
+_LONG = 3072
 
 
 @cache
@@ -102,7 +101,7 @@ def _fills(call: Call) -> bool:
 def form(call: Call) -> Form:
     """How a call's blocks lie; all forms add the same numbers in the same order.
 
-    At most three kernels for all layouts of a head size. No list is looked at: the mean is known
+    At most two kernels for all layouts of a head size. No list is looked at: the mean is known
     without waiting for the GPU.
     """
     plan, keys = call.plan, call.key.shape[2]
@@ -111,10 +110,7 @@ def form(call: Call) -> Form:
     if plan is not None:
         lists = plan.groups[0] * plan.groups[1] * plan.q_tiles
         keys = plan.by_row.tiles.shape[0] * plan.kv_tile // lists
-    if keys >= _LONG[THREE]:
-        return THREE
-    small = plan is not None and plan.q_tile % 128
-    return ONE if small or keys < _LONG[TWO] else TWO
+    return THREE if keys >= _LONG else ONE
 
 
 def launch(call: Call, out: Tensor, lse: Tensor) -> None:
