@@ -277,7 +277,7 @@ def test_decoding_over_a_list_that_threads_share(kernels: str, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (64, 80), (64, 144)])
+@pytest.mark.parametrize("dims", [(64, 64), (40, 48), (128, 128), (64, 80), (64, 144)])
 def test_decoding_over_long_runs_with_jumps(kernels: str, dims: Any, dtype: torch.dtype) -> None:
     """Few heads read long runs as streams; from one to the next they jump, also backwards."""
     kv_len, tile = 2777, 64
@@ -289,7 +289,9 @@ def test_decoding_over_long_runs_with_jumps(kernels: str, dims: Any, dtype: torc
     ptr, cols = layout.ptr, layout.cols.clone()
     for group in (ptr[0, 0], ptr[1, 0]):
         cols[group[0] : group[1]] = cols[group[0] : group[1]].roll(9)
-    for heads, strided in ((1, False), (2, False), (4, False), (1, True), (2, True)):
+    for heads, strided in (
+        (1, False), (2, False), (3, False), (4, False), (1, True), (2, True), (4, True),
+    ):  # fmt: skip
         q, k, v = make((2, 2 * heads, 2, 1, kv_len, *dims), dtype, strided=strided)
         compare(q, k, v, layout, layout.dense())
         compare(q, k, v, replace(layout, cols=cols), layout.dense())

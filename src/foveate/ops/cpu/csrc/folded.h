@@ -94,6 +94,32 @@ INLINE void scores_folded_of(const float* q, Keys k, int left, int n, float* s) 
       for (; t + 4 <= n; t += 4) UNROLL for (int u = 0; u < 4; ++u) add(t + u);
       for (; t < n; ++t) add(t);
     }
+  } else if (Keys::IN_ORDER) {  // nearly so: a few keys abreast, sums kept apart by steps
+    constexpr int ABREAST = P::PAIR == 2 ? 4 : 2, APART = 8 / (ABREAST * NV);
+    UNROLL for (int g = 0; g < KN; g += ABREAST) {
+      vf part[APART][ABREAST][NV];
+      const float* row[ABREAST];
+      UNROLL for (int i = 0; i < APART; ++i)
+        UNROLL for (int j = 0; j < ABREAST; ++j) UNROLL for (int v = 0; v < NV; ++v) part[i][j][v] = vf{};
+      UNROLL for (int j = 0; j < ABREAST; ++j) row[j] = k.row(last(g + j));
+      auto add = [&](int t, int i) __attribute__((always_inline)) {
+        vf x[NV];
+        UNROLL for (int v = 0; v < NV; ++v) x[v] = load(q + (t * NV + v) * VL);
+        UNROLL for (int j = 0; j < ABREAST; ++j) {
+          if (t % LINE == 0) prefetch(k.next(last(g + j)) + t * E * 4);
+          vf y = load_group<E>(row[j] + t * E);
+          UNROLL for (int v = 0; v < NV; ++v) part[i][j][v] = P::fma(part[i][j][v], x[v], y);
+        }
+      };
+      int t = 0;
+      for (; t + 8 <= n; t += 8) UNROLL for (int u = 0; u < 8; ++u) add(t + u, u % APART);
+      for (; t < n; ++t) add(t, 0);
+      UNROLL for (int j = 0; j < ABREAST; ++j)
+        UNROLL for (int v = 0; v < NV; ++v) {
+          UNROLL for (int i = 1; i < APART; ++i) part[0][j][v] += part[i][j][v];
+          acc[g + j][v] = part[0][j][v];
+        }
+    }
   } else {
     const float* row[KN];
     UNROLL for (int j = 0; j < KN; ++j) row[j] = k.row(last(j));

@@ -39,7 +39,7 @@ INLINE bool long_runs(const Stream& stream) {
 
 // A block of few rows against all of those, CHUNK keys at a time: then keys and values stay two streams
 // that the processor itself reads ahead, with the next chunk's whole lines fetched one for one. In long
-// runs, where keys are read one by one and values by whole rows, only jumps are told to it.
+// runs, where keys are read nearly one by one and values by whole rows, only jumps are told to it.
 template <class P, class T, int F, int NV> struct LinedKeys {
   static void of(const Call& c, const Item& it, Running& run, const Stream& stream, int64_t kv_head,
                  float scale, float* score, float* weight) {
@@ -49,7 +49,9 @@ template <class P, class T, int F, int NV> struct LinedKeys {
     int64_t ks = c.key.l * (int64_t)sizeof(T), vs = c.value.l * (int64_t)sizeof(T);
     constexpr int CHUNK = F == 1 || (F <= 4 && P::PAIR == 2) ? 32 : 16;
     bool dense = ks == c.dim * (int64_t)sizeof(T) && vs == c.value_dim * (int64_t)sizeof(T) && VL == 16;
-    bool streamed = F >= 8 && dense && c.value_dim <= 8 * VL && long_runs(stream);
+    // Whole rows of values at once, and where several keys are read abreast, short ones.
+    constexpr int WIDEST = F >= 8 ? 8 * VL : 4 * VL;
+    bool streamed = F >= 4 && dense && c.value_dim <= WIDEST && (F >= 8 || c.dim <= WIDEST) && long_runs(stream);
     auto meet = [&](auto k, auto v, int n) __attribute__((always_inline)) {
       scores_folded<P, F, NV>(run.q, k, n, elements<P>((int)c.dim) / (F * NV), score);
       settle<F>(score, n, false, 0, 0, nullptr, nullptr, top);
@@ -64,7 +66,7 @@ template <class P, class T, int F, int NV> struct LinedKeys {
       more = then.next(CHUNK);
       int64_t ahead = more ? then.first - now.first : 0;
       const char *k = keys + now.first * ks, *v = vals + now.first * vs;
-      if (streamed) {
+      if (F >= 4 && streamed) {
         if (ahead && ahead != now.n) {
           for (int64_t i = 0; i < then.n * ks; i += 64) prefetch(k + ahead * ks + i);
           for (int64_t i = 0; i < then.n * vs; i += 64) prefetch(v + ahead * vs + i);

@@ -47,6 +47,7 @@ struct Ahead {
 
 // Rows that lie anywhere, with those to be fetched while they are computed with (null: none).
 struct Listed {
+  static constexpr bool IN_ORDER = false;
   const float* const* at;
   const char* const* far;
   INLINE Listed of(const float* const* at, Ahead ahead) { return {at, ahead.row}; }
@@ -60,6 +61,7 @@ struct Listed {
 // Rows one behind the other, `stride` bytes apart; those to be fetched lie `far` bytes further. Without
 // gaps they are fetched in the order of memory, which is what the processor's own reading ahead follows.
 struct Lined {
+  static constexpr bool IN_ORDER = false;
   const char* at;
   int64_t stride, far;
   bool dense;  // a row ends where the next one begins
@@ -74,6 +76,7 @@ struct Lined {
 // foresees, faster than it can be told. What is asked for are lines of these same rows, which was
 // measured to be faster than asking for none.
 struct Streamed {
+  static constexpr bool IN_ORDER = true;
   const char* at;
   int64_t stride;
   __attribute__((always_inline)) const float* row(int j) const { return (const float*)(at + j * stride); }
