@@ -94,8 +94,8 @@ INLINE void scores_folded_of(const float* q, Keys k, int left, int n, float* s) 
       for (; t + 4 <= n; t += 4) UNROLL for (int u = 0; u < 4; ++u) add(t + u);
       for (; t < n; ++t) add(t);
     }
-  } else if (Keys::IN_ORDER) {  // nearly so: a few keys abreast, sums kept apart by steps
-    constexpr int ABREAST = P::PAIR == 2 ? 4 : 2, APART = 8 / (ABREAST * NV);
+  } else if (Keys::IN_ORDER) {  // nearly so: 512 bytes of keys abreast, sums kept apart by steps
+    constexpr int ABREAST = Keys::IN_ORDER ? 128 * P::PAIR / Keys::IN_ORDER : 1, APART = 8 / (ABREAST * NV);
     UNROLL for (int g = 0; g < KN; g += ABREAST) {
       vf part[APART][ABREAST][NV];
       const float* row[ABREAST];

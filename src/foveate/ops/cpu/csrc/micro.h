@@ -47,7 +47,7 @@ struct Ahead {
 
 // Rows that lie anywhere, with those to be fetched while they are computed with (null: none).
 struct Listed {
-  static constexpr bool IN_ORDER = false;
+  static constexpr int IN_ORDER = 0;
   const float* const* at;
   const char* const* far;
   INLINE Listed of(const float* const* at, Ahead ahead) { return {at, ahead.row}; }
@@ -61,7 +61,7 @@ struct Listed {
 // Rows one behind the other, `stride` bytes apart; those to be fetched lie `far` bytes further. Without
 // gaps they are fetched in the order of memory, which is what the processor's own reading ahead follows.
 struct Lined {
-  static constexpr bool IN_ORDER = false;
+  static constexpr int IN_ORDER = 0;
   const char* at;
   int64_t stride, far;
   bool dense;  // a row ends where the next one begins
@@ -72,11 +72,11 @@ struct Lined {
   __attribute__((always_inline)) Lined from(int j) const { return {at + j * stride, stride, far, dense}; }
 };
 
-// Rows one behind the other without gaps, read in the order of memory: a stream that the processor
-// foresees, faster than it can be told. What is asked for are lines of these same rows, which was
-// measured to be faster than asking for none.
-struct Streamed {
-  static constexpr bool IN_ORDER = true;
+// Rows of at most IN_ORDER elements one behind the other without gaps, read in the order of memory: a
+// stream that the processor foresees, faster than it can be told. What is asked for are lines of these
+// same rows, which was measured to be faster than asking for none.
+template <int MOST> struct Streamed {
+  static constexpr int IN_ORDER = MOST;
   const char* at;
   int64_t stride;
   __attribute__((always_inline)) const float* row(int j) const { return (const float*)(at + j * stride); }
