@@ -107,7 +107,7 @@ void values_by_row(const float* p, Values v, int n, int dim, float* o, int64_t s
   using W = Weights<P, F>;
   // 16 rows of fp32 at once read each value once; of pairs, which come by two vectors, 8 are quicker. Few
   // enough rows take whole rows of values, where these are read in the order of memory.
-  constexpr int FEW = Values::IN_ORDER ? 16 * VL / Values::IN_ORDER : VL, LEAST = P::PAIR;
+  constexpr int FEW = Values::IN_ORDER && VL == 16 ? 256 / Values::IN_ORDER : VL, LEAST = P::PAIR;
   constexpr int ALL = VL / F, MOST = ALL == 16 && P::PAIR == 2 ? 8 : ALL, R = MOST < FEW ? MOST : FEW;
 #if defined(__AVX512F__)
   constexpr int M = R >= 2 ? 16 / R : 8;
