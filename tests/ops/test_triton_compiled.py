@@ -199,7 +199,7 @@ def test_specialised_warps(lists: str, form: Any, dim: int, monkeypatch: Any) ->
     launch = launch_of("forward on Hopper", config, (dim, dim), dtype, layout)
     found = compile_kernel(*launch, 90)
     # What lies on the stack is read between blocks, not in their loops.
-    assert found.stack <= 224
+    assert found.stack <= (224 if form.parts == 3 else 176)
     if form.programs == 2:
         assert 2 * (found.shared + 1024) <= SHARED_MEMORY[90] + 1024
         assert found.registers <= 128

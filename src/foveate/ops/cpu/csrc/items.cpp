@@ -50,7 +50,9 @@ double work(const Call& c) {
                             (c.heads / c.groups_h)
                       : (double)c.q_len * c.kv_len * c.batch * c.heads;
   if (c.ptr && c.q_len < c.q_tile) area *= (double)c.q_len / c.q_tile;
-  return area * (double)(c.dim + c.value_dim);
+  // To read a key takes longer than few rows' products with it: as long as 4 multiplications a byte.
+  double rows = (double)std::max<int64_t>(1, std::min(c.q_len, c.ptr ? c.q_tile : c.q_len) * heads_together(c));
+  return area * (double)(c.dim + c.value_dim) * std::max(1.0, (c.dtype == F32 ? 16 : 8) / rows);
 }
 
 int64_t near_cache() {

@@ -32,7 +32,8 @@ int64_t query_rows(const Call& c);
 // Without a layout: every query tile lists every key tile.
 void make_dense(Call* c, int64_t blocks);
 
-// About how many multiplications one product over the visited tiles takes, times two.
+// About how many multiplications the two products over the visited tiles take, or as long as reading
+// the keys and values for few rows takes.
 double work(const Call& c);
 
 // Bytes of the second-level cache as the system tells it, at most 1 MiB; 1 MiB if it doesn't tell.

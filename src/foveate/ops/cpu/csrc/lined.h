@@ -39,7 +39,7 @@ INLINE bool long_runs(const Stream& stream) {
 
 // A block of few rows against all of those, a chunk of keys at a time: then keys and values stay two
 // streams that the processor itself reads ahead, with the next chunk's whole lines fetched one for one.
-// In long runs keys are read nearly one by one and values by whole rows, a page of 4 KiB of either at a
+// In long runs keys are read nearly one by one and values by whole rows, up to a page of 4 KiB at a
 // time, which is how far the processor foresees, and only jumps are told to it.
 template <class P, class T, int F, int NV> struct LinedKeys {
   static void of(const Call& c, const Item& it, Running& run, const Stream& stream, int64_t kv_head,

@@ -72,7 +72,7 @@ struct Lined {
   __attribute__((always_inline)) Lined from(int j) const { return {at + j * stride, stride, far, dense}; }
 };
 
-// Rows of at most IN_ORDER elements one behind the other without gaps, read in the order of memory: a
+// Rows of about IN_ORDER elements one behind the other without gaps, read in the order of memory: a
 // stream that the processor foresees, faster than it can be told. What is asked for are lines of these
 // same rows, which was measured to be faster than asking for none.
 template <int MOST> struct Streamed {

@@ -65,7 +65,7 @@ def hide(scores, key0, kind, low, size, limit, N: gl.constexpr):
 def clear(v, key0, least, most, N: gl.constexpr, D: gl.constexpr):
     """Make values of keys that no row of the block sees 0: they may hold NaN.
 
-    Both groups of warps write, and both the same.
+    Where two groups of warps share them, both write, and both the same.
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     n = key0 + gl.arange(0, N, layout=gl.SliceLayout(1, LAYOUT))
@@ -98,8 +98,8 @@ def consume(
     """Four warps: 64 rows of each block, all of it or its first or second half."""
     PER: gl.constexpr = KV_TILE // N
     # Room for the next queries is free once the last scores are there. Saying so then gains up to
-    # 5% at head size 64; elsewhere the loop that has to ask is slower.
-    EARLY: gl.constexpr = D == 64 and PARTS == 1
+    # 5% with one group of warps; elsewhere the loop that has to ask is slower.
+    EARLY: gl.constexpr = HALVES == 1 and PARTS == 1
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
