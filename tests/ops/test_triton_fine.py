@@ -93,15 +93,16 @@ def test_blocks_of_a_plan(tile: tuple[int, int]) -> None:
     assert plan.key_ranges is not None
     blocks = plan.blocks(128)
     subs = tile[0] // 128
-    assert blocks.shape == (6 * plan.q_tiles * subs, 8)
+    assert blocks.shape == (6 * plan.q_tiles * subs, 9)
     seen = set()
-    for row0, b, h, start, mid, end, first, until in blocks.tolist():
+    for row0, b, h, start, mid, end, first, until, tile0 in blocks.tolist():
         seen.add((row0, b, h))
         item = (b * 3 + h) * plan.q_tiles + row0 // tile[0]
         mine = layout.entry_rows == item
         assert end - start == int(mine.sum())
         assert sorted(plan.by_row.tiles[start:end].tolist()) == layout.cols[mine].tolist()
         assert (plan.by_row.kinds[start:mid] == FULL).all()
+        assert tile0 == (int(plan.by_row.tiles[start]) if start < end else 0)
         keys = allowed[b, h, row0 : row0 + 128].any(0).nonzero()[:, 0]
         if keys.numel():
             assert (first, min(until, 500)) == (int(keys[0]), int(keys[-1]) + 1)
