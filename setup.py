@@ -28,6 +28,7 @@ LEVELS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
     "avx512": WIDE,
     "avx512bf16": [*WIDE, "-mavx512bf16"],
+    "amx": [*WIDE, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 
 

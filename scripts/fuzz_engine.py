@@ -30,7 +30,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 EDGES = 1 << 16
-CHECKS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+CHECKS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DFOVEATE_WATCH_SCRATCH")
 TRACE = ("-O1", "-g1", "-fsanitize-coverage=trace-pc")
 RECORDER = f"""
 #include <stdint.h>

@@ -33,7 +33,7 @@ def kernel_sets() -> list[str]:
     if not cpu.available():
         return []
     best, found = cpu.isa(), []
-    for name in ("portable", "avx2", "avx512", "avx512bf16"):
+    for name in ("portable", "avx2", "avx512", "avx512bf16", "amx"):
         try:
             cpu.use(name)
         except ValueError:
@@ -165,14 +165,19 @@ def test_rows_by_index(kernels: str, dtype: torch.dtype, repeats: bool) -> None:
     compare(q, k, v, layout, allowed)
 
 
-def test_keys_that_nobody_sees_are_never_touched(kernels: str) -> None:
-    q, k, v = make((1, 2, 1, 70, 100, 16, 16), torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 4, 20, 70, 300])
+def test_keys_that_nobody_sees_are_never_touched(
+    kernels: str, rows: int, dtype: torch.dtype
+) -> None:
+    q, k, v = make((1, 2, 1, rows, 100, 16, 16), dtype)
     k[:, :, 61:] = torch.nan
     v[:, :, 61:] = torch.nan
     mask = padding(torch.tensor([61]))
-    out, lse = cpu.forward(q, k, v, mask.layout(70, 100, 64), 0.25, None, None)
+    out, lse = cpu.forward(q, k, v, mask.layout(rows, 100, 64), 0.25, None, None)
     want, _ = cpu.forward(q, k[:, :, :61], v[:, :, :61], None, 0.25, None, None)
-    torch.testing.assert_close(out, want)
+    rounding = max(1e-5, torch.finfo(dtype).eps / 2)
+    torch.testing.assert_close(out, want, rtol=rounding, atol=rounding)
     assert lse.isfinite().all()
 
 
@@ -200,6 +205,58 @@ def test_threads_change_nothing_but_rounding() -> None:
         torch.set_num_threads(1)
     for a, b in zip((*one, *row), (*three, *split)):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 5, 12, 30, 40, 700])
+def test_maxima_that_rise_along_the_keys(kernels: str, rows: int, dtype: torch.dtype) -> None:
+    """By less and by more than a kernel lets them lag behind: slowly, in jumps, falling again."""
+    kv_len = 330
+    ramp = torch.linspace(-1, 1, kv_len)
+    for size in (6.0, 20.0, 50.0):
+        for course in (ramp, ramp.flip(0), ramp.sign() * ramp.abs().round(decimals=1), ramp.sin()):
+            q, k, v = make((1, 4, 2, rows, kv_len, 64, 48), dtype)
+            q[..., 0], k[..., 0] = 8.0, (course * size).to(dtype)
+            compare(q, k, v, None, None)
+            mask = window(150, 90)
+            compare(q, k, v, mask.layout(rows, kv_len, (512, 64)), mask.dense(rows, kv_len))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dims", [(64, 64), (48, 80), (33, 17)])
+def test_items_of_many_blocks(kernels: str, dims: Any, dtype: torch.dtype) -> None:
+    """Blocks that share a step see all of its keys, a few, or none; the last of them is short."""
+    q, k, v = make((1, 2, 1, 523, 523, *dims), dtype)
+    for mask in (causal(), window(70, 3), causal() & ~window(130, 0)):
+        compare(q, k, v, mask.layout(523, 523, (512, 64)), mask.dense(523, 523))
+    compare(q, k, v, None, None, softcap=3.0, bias=torch.randn(1, 2, 523, 523))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_lists_of_several_blocks_are_cut(kernels: str, dtype: torch.dtype) -> None:
+    """16 queries of 8 heads against more keys than are summed in one go: two blocks, two parts."""
+    compare(*make((1, 8, 1, 16, 33000, 16, 16), dtype), None, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [4, 130])
+def test_the_longest_rows(kernels: str, rows: int, dtype: torch.dtype) -> None:
+    q, k, v = make((1, 2, 1, rows, 130, 1023, 1001), dtype)
+    bias = torch.randn(1, 2, rows, 130)
+    compare(q, k, v, None, None, softcap=4.0, bias=bias)
+    compare(q, k, v, causal().layout(rows, 130, 64), causal().dense(rows, 130))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiles_without_a_query(kernels: str, dtype: torch.dtype) -> None:
+    """Rows by index, all of a tile missing, over whole and partial tiles with a bias."""
+    q, k, v = make((1, 3, 1, 20, 150, 32, 32), dtype)
+    index = torch.full((1, 1, 64), -1, dtype=torch.int32)
+    index[..., 40:60] = torch.arange(20)
+    layout = (causal() & window(130, 0)).layout(20, 150, (8, 64))
+    compare(q, k, v, layout, layout.dense(), bias=torch.randn(1, 3, 20, 150))
+    every = replace(every_tile(64, 150, 32, 0), q_len=20, q_index=index)
+    compare(q, k, v, every, None, bias=torch.randn(1, 3, 20, 150))
 
 
 def test_error_stays_below_twice_that_of_sdpa() -> None:
@@ -244,7 +301,8 @@ def test_decoding_over_selected_whole_and_partial_tiles(
 ) -> None:
     """Lists with gaps, odd ends, single keys or nothing at all, for groups of any size."""
     kv_len = 333
-    for group in range(1, 17) if "512" in kernels else (1, 4, 9, 16):
+    wide = kernels in ("avx512", "avx512bf16", "amx")
+    for group in range(1, 17) if wide else (1, 4, 9, 16):
         q_len = 1 if group % 4 else 2
         q, k, v = make((2, 2 * group, 2, q_len, kv_len, *dims), dtype, strided=group % 3 == 0)
         tiles = torch.rand(2, 2, 1, -(-kv_len // tile)) < 0.5
@@ -324,7 +382,11 @@ def test_decoding_with_keys_by_index_ranges_and_repeats(kernels: str, dtype: tor
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decoding_never_touches_keys_outside_its_tiles(kernels: str, dtype: torch.dtype) -> None:
-    q, k, v = make((1, 4, 2, 1, 301, 64, 64), dtype)
+    for heads in (4, 8, 32, 80):
+        untouched(*make((1, heads, 2, 1, 301, 64, 64), dtype))
+
+
+def untouched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     tiles = (torch.arange(19) % 3 != 1)[None, None, None]
     keys = torch.zeros(1, 1, 1, 301, dtype=torch.bool)
     layout = Layout.from_selection(tiles, keys, 1, 301, (8, 16), within=window(295, 0))

@@ -37,6 +37,21 @@ def test_masks_in_tiles_of_any_size(kernels: str, tile: Any, dtype: torch.dtype)
         compare(q, k, v, mask.layout(150, 201, tile), mask.dense(150, 201))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_longest_rows(kernels: str, dtype: torch.dtype) -> None:  # noqa: F811
+    q, k, v = make((1, 2, 1, 130, 140, 1023, 1001), dtype)
+    compare(q, k, v, None, None, softcap=4.0, bias=torch.randn(1, 2, 130, 140))
+    compare(q, k, v, causal().layout(130, 140, 64), causal().dense(130, 140))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dims", [(64, 64), (48, 80), (33, 17)])
+def test_items_of_many_blocks(kernels: str, dims: Any, dtype: torch.dtype) -> None:  # noqa: F811
+    q, k, v = make((1, 2, 1, 323, 323, *dims), dtype)
+    for mask in (causal(), window(70, 3), causal() & ~window(130, 0)):
+        compare(q, k, v, mask.layout(323, 323, (256, 64)), mask.dense(323, 323))
+
+
 @given(data=st.data())
 @FUZZ
 def test_fuzz_of_shapes_strides_masks_and_tiles(data: st.DataObject) -> None:

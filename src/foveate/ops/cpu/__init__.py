@@ -2,7 +2,8 @@
 
 Query rows lie in the vector lanes, keys and values are read where they are, and one parallel region
 serves a call; csrc/ holds the kernels, compiled for several instruction sets and chosen when the
-library is loaded. The backend `cpu` of the core op stands on these functions.
+library is loaded: plain C++, AVX2, AVX-512, that with products of bf16 pairs, and AMX, whose tiles
+multiply bf16. The backend `cpu` of the core op stands on these functions.
 """
 
 from __future__ import annotations

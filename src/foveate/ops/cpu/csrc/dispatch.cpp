@@ -1,6 +1,13 @@
 // The exported functions: choose the kernels, cut the call into items, share them out.
 #include <stdlib.h>
 #include <string.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <new>
@@ -28,20 +35,39 @@ namespace {
 
 [[maybe_unused]] const int watched = pthread_atfork(before_fork, nullptr, after_fork);
 
+// Whether there are tiles of bf16 and the system lets this process use them. It has to be asked, once for all
+// threads; from then on it refuses signal stacks that are too small for tiles.
+[[maybe_unused]] bool tiles_granted() {
+#if defined(__x86_64__) && defined(__linux__)
+  static const bool granted = [] {
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+  }();
+  return granted;
+#else
+  return false;
+#endif
+}
+
 std::vector<const Kernels*> runnable() {
   std::vector<const Kernels*> found = {portable_kernels()};
 #if defined(__x86_64__)
   __builtin_cpu_init();
+  [[maybe_unused]] bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  [[maybe_unused]] bool pairs = wide && __builtin_cpu_supports("avx512bf16");
 #if defined(FOVEATE_AVX2)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(avx2_kernels());
 #endif
 #if defined(FOVEATE_AVX512)
-  bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (wide) found.push_back(avx512_kernels());
-#if defined(FOVEATE_AVX512BF16)
-  if (wide && __builtin_cpu_supports("avx512bf16")) found.push_back(avx512bf16_kernels());
 #endif
+#if defined(FOVEATE_AVX512BF16)
+  if (pairs) found.push_back(avx512bf16_kernels());
+#endif
+#if defined(FOVEATE_AMX)
+  if (pairs && tiles_granted()) found.push_back(amx_kernels());
 #endif
 #endif
   return found;
@@ -81,7 +107,8 @@ int forward(const Call& call) {
   Call c = call;
   const Kernels* k = chosen();
   int64_t threads = threads_for(c.threads, work(c));
-  int64_t blocks = blocks_for(c, threads, ROWS * (c.dim + c.value_dim) * 4, 256 << 10);
+  bool tiles = k->tiles && c.dtype == BF16;
+  int64_t blocks = blocks_for(c, tiles, threads, ROWS * (c.dim + c.value_dim) * 4, tiles ? 512 << 10 : 256 << 10);
   int64_t rows = c.batch * c.heads * c.q_len;
   if (!c.ptr) make_dense(&c, blocks);
   Inverse inverse;

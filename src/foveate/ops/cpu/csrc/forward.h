@@ -4,41 +4,21 @@
 
 #include "bias.h"
 #include "lined.h"
+#include "tiled_alone.h"
 
 namespace foveate {
 namespace FOVEATE_ISA {
-
-template <class T> INLINE void point(const Rows& x, int64_t b, int64_t h, const Step& s, const T** row) {
-  const T* base = (const T*)x.data + b * x.b + h * x.h;
-  for (int j = 0; j < s.n; ++j) row[j] = base + s.key[j] * x.l;
-}
-
-// Fetch rows that nothing has fetched ahead.
-template <class T> INLINE void fetch(const T* const* row, int n, int64_t dim) {
-  for (int j = 0; j < n; ++j)
-    for (int64_t e = 0; e < dim; e += 64 / (int64_t)sizeof(T)) prefetch((const char*)(row[j] + e));
-}
-
-// Fetch the queries of an item that this thread takes next.
-template <class T> INLINE void fetch_queries(const Call& c, const Item& it) {
-  Block block[BLOCKS];
-  int32_t query[ROWS];
-  int blocks = make_blocks(c, it, block);
-  for (int i = 0; i < blocks; ++i) {
-    block_rows(c, it, &block[i], query);
-    for (int r = 0; r < block[i].heads * block[i].rows; ++r) {
-      if (query[r] < 0) continue;
-      const T* row = row_at<T>(c.query, it.batch, block[i].head0 + r / block[i].rows, query[r]);
-      fetch(&row, 1, c.dim);
-    }
-  }
-}
 
 // Scratch floats that an item needs at most.
 INLINE int64_t forward_floats(const Call& c) {
   int64_t d = padded(c.dim, 2 * MAX_DIM_PAD), v = padded(c.value_dim, 2 * MAX_DIM_PAD);
   int64_t block = ROWS * (d + v + 2) + ROWS + 16 * v;
-  return BLOCKS * block + KEYS * (d + v) + 3 * KEYS * ROWS + 4 * ROWS + 64 * 16;
+  int64_t rest = KEYS * (d + v) + 3 * KEYS * ROWS + 4 * ROWS + 64 * 16;
+#if defined(__AMX_BF16__)
+  int64_t tiled = forward_tiles_floats(c), alone = lone_tiles_floats(c);
+  if (c.dtype == BF16) return BLOCKS * block + (tiled > rest ? tiled : rest) + alone;
+#endif
+  return FEWER_BLOCKS * block + rest;
 }
 
 template <class P, class T, int W>
@@ -96,7 +76,8 @@ INLINE void finish(const Call& c, const Item& it, const Block& b, Running& run, 
   T* out[ROWS];
   float* sums[ROWS];
   int used = b.heads * b.rows;
-  if (run.first) memset(run.o, 0, sizeof(float) * run.width * c.value_dim);
+  int64_t dv = padded(c.value_dim, 2 * MAX_DIM_PAD);
+  if (run.first) memset(run.o, 0, sizeof(float) * run.width * dv);
   for (int r = 0; r < run.width; ++r) {
     out[r] = nullptr;
     sums[r] = nullptr;
@@ -120,8 +101,10 @@ INLINE void finish(const Call& c, const Item& it, const Block& b, Running& run, 
           total != 0 ? run.max[r] * LN2 + logf(total) : -__builtin_inff();
     }
   }
-  if (part) lanes_to_rows(run.o, run.width, (int)c.value_dim, inverse, sums);
-  else lanes_to_rows(run.o, run.width, (int)c.value_dim, inverse, out);
+  for (int r = 0; r < run.width; r += run.panel) {
+    if (part) lanes_to_rows(run.o + r * dv, run.panel, (int)c.value_dim, inverse + r, sums + r);
+    else lanes_to_rows(run.o + r * dv, run.panel, (int)c.value_dim, inverse + r, out + r);
+  }
 }
 
 template <class P, class T>
@@ -146,13 +129,16 @@ void forward_item(const Call& c, const Item& it, const Item* following, Arena* a
   stream.start(c, it, block, blocks);
   // Keys are read where they lie if a product can take them so.
   bool copy_k = sizeof(T) == 2 && (P::PAIR == 1 || c.dim % 2), copy_v = sizeof(T) == 2;
-  bool few = blocks == 1 && block[0].heads * block[0].rows <= VL && (sizeof(T) == 2 || c.value_dim % VL == 0);
+  bool by_tiles = false;
+  for (int i = 0; i < blocks; ++i) by_tiles |= TILES && P::PAIR == 2 && block[i].heads * block[i].rows > FEWER;
+  bool whole = sizeof(T) == 2 || c.value_dim % VL == 0;
+  bool few = blocks == 1 && block[0].heads * block[0].rows <= VL && !by_tiles && whole;
   bool lined = few && VL == 16 && !adjusted && !copy_k && c.key.l > 0 && c.value.l > 0;
   stream.skips = lined;
   Step step[2];
   const T *k_row[2][KEYS], *v_row[2][KEYS];
   int now = 0;
-  bool more = stream.next(&step[0]);
+  bool more = !by_tiles && stream.next(&step[0]);
   if (more) {
     point(c.key, it.batch, kv_head, step[0], k_row[0]);
     point(c.value, it.batch, kv_head, step[0], v_row[0]);
@@ -163,7 +149,7 @@ void forward_item(const Call& c, const Item& it, const Item* following, Arena* a
     Running& r = run[i];
     int used = b.heads * b.rows;
     r.width = used <= 16 ? 16 : used <= 32 ? 32 : 64;
-    r.by_row = used <= VL && (sizeof(T) == 2 || c.value_dim % VL == 0);
+    r.by_row = used <= VL && !by_tiles && whole;
     r.fold = r.by_row ? fold_for<P>(c, used) : 1;
     if (r.fold == 1 && r.width != VL) r.by_row = false;
     r.across = across_for<P>(c, r.fold);
@@ -184,10 +170,13 @@ void forward_item(const Call& c, const Item& it, const Item* following, Arena* a
       const T* out = row_at<T>(c.out, it.batch, head, r.query[j]);
       for (int64_t e = 0; e < c.value_dim; e += 64 / (int64_t)sizeof(T)) __builtin_prefetch(out + e, 1, 2);
     }
+    r.panel = by_tiles && r.width > PANEL ? PANEL : r.width;
+    if (by_tiles) memset(r.q, 0, sizeof(float) * r.width * d);
     if (r.by_row) fold<P>(row, (int)c.dim, r.fold, r.across, r.q);
-    else rows_to_lanes<P>(row, r.width, (int)c.dim, r.q);
+    else
+      for (int at = 0; at < r.width; at += r.panel) rows_to_lanes<P>(row + at, r.panel, (int)c.dim, r.q + at * d);
     if (sign != 1) {
-      int64_t n = (int64_t)(r.by_row ? VL / r.fold : r.width) * elements<P>((int)c.dim);
+      int64_t n = by_tiles ? r.width * d : (int64_t)(r.by_row ? VL / r.fold : r.width) * elements<P>((int)c.dim);
       if (sign == 0) memset(r.q, 0, n * 4);
       else if (P::PAIR == 2)
         for (int64_t j = 0; j < n; ++j) ((uint32_t*)r.q)[j] ^= 0x80008000u;
@@ -199,6 +188,16 @@ void forward_item(const Call& c, const Item& it, const Item* following, Arena* a
     copy_v = false;
     for (int i = 0; i < blocks; ++i) copy_v |= !run[i].by_row;
   }
+#if defined(__AMX_BF16__)
+  if constexpr (P::PAIR == 2) {
+    if (by_tiles) {
+      if (blocks == 1 && run[0].width <= ALONE) lone_tiles(c, it, block[0], run[0], &stream, kv_head, scale, arena);
+      else forward_tiles(c, it, block, run, blocks, &stream, kv_head, scale, arena, following);
+      for (int i = 0; i < blocks; ++i) finish<T>(c, it, block[i], run[i], part);
+      return;
+    }
+  }
+#endif
   float* keys = copy_k ? floats(KEYS * d) : nullptr;
   float* vals = copy_v ? floats(KEYS * dv) : nullptr;
   float* score = floats(KEYS * ROWS);

@@ -141,7 +141,7 @@ int backward(const Call& call) {
   int64_t threads = threads_for(c.threads, 2.5 * work(c));
   // Blocks that share a step share its way of dK and dV through memory.
   int64_t room = std::max<int64_t>(256 << 10, near_cache() / 2);
-  int64_t blocks = blocks_for(c, threads, ROWS * (3 * c.dim + 2 * c.value_dim) * 4, room);
+  int64_t blocks = blocks_for(c, false, threads, ROWS * (3 * c.dim + 2 * c.value_dim) * 4, room);
   if (!c.ptr) make_dense(&c, blocks);
   bool placed = true;
   if (c.q_index.data) {

@@ -63,8 +63,8 @@ int64_t near_cache() {
   return 1 << 20;
 }
 
-int64_t blocks_for(const Call& c, int64_t threads, int64_t block_bytes, int64_t room) {
-  int64_t blocks = std::min<int64_t>(BLOCKS, std::max<int64_t>(1, room / block_bytes));
+int64_t blocks_for(const Call& c, bool tiles, int64_t threads, int64_t block_bytes, int64_t room) {
+  int64_t blocks = std::min<int64_t>(tiles ? BLOCKS : FEWER_BLOCKS, std::max<int64_t>(1, room / block_bytes));
   int64_t rows = c.batch * c.heads * c.q_len;
   while (blocks > 1 && threads > 1 && rows / (ROWS * blocks) < 6 * threads) blocks /= 2;
   return blocks;

@@ -39,8 +39,9 @@ double work(const Call& c);
 // Bytes of the second-level cache as the system tells it, at most 1 MiB; 1 MiB if it doesn't tell.
 int64_t near_cache();
 
-// Blocks of rows for an item, so that there are enough items and their buffers have room.
-int64_t blocks_for(const Call& c, int64_t threads, int64_t block_bytes, int64_t room);
+// Blocks of rows for an item, so that there are enough items and their buffers have room. By tiles they may be
+// more, since keys are brought into form for all of them.
+int64_t blocks_for(const Call& c, bool tiles, int64_t threads, int64_t block_bytes, int64_t room);
 
 // Items of heads from .. to of a batch entry, whole lists; last tiles first.
 void add_items(const Call& c, int64_t batch, int64_t from, int64_t to, int64_t blocks,

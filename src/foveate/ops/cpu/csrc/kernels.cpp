@@ -49,7 +49,7 @@ static void merge(const Call& c, const Partial& part, const Merge& m, int64_t ro
 
 #define QUOTE_(x) #x
 #define QUOTE(x) QUOTE_(x)
-static const Kernels table = {QUOTE(FOVEATE_ISA), forward_bytes, forward,
+static const Kernels table = {QUOTE(FOVEATE_ISA), TILES, forward_bytes, forward,
                               backward_bytes, backward, collect, merge};
 
 }  // namespace FOVEATE_ISA

@@ -6,6 +6,7 @@ namespace foveate {
 
 struct Kernels {
   const char* name;
+  bool tiles;  // bf16 goes by tiles
   int64_t (*forward_bytes)(const Call&);
   // `following`: the item that this thread takes next, or null.
   void (*forward)(const Call&, const Item&, const Item* following, Arena*, const Partial*);
@@ -26,6 +27,9 @@ const Kernels* avx512_kernels();
 #endif
 #if defined(FOVEATE_AVX512BF16)
 const Kernels* avx512bf16_kernels();
+#endif
+#if defined(FOVEATE_AMX)
+const Kernels* amx_kernels();
 #endif
 
 }  // namespace foveate

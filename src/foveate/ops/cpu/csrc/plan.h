@@ -1,6 +1,10 @@
 // What one worker does at a time, and the buffers it uses.
 #pragma once
 #include <stdint.h>
+#if defined(FOVEATE_WATCH_SCRATCH)
+#include <stdlib.h>
+#include <string.h>
+#endif
 
 #include "call.h"
 
@@ -8,7 +12,8 @@ namespace foveate {
 
 constexpr int ROWS = 64;    // rows of a block: one bit each in a 64-bit word
 constexpr int KEYS = 64;    // keys of one softmax step
-constexpr int BLOCKS = 4;   // blocks of an item, which share each step's keys
+constexpr int BLOCKS = 8;   // blocks of an item at most, which share each step's keys; without tiles
+constexpr int FEWER_BLOCKS = 4;
 constexpr int PACKED = 32;  // tiles of at most so many rows put several heads into a block
 
 // Rows row0 .. row1 of a query tile for `heads` query heads from head0 on (one key/value head, one
@@ -55,6 +60,10 @@ inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline char* take_bytes(Arena* arena, int64_t bytes) {
   char* p = arena->data + arena->used;
   arena->used += padded(bytes, 64);
+#if defined(FOVEATE_WATCH_SCRATCH)  // for tests: nothing beyond its end, NaN in what nobody has written
+  if (arena->used > arena->size) abort();
+  memset(p, 0xff, bytes);
+#endif
   return p;
 }
 

@@ -11,11 +11,12 @@ template <class T> INLINE const T* row_at(const Rows& x, int64_t b, int64_t h, i
   return (const T*)x.data + b * x.b + h * x.h + l * x.l;
 }
 
-// A block with its running state, all in scratch: [element or value][width lanes].
+// A block with its running state, all in scratch: [element or value][panel lanes], panel after panel.
 struct Running {
   float *q, *o, *max, *total;
   int32_t* query;
   int width;
+  int panel;    // all of them, but in tiled.h
   int fold;     // keys in a vector of scores where o is kept by rows, and
   int across;   // vectors of queries that meet a key together; see folded.h
   bool by_row;  // o is [row][padded value]; see by_row.h
