@@ -176,6 +176,17 @@ def test_every_output_and_gradient(backend, drawn):
     assert error(call.run(backend, **how), call.truth(), call.terms) < BAND[dtype]
 
 
+@pytest.mark.parametrize("backend", OURS)
+@pytest.mark.parametrize("mask", [None, causal()], ids=["dense", "causal"])
+def test_a_scale_of_zero_averages_what_is_seen(backend, mask):
+    generator = torch.Generator().manual_seed(5)
+    inputs = [torch.randn(1, 2, 20, 8, generator=generator) for _ in range(3)]
+    allowed = (mask or window(-1, -1)).dense(20, 20)
+    grads = (torch.randn(1, 2, 20, 8, generator=generator).double(), torch.zeros(1, 2, 20).double())
+    call = Call(inputs, allowed, {"scale": 0.0}, grads, None)
+    assert error(call.run(backend, mask=mask), call.truth()) < BAND[torch.float32]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", [b for b in OURS if b not in ("sdpa", "reference")])
 @pytest.mark.parametrize("mask", [None, causal()], ids=["dense", "causal"])

@@ -23,10 +23,10 @@ EMPTY = {  # batch, query heads, key heads, queries, keys, D, Dv
 }
 
 
-def tensors(batch, hq, hkv, lq, lkv, d, dv, grad=True):
+def tensors(batch, hq, hkv, lq, lkv, d, dv, grad=True, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     shapes = (batch, hq, lq, d), (batch, hkv, lkv, d), (batch, hkv, lkv, dv)
-    return [torch.randn(s, generator=generator).requires_grad_(grad) for s in shapes]
+    return [torch.randn(s, generator=generator).to(dtype).requires_grad_(grad) for s in shapes]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -57,9 +57,10 @@ def test_heads_of_no_numbers_need_a_scale():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["query", "key", "value"])
-def test_what_is_no_number_stays_in_the_rows_that_see_it(where, value, backend):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_no_number_stays_in_the_rows_that_see_it(dtype, where, value, backend):
     """Row 40 or key 40, under a causal window of 9 keys: rows 40 to 48 may see it."""
-    q, k, v = tensors(2, 4, 2, 70, 70, 16, 16, grad=False)
+    q, k, v = tensors(2, 4, 2, 70, 70, 16, 16, grad=False, dtype=dtype)
     mask = causal() & window(8, 0)
     want = attention(q, k, v, mask, backend=backend).out
     bad = {"query": q, "key": k, "value": v}[where]
@@ -77,9 +78,10 @@ def test_what_is_no_number_stays_in_the_rows_that_see_it(where, value, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_any_strides_give_the_same_bits(backend):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_strides_give_the_same_bits(dtype, backend):
     """Axes in any order in memory, every second number, and one head expanded over all."""
-    q, k, v = tensors(2, 4, 2, 33, 41, 24, 20)
+    q, k, v = tensors(2, 4, 2, 33, 41, 24, 20, dtype=dtype)
     mask = blocks(torch.rand(3, 3, generator=torch.Generator().manual_seed(1)) < 0.7, 16)
     want = attention(q, k, v, mask, backend=backend)
     want.out.sum().backward()

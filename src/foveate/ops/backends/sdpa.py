@@ -105,7 +105,8 @@ def _causality(inputs: Inputs) -> tuple[bool, Tensor | None]:
     """(plain causal?, mask as an additive tensor or None)."""
     if inputs.mask is None and inputs.layout is None:
         return False, None
-    if is_plain(inputs):
+    # torch's CPU kernel scales what it has hidden already: -inf times a scale of 0 would be NaN.
+    if is_plain(inputs) and (inputs.scale != 0 or inputs.query.device.type == "cuda"):
         return True, None
     allowed = inputs.allowed()
     assert allowed is not None
