@@ -208,13 +208,13 @@ def test_threads_change_nothing_but_rounding() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 5, 12, 30, 40, 700])
+@pytest.mark.parametrize("rows", [1, 5, 30, 300])
 def test_maxima_that_rise_along_the_keys(kernels: str, rows: int, dtype: torch.dtype) -> None:
     """By less and by more than a kernel lets them lag behind: slowly, in jumps, falling again."""
     kv_len = 330
     ramp = torch.linspace(-1, 1, kv_len)
-    for size in (6.0, 20.0, 50.0):
-        for course in (ramp, ramp.flip(0), ramp.sign() * ramp.abs().round(decimals=1), ramp.sin()):
+    for size in (6.0, 50.0):
+        for course in (ramp, ramp.flip(0), ramp.round(decimals=1)):
             q, k, v = make((1, 4, 2, rows, kv_len, 64, 48), dtype)
             q[..., 0], k[..., 0] = 8.0, (course * size).to(dtype)
             compare(q, k, v, None, None)
