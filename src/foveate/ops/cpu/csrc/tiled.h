@@ -40,16 +40,21 @@ struct TileKeys {
   const uint64_t* words() const { return all ? nullptr : seen; }
 };
 
+// Bias of a block as `bias_block` reads it, with zeros for keys that fill up a tile.
+template <int W>
+INLINE void bias_tiles(const Call& c, const Item& it, const Block& b, const int32_t* query, const int32_t* key,
+                       const TileKeys& keys, float* biases) {
+  bias_block(c, it, b, query, key + keys.lo, keys.real, W, 1, biases);
+  memset(biases + keys.real * W, 0, sizeof(float) * (keys.n - keys.real) * W);
+}
+
 // Scores made ready where something is done with or added to them.
 template <int W>
 INLINE void adjust_block(const Call& c, const Item& it, const Block& b, const int32_t* query, const int32_t* key,
                          const TileKeys& keys, float* score, float* biases) {
   alignas(64) float top[W];
   for (int r = 0; r < W; ++r) top[r] = -__builtin_inff();
-  if (c.bias) {
-    bias_block(c, it, b, query, key + keys.lo, keys.real, W, 1, biases);
-    memset(biases + keys.real * W, 0, sizeof(float) * (keys.n - keys.real) * W);
-  }
+  if (c.bias) bias_tiles<W>(c, it, b, query, key, keys, biases);
   float inner = (float)(c.softcap != 0 ? c.scale / c.softcap : c.scale * LOG2E);
   adjust<W>(score, keys.n, inner, (float)c.softcap, c.bias ? biases : nullptr, keys.words(), top);
 }
